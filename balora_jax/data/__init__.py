@@ -1,0 +1,1 @@
+"""How do text files become batches? Sources (rows), examples (tokens and mask), batches (arrays)."""

@@ -1,0 +1,1 @@
+"""How good is the text that a model writes?"""

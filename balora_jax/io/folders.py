@@ -1,0 +1,70 @@
+"""How is a folder written so that a reader never sees half of it?"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from balora_jax.errors import InputError
+
+
+@contextmanager
+def replaced_folder(
+    target: str | Path, *, may_replace: Callable[[Path], bool] = lambda _: False
+) -> Iterator[Path]:
+    """Yield an empty sibling folder that takes the place of ``target`` when the block succeeds.
+
+    On any error the sibling is removed and ``target`` is as it was before.
+
+    Args:
+        target: the folder to be written; missing parents are made.
+        may_replace: says whether an existing folder that is not empty may be replaced.
+
+    Raises:
+        InputError: ``target`` is a file, is a folder with other content, or cannot be written.
+    """
+    target = Path(target)
+    _check_free(target, may_replace)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise InputError(
+            f"{target}: expected a folder that can be written, got {error.strerror or error}. "
+            "Choose another output folder or change its permissions."
+        ) from error
+    try:
+        draft.chmod(0o755)  # mkdtemp makes it private; the result is an ordinary folder
+        yield draft
+        _swap(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _check_free(target: Path, may_replace: Callable[[Path], bool]) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError(f"{target}: expected a folder to write to, got a file. Choose another.")
+    if any(target.iterdir()) and not may_replace(target):
+        raise InputError(
+            f"{target}: expected a new or empty folder, got one with other files in it. "
+            "Choose another output folder or empty this one."
+        )
+
+
+def _swap(draft: Path, target: Path) -> None:
+    """Rename ``draft`` to ``target``; what was there before is put back if that fails."""
+    if not target.exists():
+        os.rename(draft, target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    os.replace(target, old)
+    try:
+        os.rename(draft, target)
+    except OSError:
+        os.replace(old, target)
+        raise
+    shutil.rmtree(old)

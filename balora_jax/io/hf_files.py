@@ -1,0 +1,279 @@
+"""Which files make up a Hugging Face checkpoint, are they safe and whole, and which one is it?"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors then returns)
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+
+from balora_jax.errors import InputError
+
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_HUB_FILES = (SINGLE_FILE, "model-*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+_UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_CONVERT = (
+    "Convert it once: AutoModelForCausalLM.from_pretrained(...)"
+    ".save_pretrained(folder, safe_serialization=True)."
+)
+_LISTED = 8
+_HASH_WHOLE_BYTES = 64 * 2**20
+_SAMPLE_BYTES = 64 * 2**10
+_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of an open checkpoint: its description, and the handle that reads it."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    handle: Any
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one stored number (``F8_E4M3`` → 1, ``BF16`` → 2, ``F32`` → 4, ``BOOL`` → 1)."""
+        bits = re.search(r"\d+", self.dtype)
+        return max(1, int(bits.group()) // 8) if bits else 1
+
+
+def find_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """Folder of a checkpoint: a local folder as it is, or a Hub name downloaded to the cache.
+
+    Only safetensors, JSON and tokenizer files of the repository's top level are downloaded.
+
+    Raises:
+        InputError: no such folder or repository, no network, no ``config.json``, or no
+            safetensors weights in it.
+    """
+    name = str(name_or_path)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise InputError(
+                f"{name}: expected no revision for a local folder, got {revision!r}. Remove it."
+            )
+    elif folder.exists():
+        raise InputError(f"{name}: expected a checkpoint folder, got a file. Name its folder.")
+    elif name.startswith((".", "~")) or not _HUB_NAME.fullmatch(name):
+        raise InputError(f"{name}: expected a checkpoint folder, got nothing. Check the path.")
+    else:
+        folder = _download(name, revision)
+    _check_folder(folder)
+    return folder
+
+
+def _download(name: str, revision: str | None) -> Path:
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=list(_HUB_FILES),
+                ignore_patterns=["*/*"],  # "*" also matches "/": originals in subfolders stay out
+            )
+        )
+    except GatedRepoError as error:
+        raise InputError(
+            f"{name}: expected access to this gated repository, got a refusal. "
+            "Accept its licence on the Hub and log in with `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise InputError(
+            f"{name}: expected an existing revision, got {revision!r}. Check the revision."
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise InputError(
+            f"{name}: expected a local folder or a Hub repository, got neither. Check the name "
+            "(a private repository needs `hf auth login`)."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise InputError(
+            f"{name}: expected a local folder, a cached copy or a reachable Hub, got none of "
+            "them. Check the path, or the network."
+        ) from error
+    except (HTTPError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{name}: expected to download it, got {reason!r}. Check the network and the disk."
+        ) from error
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / CONFIG_FILE).is_file():
+        raise InputError(
+            f"{folder}: expected {CONFIG_FILE}, got none. Name the folder that holds the model."
+        )
+    if (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file():
+        return
+    unsafe = sorted(p.name for p in folder.iterdir() if p.suffix in _UNSAFE_SUFFIXES)
+    got = f"only {shortened(unsafe)}" if unsafe else "no weights"
+    raise InputError(f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}, got {got}. {_CONVERT}")
+
+
+def read_json_config(folder: str | Path) -> dict[str, Any]:
+    """The checkpoint's ``config.json`` as a dict."""
+    return read_json(Path(folder) / CONFIG_FILE)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file that holds one object.
+
+    Raises:
+        InputError: the file is missing, is not JSON or is not an object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{file}: expected a readable file, got {error.strerror}. Check the folder."
+        ) from error
+    except ValueError as error:
+        raise InputError(
+            f"{file}: expected JSON, got {error}. Repair the file or download it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{file}: expected a JSON object, got {type(content).__name__}. Repair the file."
+        )
+    return content
+
+
+def weight_files(folder: str | Path) -> dict[Path, dict[str, str] | None]:
+    """Weight files of a checkpoint, each with what the index says of them (None: no index).
+
+    Raises:
+        InputError: no weights, an index that is malformed or points outside its folder, or a
+            shard that is not there.
+    """
+    folder = Path(folder)
+    if (folder / SINGLE_FILE).is_file():
+        return {folder / SINGLE_FILE: None}
+    _check_folder(folder)
+    index = folder / INDEX_FILE
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
+        raise InputError(
+            f"{index}: expected a weight_map of names to files, got none. Download it again."
+        )
+    files = sorted(set(names.values()))
+    for file in files:
+        if _points_outside(file):
+            raise InputError(
+                f"{index}: expected files of its own folder, got {file!r}. "
+                "Do not use this checkpoint: its index points outside."
+            )
+    absent = [file for file in files if not (folder / file).is_file()]
+    if absent:
+        raise InputError(
+            f"{index}: expected {len(files)} weight files, got {len(absent)} missing "
+            f"({shortened(absent)}). Download the checkpoint again."
+        )
+    return {folder / file: names for file in files}
+
+
+def _points_outside(file: str) -> bool:
+    """Lexical on purpose: the Hub's cache itself consists of links to blobs elsewhere."""
+    posix, windows = PurePosixPath(file), PureWindowsPath(file)
+    absolute = posix.is_absolute() or bool(windows.drive or windows.root)
+    return absolute or ".." in posix.parts or ".." in windows.parts
+
+
+@contextmanager
+def open_tensors(folder: str | Path) -> Iterator[dict[str, StoredTensor]]:
+    """All tensors of a checkpoint by name, each file opened once and closed at the end.
+
+    Raises:
+        InputError: as :func:`weight_files`, or a file that is truncated or no safetensors.
+    """
+    folder = Path(folder)
+    with ExitStack() as stack:
+        tensors: dict[str, StoredTensor] = {}
+        for file, index in weight_files(folder).items():
+            handle = stack.enter_context(open_safetensors(file))
+            for name in handle.keys():  # noqa: SIM118  (a handle is not a mapping)
+                # Where two files hold one name, the index decides.
+                if index is not None and folder / index.get(name, file.name) != file:
+                    continue
+                part = handle.get_slice(name)
+                shape, dtype = tuple(part.get_shape()), str(part.get_dtype())
+                tensors[name] = StoredTensor(name, file, shape, dtype, handle)
+        yield tensors
+
+
+@contextmanager
+def open_safetensors(file: Path) -> Iterator[Any]:
+    """``safe_open`` for NumPy, with a broken file named in one sentence."""
+    try:
+        opened = safe_open(str(file), framework="np")
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{file}: expected a complete safetensors file, got {error}. Download it again."
+        ) from error
+    with opened as handle:
+        yield handle
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Identity of a base model: a SHA-256 that is quick on any size.
+
+    Covers ``config.json`` and, of each weight file, its name, size, header (names, dtypes, shapes,
+    offsets) and bytes. Up to 64 MiB of weights every byte counts. Beyond that, of each file the
+    first and last 64 KiB of the data and 64 evenly spaced blocks of 64 KiB: another training run,
+    another dtype or layout and a changed config are detected; an edit of a few numbers between the
+    samples is not. It is a guard against mistakes, not against forgery.
+
+    Raises:
+        InputError: as :func:`weight_files`, or a file that is no safetensors.
+    """
+    files = sorted(weight_files(folder))
+    config = Path(folder) / CONFIG_FILE
+    total = hashlib.sha256(config.read_bytes() if config.is_file() else b"")
+    whole = sum(file.stat().st_size for file in files) < _HASH_WHOLE_BYTES
+    for file in files:
+        with open_safetensors(file):  # a truncated file has no identity
+            pass
+        total.update(f"\n{file.name} {file.stat().st_size}\n".encode())
+        total.update(_file_digest(file, whole))
+    return total.hexdigest()
+
+
+def _file_digest(file: Path, whole: bool) -> bytes:
+    with file.open("rb") as stream:
+        if whole:
+            return hashlib.file_digest(stream, "sha256").digest()
+        size = file.stat().st_size
+        data = 8 + int.from_bytes(stream.read(8), "little")
+        stream.seek(0)
+        digest = hashlib.sha256(stream.read(data))
+        last = max(data, size - _SAMPLE_BYTES)
+        for sample in range(_SAMPLES + 2):
+            stream.seek(data + (last - data) * sample // (_SAMPLES + 1))
+            digest.update(stream.read(_SAMPLE_BYTES))
+        return digest.digest()
+
+
+def shortened(names: Sequence[str]) -> str:
+    """At most eight names in one line, and how many more there are."""
+    more = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f", … and {more} more" if more > 0 else "")

@@ -1,0 +1,1 @@
+"""Models: NNX modules that define parameters and the forward, addressed as flat dicts of arrays."""

@@ -1,0 +1,295 @@
+"""Low-rank adapters in delta form: the adapted linear layer, and which layers get one.
+
+Every adapter is measured from its own start (``origin``):
+
+    y = x W + s · ((x A) B − (x A₀) B₀)
+
+``W`` is the checkpoint's weight and is never modified, so the frozen model *is* the teacher.
+Starts that begin at zero (plain LoRA) have no origin. Source: PiSSA (arXiv 2404.02948) as BA-LoRA
+uses it; with ``W_res = W − s·A₀B₀`` this is algebraically PiSSA's ``W_res + s·A B``.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from balora_jax.array_types import Array, Float, PRNGKeyArray
+from balora_jax.errors import InputError
+
+
+class Origin(nnx.Variable):
+    """A frozen constant of an adapter: the start it is measured from, and its scale."""
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    """One adapted linear layer of the checkpoint.
+
+    Attributes:
+        name: its name in the checkpoint, ``model.layers.3.self_attn.q_proj``.
+        path: the stacked layer that holds it here, ``layers.self_attn.q_proj``.
+        layer: its index in that stack.
+        rank: columns of A that train; the stack is zero-padded to its largest rank.
+        alpha: numerator of the scale.
+        scale: ``alpha / rank``, or ``alpha / sqrt(rank)`` with rank-stabilised scaling.
+        in_features: rows of A.
+        out_features: columns of B.
+    """
+
+    name: str
+    path: str
+    layer: int
+    rank: int
+    alpha: float
+    scale: float
+    in_features: int
+    out_features: int
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers of this layer's adapter."""
+        return self.rank * (self.in_features + self.out_features)
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """What a stacked linear layer must know to hold adapters (static, hashable)."""
+
+    rank: int
+    origin: bool
+    dropout: float = 0.0
+
+
+class Linear(nnx.Module):
+    """A stack of linear layers ``y = x W (+ b)``, each optionally with an adapter in delta form.
+
+    Parameters are stacked on a leading axis [L, …]; the forward sees one layer at a time (inside
+    the decoder's ``lax.scan``), so the call works on ``kernel`` [D_in, D_out].
+
+    Source: delta form of this project. The start is subtracted from the *factors* in float32,
+    ``s·(x [A − A₀, A₀]) [B; B − B₀]``, before they are cast to the activations' dtype: it is the
+    same sum, exactly zero at the start whatever the order of summation, and small updates survive
+    bfloat16, where the difference of two rounded products would lose them.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        layers: int,
+        use_bias: bool = False,
+        adapter: AdapterShape | None = None,
+        dtype: jnp.dtype = jnp.float32,
+    ):
+        self.kernel = nnx.Param(jnp.zeros((layers, in_features, out_features), dtype))
+        self.bias = nnx.Param(jnp.zeros((layers, out_features), dtype)) if use_bias else None
+        self.adapter = adapter
+        if adapter is not None:
+            down, up = (layers, in_features, adapter.rank), (layers, adapter.rank, out_features)
+            self.lora_a = nnx.LoRAParam(jnp.zeros(down, jnp.float32))
+            self.lora_b = nnx.LoRAParam(jnp.zeros(up, jnp.float32))
+            self.lora_scale = Origin(jnp.zeros((layers,), jnp.float32))
+            if adapter.origin:
+                self.origin_a = Origin(jnp.zeros(down, dtype))
+                self.origin_b = Origin(jnp.zeros(up, dtype))
+
+    def __call__(
+        self, x: Float[Array, "... D_in"], dropout_key: PRNGKeyArray | None = None
+    ) -> Float[Array, "... D_out"]:
+        """Apply the layer; ``dropout_key`` switches LoRA dropout on (training only)."""
+        y = matmul(x, self.kernel[...])
+        if self.bias is not None:
+            y = y + self.bias[...]
+        if self.adapter is not None:
+            y = y + self._delta(x, dropout_key)
+        return y
+
+    def _delta(self, x: Array, dropout_key: PRNGKeyArray | None) -> Array:
+        assert self.adapter is not None
+        if dropout_key is not None and self.adapter.dropout > 0.0:
+            keep = 1.0 - self.adapter.dropout
+            kept = jax.random.bernoulli(dropout_key, keep, x.shape)
+            x = jnp.where(kept, x / keep, jnp.zeros((), x.dtype)).astype(x.dtype)
+        down, up = delta_factors(
+            self.lora_a[...],
+            self.lora_b[...],
+            self.origin_a[...] if self.adapter.origin else None,
+            self.origin_b[...] if self.adapter.origin else None,
+        )
+        # Scaled while still float32: a scale such as 1/√2 is not a bfloat16 number.
+        down = (down * self.lora_scale[...]).astype(x.dtype)
+        return matmul(matmul(x, down), up.astype(x.dtype))
+
+
+def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D F"]) -> Float[Array, "... F"]:
+    """``x @ kernel`` in the dtype of ``x``; float32 is computed as float32 on every device."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.matmul(x, kernel, precision=precision, preferred_element_type=x.dtype)
+
+
+def delta_factors(
+    lora_a: Float[Array, "*L D R"],
+    lora_b: Float[Array, "*L R F"],
+    origin_a: Float[Array, "*L D R"] | None,
+    origin_b: Float[Array, "*L R F"] | None,
+) -> tuple[Array, Array]:
+    """The two factors whose product is ``A B − A₀ B₀`` (or ``A B`` without an origin), float32.
+
+    Returns:
+        ``[A − A₀, A₀]`` [*L, D, 2R] and ``[B; B − B₀]`` [*L, 2R, F].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> a, b = jnp.ones((3, 1)), jnp.full((1, 2), 2.0)
+        >>> down, up = delta_factors(a, b, a, b)
+        >>> float(jnp.abs(down @ up).max())  # measured from itself: exactly nothing
+        0.0
+    """
+    if origin_a is None or origin_b is None:
+        return lora_a, lora_b
+    origin_a, origin_b = origin_a.astype(jnp.float32), origin_b.astype(jnp.float32)
+    down = jnp.concatenate([lora_a - origin_a, origin_a], axis=-1)
+    return down, jnp.concatenate([lora_b, lora_b - origin_b], axis=-2)
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """A stacked linear layer as the planner sees it: ``name`` has ``{i}`` for the layer index."""
+
+    path: str
+    name: str
+    layers: int
+    in_features: int
+    out_features: int
+
+
+def plan_adapters(
+    linears: Sequence[LinearShape],
+    *,
+    rank: int,
+    alpha: float,
+    target_modules: Sequence[str] | str,
+    exclude_modules: Sequence[str] | str = (),
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    use_rslora: bool = False,
+) -> tuple[AdaptedModule, ...]:
+    """Which layers of a model get an adapter, with the rank and scale of each.
+
+    ``target_modules`` and ``exclude_modules`` mean what they mean in PEFT: a list of name
+    suffixes, one regular expression for the whole name, or ``all-linear``. Patterns are PEFT's
+    too: a key matches a whole name or its dotted end.
+
+    Raises:
+        InputError: a target or pattern that matches no layer; a rank larger than a layer.
+    """
+    modules = []
+    used: dict[str, bool] = {key: False for key in (rank_pattern or {})}
+    used |= {key: False for key in (alpha_pattern or {})}
+    names = [shape.name.format(i=i) for shape in linears for i in range(shape.layers)]
+    _check_targets(names, target_modules)
+    for shape in linears:
+        for i in range(shape.layers):
+            name = shape.name.format(i=i)
+            if not _matches(name, target_modules) or _matches(name, exclude_modules):
+                continue
+            r = int(_pattern_value(name, rank_pattern or {}, rank, used))
+            a = float(_pattern_value(name, alpha_pattern or {}, alpha, used))
+            _check_rank(name, r, shape)
+            scale = a / math.sqrt(r) if use_rslora else a / r
+            modules.append(
+                AdaptedModule(
+                    name, shape.path, i, r, a, scale, shape.in_features, shape.out_features
+                )
+            )
+    if not modules:
+        raise InputError(
+            "adapter.exclude_modules: expected to leave some target layer, but it excludes all of "
+            f"adapter.target_modules={target_modules!r}. Exclude fewer layers."
+        )
+    for key, seen in used.items():
+        if not seen:
+            raise InputError(
+                f"adapter.rank_pattern/alpha_pattern: {key!r} matches no adapted layer. "
+                f"Use the end of a layer's name, such as {modules[0].name!r}, or remove it."
+            )
+    return tuple(modules)
+
+
+def _matches(name: str, targets: Sequence[str] | str) -> bool:
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def _check_targets(names: Sequence[str], targets: Sequence[str] | str) -> None:
+    """Every target must match something: a silent miss would train less than was asked for."""
+    try:
+        missed = [
+            target
+            for target in ([targets] if isinstance(targets, str) else targets)
+            if not any(_matches(name, targets if isinstance(targets, str) else [target])
+                       for name in names)
+        ]  # fmt: skip
+    except re.error as error:
+        raise InputError(
+            f"adapter.target_modules: expected a regular expression, got {targets!r} ({error}). "
+            "Correct it, or give a list of layer names."
+        ) from error
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in names})
+    if not isinstance(targets, str) and not targets:
+        raise InputError(
+            f"adapter.target_modules: expected at least one layer, got an empty list. "
+            f"This model has {', '.join(kinds)}."
+        )
+    if missed:
+        near = difflib.get_close_matches(missed[0], kinds, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise InputError(
+            f"adapter.target_modules: {missed[0]!r} matches no linear layer of this model."
+            f"{hint} It has {', '.join(kinds)} (embeddings and lm_head stay frozen)."
+        )
+
+
+def _pattern_value(
+    name: str, patterns: Mapping[str, float], default: float, used: dict[str, bool]
+) -> float:
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            used[key] = True
+            return value
+    return default
+
+
+def _check_rank(name: str, rank: int, shape: LinearShape) -> None:
+    if rank < 1:
+        raise InputError(f"adapter.rank: expected at least 1 for {name}, got {rank}. Raise it.")
+    largest = min(shape.in_features, shape.out_features)
+    if rank > largest:
+        raise InputError(
+            f"adapter.rank: expected at most {largest} for {name} "
+            f"({shape.in_features} x {shape.out_features}), got {rank}. Lower the rank, or set it "
+            "for this layer in adapter.rank_pattern."
+        )
+
+
+def adapter_shapes(
+    modules: Sequence[AdaptedModule], *, origin: bool, dropout: float = 0.0
+) -> dict[str, AdapterShape]:
+    """For each stacked layer that is adapted, the largest rank in the stack."""
+    ranks: dict[str, int] = {}
+    for module in modules:
+        ranks[module.path] = max(ranks.get(module.path, 0), module.rank)
+    return {path: AdapterShape(rank, origin, dropout) for path, rank in ranks.items()}
+
+
+def trainable_parameters(modules: Sequence[AdaptedModule]) -> int:
+    """Number of trainable parameters, from shapes alone (padding not counted)."""
+    return sum(module.parameters for module in modules)

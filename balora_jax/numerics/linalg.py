@@ -1,0 +1,438 @@
+"""How are singular values, their sums and their gradients computed without dividing by gaps?
+
+Back-propagating through a singular value decomposition divides by differences of singular values
+and gives NaN where two of them meet (equal rows, masked rows). Sums of singular values do not need
+those differences: the derivative of one singular value is ``u v^T``, so every function here that is
+differentiated carries that closed form. All arithmetic is float32 (float64 where x64 is enabled and
+the input is float64), with products at the highest precision.
+"""
+
+import functools
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from balora_jax.array_types import Array, Float, PRNGKeyArray, Scalar
+from balora_jax.errors import InputError
+
+SvdMethod = Literal["auto", "exact", "iterative"]
+
+EXACT_LIMIT = 512
+"""Longest thin side (rows or columns, the smaller) that ``method="auto"`` decomposes exactly."""
+
+EXTRA_COLUMNS = 22
+"""Columns of the iterated subspace beyond the wanted k: 32 for the published k = 10."""
+
+ITERATIONS = 8
+"""Passes of the subspace iteration, each one product with the matrix and one with its transpose."""
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class LeadingTriplets(NamedTuple):
+    """Leading singular triplets of a matrix of shape N x M, singular values descending.
+
+    Attributes:
+        u: Left singular vectors, ``[N, k]``.
+        s: Singular values, ``[k]``.
+        v: Right singular vectors (not transposed), ``[M, k]``.
+    """
+
+    u: Float[Array, "N k"]
+    s: Float[Array, "k"]
+    v: Float[Array, "M k"]
+
+
+def as_float(array: Array) -> Array:
+    """Widen to float32; float64 stays float64 (only possible with JAX's x64 mode)."""
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def singular_values(
+    matrix: Float[Array, "N M"], k: int, *, method: SvdMethod = "auto"
+) -> Float[Array, "k"]:
+    """Return the k largest singular values, descending, with a gradient that is never NaN.
+
+    The gradient of value i is ``u_i v_i^T``. A value that is zero up to rounding takes the
+    subgradient 0.
+
+    Args:
+        matrix: Any matrix; float32 or narrower is computed in float32.
+        k: How many values, at least 1; a k above ``min(N, M)`` returns all ``min(N, M)`` of them.
+        method: ``exact`` is a full decomposition, ``iterative`` a subspace iteration that touches
+            the matrix only by products, ``auto`` takes the exact one up to a thin side of 512.
+
+    Returns:
+        Float32 singular values, ``[min(k, N, M)]``.
+
+    Raises:
+        InputError: If the matrix is not two-dimensional, k < 1, or the method is unknown.
+
+    >>> import jax.numpy as jnp
+    >>> singular_values(jnp.diag(jnp.array([1.0, 3.0, 2.0])), 2).tolist()
+    [3.0, 2.0]
+    """
+    if matrix.ndim != 2:
+        raise InputError(
+            f"singular values: expected a matrix, got shape {matrix.shape}. Flatten it to rows first."
+        )
+    if k < 1:
+        raise InputError(f"singular values: expected k of at least 1, got {k}. Raise k.")
+    if method not in ("auto", "exact", "iterative"):
+        raise InputError(
+            f"singular values: expected method auto, exact or iterative, got {method!r}. "
+            "Choose one of the three."
+        )
+    thin = min(matrix.shape)
+    if thin == 0:
+        return jnp.zeros((0,), jnp.promote_types(matrix.dtype, jnp.float32))
+    exact = method == "exact" or (method == "auto" and thin <= EXACT_LIMIT)
+    return _singular_values(as_float(matrix), min(k, thin), exact)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _singular_values(matrix: Array, k: int, exact: bool) -> Array:
+    return _triplets(matrix, k, exact).s
+
+
+def _singular_values_fwd(matrix: Array, k: int, exact: bool) -> tuple[Array, LeadingTriplets]:
+    triplets = _triplets(matrix, k, exact)
+    return triplets.s, triplets
+
+
+def _singular_values_bwd(k: int, exact: bool, saved: LeadingTriplets, g: Array) -> tuple[Array]:
+    del k, exact
+    u, s, v = saved
+    # Singular vectors of a zero value are arbitrary: including them would push the matrix in a
+    # direction that depends on the library and not on the data.
+    kept = jnp.where(s > zero_level(s[0], (u.shape[0], v.shape[0])), g, 0)
+    return (jnp.einsum("nk,k,mk->nm", u, kept, v, precision=_HIGHEST),)
+
+
+_singular_values.defvjp(_singular_values_fwd, _singular_values_bwd)
+
+
+def zero_level(largest: Array, shape: tuple[int, int]) -> Array:
+    """Return the size below which a computed singular value is rounding noise.
+
+    ``max(16, sqrt(max(N, M)))`` units in the last place of the largest value: measured noise of the
+    float32 decomposition stays below 10 such units up to 32,000 columns, and the usual
+    ``max(N, M)`` units would swallow true values of a matrix with one dominant direction.
+    """
+    units = max(16.0, math.sqrt(max(shape)))
+    return largest * (units * float(jnp.finfo(largest.dtype).eps))
+
+
+def _triplets(matrix: Array, k: int, exact: bool) -> LeadingTriplets:
+    if exact:
+        u, s, vt = truncated_svd(matrix, k)
+        return LeadingTriplets(u, s, vt.T)
+    return top_k_svd(matrix, k)
+
+
+def top_k_singular_sum(
+    matrix: Float[Array, "N M"], k: int, *, method: SvdMethod = "auto"
+) -> Scalar:
+    """Return the sum of the k largest singular values (the Ky Fan k-norm).
+
+    The gradient is ``U_k V_k^T``; it needs no gap between the values inside the top k and is 0 for
+    the zero matrix.
+
+    Args:
+        matrix: Any matrix; float32 or narrower is computed in float32.
+        k: How many values, at least 1; above ``min(N, M)`` all are summed.
+        method: See :func:`singular_values`.
+
+    Returns:
+        Float32 scalar.
+
+    Raises:
+        InputError: As :func:`singular_values`.
+
+    **Source:** numerator of the paper's SVD regularizer; the official code differentiates through
+    a randomized decomposition with k + 5 columns instead.
+
+    >>> import jax, jax.numpy as jnp
+    >>> matrix = jnp.diag(jnp.array([1.0, 3.0, 3.0]))
+    >>> float(top_k_singular_sum(matrix, 2))
+    6.0
+    >>> jax.grad(top_k_singular_sum)(matrix, 2).round(6).diagonal().tolist()
+    [0.0, 1.0, 1.0]
+    """
+    return jnp.sum(singular_values(matrix, k, method=method))
+
+
+def nuclear_norm(matrix: Float[Array, "N M"]) -> Scalar:
+    """Return the sum of all singular values; its gradient is ``U V^T`` over the non-zero ones.
+
+    Always exact: a subspace iteration cannot see the tail that this norm adds up.
+
+    Returns:
+        Float32 scalar, 0 for a matrix without rows.
+
+    Raises:
+        InputError: If the matrix is not two-dimensional.
+
+    >>> import jax.numpy as jnp
+    >>> float(nuclear_norm(jnp.diag(jnp.array([1.0, -2.0]))))
+    3.0
+    """
+    return jnp.sum(singular_values(matrix, max(1, min(matrix.shape)), method="exact"))
+
+
+def frobenius_norm(matrix: Float[Array, "N M"]) -> Scalar:
+    """Return the square root of the sum of squares; its gradient at the zero matrix is 0, not NaN.
+
+    Returns:
+        Float32 scalar.
+
+    >>> import jax.numpy as jnp
+    >>> float(frobenius_norm(jnp.array([[3.0, 4.0]])))
+    5.0
+    """
+    matrix = as_float(matrix)
+    squares = jnp.sum(matrix * matrix)
+    # The double where keeps sqrt away from 0, where its derivative is infinite.
+    positive = squares > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
+
+
+def top_k_svd(
+    matrix: Float[Array, "N M"],
+    k: int,
+    *,
+    columns: int | None = None,
+    iterations: int = ITERATIONS,
+) -> LeadingTriplets:
+    """Return the k leading singular triplets by subspace iteration with a fixed start.
+
+    Each pass is two half steps, ``K Q`` and ``K^T P``, and both are orthonormalised by QR: iterating
+    with ``K^T K`` instead squares the range of the spectrum and loses the small values of the top k
+    in float32. A Rayleigh-Ritz step on the thin side then gives the triplets.
+
+    The error of the triplets shrinks with ``(s[columns] / s[k - 1]) ** (2 * iterations)``: on a
+    spectrum that is flat beyond k this does not converge, and :func:`ritz_residual` shows it.
+    Nothing here is meant to be differentiated; use :func:`singular_values`.
+
+    Args:
+        matrix: Any matrix; float32 or narrower is computed in float32.
+        k: How many triplets, ``1 <= k <= min(N, M)``.
+        columns: Width of the iterated subspace; k + 22 when None, at most ``min(N, M)``.
+        iterations: Passes over the matrix.
+
+    Returns:
+        Triplets ``u [N, k]``, ``s [k]``, ``v [M, k]`` in float32.
+
+    Raises:
+        InputError: If k is outside ``1..min(N, M)``, columns < k, or iterations < 1.
+
+    >>> import jax.numpy as jnp
+    >>> top_k_svd(jnp.diag(jnp.arange(40.0)), 2).s.round(4).tolist()
+    [39.0, 38.0]
+    """
+    thin = min(matrix.shape)
+    if not 1 <= k <= thin:
+        raise InputError(
+            f"top_k_svd: expected k between 1 and {thin} for shape {matrix.shape}, got {k}. Change k."
+        )
+    width = min(k + EXTRA_COLUMNS if columns is None else columns, thin)
+    if width < k or iterations < 1:
+        raise InputError(
+            f"top_k_svd: expected columns of at least k = {k} and iterations of at least 1, "
+            f"got {columns} and {iterations}. Raise them."
+        )
+    if matrix.shape[0] < matrix.shape[1]:
+        v, s, u = top_k_svd(matrix.T, k, columns=width, iterations=iterations)
+        return LeadingTriplets(u, s, v)
+    tall = as_float(matrix)
+    start = jax.random.normal(jax.random.key(0), (tall.shape[1], width), tall.dtype)
+    thin_basis = _subspace(tall, start, iterations)
+    # Rayleigh-Ritz: the restriction K Q is N x width; its QR leaves a width x width problem.
+    tall_basis, small = jnp.linalg.qr(_product(tall, thin_basis))
+    left, s, right_t = jnp.linalg.svd(small, full_matrices=False)
+    return LeadingTriplets(
+        _product(tall_basis, left[:, :k]), s[:k], _product(thin_basis, right_t[:k].T)
+    )
+
+
+def _subspace(tall: Array, start: Array, iterations: int) -> Array:
+    def one_pass(_: int, basis: Array) -> Array:
+        left, _r = jnp.linalg.qr(_product(tall, basis))
+        right, _r = jnp.linalg.qr(_product(tall.T, left))
+        return right
+
+    basis, _r = jnp.linalg.qr(start)
+    return jax.lax.fori_loop(0, iterations, one_pass, basis)
+
+
+def ritz_residual(matrix: Float[Array, "N M"], triplets: LeadingTriplets) -> Scalar:
+    """Return ``||K^T U - V S||_F / ||S||``: how far computed triplets are from being singular.
+
+    0 for exact triplets; near the square root of machine precision or below when the iteration has
+    converged. 0 for the zero matrix.
+
+    >>> import jax.numpy as jnp
+    >>> matrix = jnp.diag(jnp.arange(40.0))
+    >>> bool(ritz_residual(matrix, top_k_svd(matrix, 2)) < 1e-3)
+    True
+    """
+    u, s, v = triplets
+    gap = frobenius_norm(_product(as_float(matrix).T, u) - v * s)
+    size = jnp.sqrt(jnp.sum(s * s))
+    return jnp.where(size > 0, gap / jnp.where(size > 0, size, 1.0), 0.0)
+
+
+def truncated_svd(
+    matrix: Float[Array, "N M"], rank: int
+) -> tuple[Float[Array, "N r"], Float[Array, "r"], Float[Array, "r M"]]:
+    """Return the leading ``rank`` singular triplets of an exact decomposition in float32.
+
+    Args:
+        matrix: Any matrix; float32 or narrower is computed in float32.
+        rank: ``1 <= rank <= min(N, M)``.
+
+    Returns:
+        ``(u, s, vt)`` with shapes ``[N, rank]``, ``[rank]``, ``[rank, M]``, s descending.
+
+    Raises:
+        InputError: If rank is outside ``1..min(N, M)``.
+
+    **Source:** the start ``pissa`` (PiSSA; peft takes the same exact float32 decomposition).
+
+    >>> import jax.numpy as jnp
+    >>> u, s, vt = truncated_svd(jnp.array([[0.0, 2.0], [1.0, 0.0], [0.0, 0.0]]), 1)
+    >>> s.tolist(), abs(u[:, 0]).tolist(), abs(vt[0]).tolist()
+    ([2.0], [1.0, 0.0, 0.0], [0.0, 1.0])
+    """
+    _check_rank("truncated_svd", matrix, rank)
+    if matrix.shape[0] < matrix.shape[1]:
+        # Decomposing the tall side lets every backend reduce to the thin square by QR first.
+        u, s, vt = truncated_svd(matrix.T, rank)
+        return vt.T, s, u.T
+    tall = as_float(matrix)
+    if tall.shape[0] > tall.shape[1]:
+        basis, tall = jnp.linalg.qr(tall)
+        u, s, vt = jnp.linalg.svd(tall, full_matrices=False)
+        return _product(basis, u[:, :rank]), s[:rank], vt[:rank]
+    u, s, vt = jnp.linalg.svd(tall, full_matrices=False)
+    return u[:, :rank], s[:rank], vt[:rank]
+
+
+def randomized_svd(
+    matrix: Float[Array, "N M"],
+    rank: int,
+    n_iter: int,
+    key: PRNGKeyArray,
+    *,
+    oversampling: int = 0,
+) -> tuple[Float[Array, "N r"], Float[Array, "r"], Float[Array, "r M"]]:
+    """Return approximate leading singular triplets from a random sketch and power iterations.
+
+    Args:
+        matrix: Any matrix; float32 or narrower is computed in float32.
+        rank: ``1 <= rank <= min(N, M)``.
+        n_iter: Power iterations after the first sketch, each two products with a QR after both;
+            0 is allowed.
+        key: Random key of the sketch. Another key gives slightly other triplets.
+        oversampling: Extra columns of the sketch, cut off at the end.
+
+    Returns:
+        ``(u, s, vt)`` with shapes ``[N, rank]``, ``[rank]``, ``[rank, M]``, s descending, float32.
+
+    Raises:
+        InputError: If rank is outside ``1..min(N, M)``, or n_iter or oversampling is negative.
+
+    **Source:** Halko, Martinsson and Tropp (2009), algorithms 4.4 and 5.1; the start
+    ``pissa_niter_N``. peft sketches with exactly ``rank`` columns, hence no oversampling by
+    default.
+
+    >>> import jax, jax.numpy as jnp
+    >>> u, s, vt = randomized_svd(jnp.diag(jnp.array([4.0, 2.0, 0.0])), 2, 4, jax.random.key(1))
+    >>> s.round(4).tolist()
+    [4.0, 2.0]
+    """
+    _check_rank("randomized_svd", matrix, rank)
+    if n_iter < 0 or oversampling < 0:
+        raise InputError(
+            "randomized_svd: expected n_iter and oversampling of at least 0, "
+            f"got {n_iter} and {oversampling}. Raise them."
+        )
+    if matrix.shape[0] < matrix.shape[1]:
+        u, s, vt = randomized_svd(matrix.T, rank, n_iter, key, oversampling=oversampling)
+        return vt.T, s, u.T
+    tall = as_float(matrix)
+    width = min(rank + oversampling, tall.shape[1])
+    sketch = _product(tall, jax.random.normal(key, (tall.shape[1], width), tall.dtype))
+
+    def one_pass(_: int, basis: Array) -> Array:
+        right, _r = jnp.linalg.qr(_product(tall.T, basis))
+        left, _r = jnp.linalg.qr(_product(tall, right))
+        return left
+
+    basis, _r = jnp.linalg.qr(sketch)
+    basis = jax.lax.fori_loop(0, n_iter, one_pass, basis)
+    # The restriction Q^T A is short and wide: decompose it from its tall side.
+    u, s, vt = truncated_svd(_product(basis.T, tall), rank)
+    return _product(basis, u), s, vt
+
+
+def head_factor(embedding: Float[Array, "V D"] | np.ndarray, *, center: bool = False) -> np.ndarray:
+    """Return the D x D factor R of the head with ``singular values(H W^T) = those of H R^T``.
+
+    With ``W = Q R`` and orthonormal columns of Q, ``H W^T = (H R^T) Q^T`` has the singular values
+    of ``H R^T``, which is N x D instead of N x V. Also ``||H W^T||_F = ||H R^T||_F``. Runs once, on
+    the host, in float64: a Cholesky factor of ``W^T W`` in float32 would lose the small end.
+
+    The rows are read in blocks, so the float64 copy never holds the entire head.
+
+    Args:
+        embedding: Frozen head ``[V, D]`` of any float dtype, rows are vocabulary entries.
+        center: Factor ``W - mean over V`` instead. ``H`` times that is the logits minus their row
+            mean, so this factor serves the option ``center_rows``.
+
+    Returns:
+        Upper triangular float32 array ``[D, D]`` with a non-negative diagonal.
+
+    Raises:
+        InputError: If the embedding is not two-dimensional or holds a value that is not finite.
+
+    >>> import numpy as np
+    >>> head_factor(np.array([[3.0], [4.0]])).tolist()
+    [[5.0]]
+    """
+    if embedding.ndim != 2:
+        raise InputError(
+            f"head_factor: expected a head of shape [V, D], got {embedding.shape}. Pass lm_head's "
+            "weight."
+        )
+    head = np.asarray(embedding)
+    vocabulary, width = head.shape
+    step = max(8192, 4 * width)
+    blocks = [slice(i, i + step) for i in range(0, vocabulary, step)]
+    mean = np.zeros(width)
+    if center:
+        mean = sum((head[b].astype(np.float64).sum(0) for b in blocks), mean) / max(vocabulary, 1)
+    factor = np.zeros((width, width))
+    for b in blocks:
+        factor = np.linalg.qr(np.vstack([factor, head[b].astype(np.float64) - mean]), mode="r")
+    if not np.isfinite(factor).all():
+        raise InputError(
+            "head_factor: expected a head of finite numbers, got NaN or infinity. Check the weights."
+        )
+    signs = np.where(np.diagonal(factor) < 0, -1.0, 1.0)
+    return (signs[:, None] * factor).astype(np.float32)
+
+
+def _product(left: Array, right: Array) -> Array:
+    return jnp.matmul(left, right, precision=_HIGHEST)
+
+
+def _check_rank(where: str, matrix: Array, rank: int) -> None:
+    if matrix.ndim != 2 or not 1 <= rank <= min(matrix.shape):
+        raise InputError(
+            f"{where}: expected a matrix and a rank between 1 and its shorter side, got shape "
+            f"{matrix.shape} and rank {rank}. Lower the rank."
+        )

@@ -1,0 +1,43 @@
+"""Which file does a path in a configuration mean?
+
+A plain path is taken as it is. ``balora_jax:quickstart/train.jsonl`` means a file that is shipped
+inside the installed package, so that a configuration works from any folder.
+"""
+
+from pathlib import Path, PurePosixPath
+
+from balora_jax.errors import InputError
+
+PACKAGE_PREFIX = "balora_jax:"
+_PACKAGE_ROOT = Path(__file__).resolve().parent
+
+
+def resolve_path(text: str) -> str:
+    """Turn the text of a path (or of a hub name) into what may be opened.
+
+    Args:
+        text: A path, a hub name, or ``balora_jax:`` followed by a path inside the package.
+
+    Returns:
+        The absolute path for a package path; otherwise `text` with a leading ``~`` expanded. Whether
+        anything is there is left to the reader, who knows what it expects.
+
+    Raises:
+        InputError: The text is empty, or a package path is absolute or leads outside the package.
+
+    >>> resolve_path("org/model")
+    'org/model'
+    >>> resolve_path("balora_jax:quickstart/train.jsonl").endswith("balora_jax/quickstart/train.jsonl")
+    True
+    """
+    if not text.strip():
+        raise InputError("path: expected a path or a hub name, got empty text. Give one.")
+    if not text.startswith(PACKAGE_PREFIX):
+        return str(Path(text).expanduser()) if text.startswith("~") else text
+    inside = PurePosixPath(text.removeprefix(PACKAGE_PREFIX))
+    if inside.is_absolute() or ".." in inside.parts or not inside.parts:
+        raise InputError(
+            f"{text}: expected a relative path inside the package after {PACKAGE_PREFIX!r}, "
+            f"got {str(inside)!r}. Leave the prefix out for a file elsewhere."
+        )
+    return str(_PACKAGE_ROOT.joinpath(*inside.parts))

@@ -1,0 +1,1 @@
+"""The quickstart's checkpoint and task set, and the scripts that made them."""
