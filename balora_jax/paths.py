@@ -19,15 +19,15 @@ def resolve_path(text: str) -> str:
         text: A path, a hub name, or ``balora_jax:`` followed by a path inside the package.
 
     Returns:
-        The absolute path for a package path; otherwise `text` with a leading ``~`` expanded. Whether
-        anything is there is left to the reader, who knows what it expects.
+        The absolute path for a package path; otherwise `text` with a leading ``~`` expanded.
+        Whether anything is there is left to the reader, who knows what it expects.
 
     Raises:
         InputError: The text is empty, or a package path is absolute or leads outside the package.
 
     >>> resolve_path("org/model")
     'org/model'
-    >>> resolve_path("balora_jax:quickstart/train.jsonl").endswith("balora_jax/quickstart/train.jsonl")
+    >>> resolve_path("balora_jax:quickstart/a.jsonl").endswith("balora_jax/quickstart/a.jsonl")
     True
     """
     if not text.strip():

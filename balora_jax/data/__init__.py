@@ -1,1 +1,1 @@
-"""How do text files become batches? Sources (rows), examples (tokens and mask), batches (arrays)."""
+"""How do text files become batches? Rows (sources), tokens (examples), arrays (batches)."""

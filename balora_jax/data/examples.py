@@ -1,25 +1,393 @@
 """How does a row become token ids and a loss mask?
 
-The rule of the boundary: the ids of the prompt are made by one function, `encode_prompt`, for
-training and for generation alike, so a trained row always begins with exactly the ids that
-generation starts from.
+The rule of the border: the ids of a prompt are made by one function for training and for
+generation alike, so a trained row begins with exactly the ids that generation starts from.
 
 - Text templates: prompt and response are tokenised apart and joined as ids. No token can straddle
-  the border, whatever merges the tokenizer knows.
-- The chat template: the whole conversation is tokenised at once, as servers do, and the prompt
-  must be a prefix of it, id by id; a template for which it is not is an error.
+  the border, whatever the tokenizer merges.
+- The chat template: the conversation is tokenised whole, as servers do it, and the prompt must be
+  its prefix, id by id. A template for which it is not is an error, never a shifted mask.
+
+Texts may hold the tokenizer's special tokens as text (a template of one's own does); they are
+read as those tokens, as in `transformers`.
 """
 
 import dataclasses
 import itertools
-import math
-import numbers
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from balora_jax.data.templates import PromptTemplate, column_of, text_of
+from balora_jax.data.templates import (
+    ExampleSettings,
+    Message,
+    Row,
+    messages_of,
+    prompt_text,
+    response_text,
+)
 from balora_jax.errors import InputError
+
+__all__ = [
+    "EncodedSet",
+    "EncodingReport",
+    "Example",
+    "ExampleSettings",
+    "describe_example",
+    "encode_prompt",
+    "encode_rows",
+]
+
+_CHUNK = 1000
+_SHOW_PROGRESS_ABOVE = 2000
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """One row as the model trains on it.
+
+    Attributes:
+        input_ids: int32 [T], the whole sequence.
+        loss_mask: int8 [T], 1 where the token is to be learnt (it is the target of the position
+            before it), else 0; the first is 0, as nothing predicts it.
+    """
+
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.input_ids.shape != self.loss_mask.shape or self.input_ids.ndim != 1:
+            raise ValueError(
+                f"Example: expected two rows of one length, got the shapes {self.input_ids.shape} "
+                f"and {self.loss_mask.shape}."
+            )
+        if self.loss_mask.size == 0 or self.loss_mask[0] != 0:
+            raise ValueError("Example: expected a first token outside the loss.")
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodingReport:
+    """What became of the rows: ``rows = kept + dropped + prompt_too_long``.
+
+    Attributes:
+        rows: Rows read.
+        kept: Examples made.
+        truncated: Those of the kept that lost the end of their response.
+        dropped: Rows left out for their length, by choice.
+        prompt_too_long: Rows left out because their prompt alone fills the limit.
+        tokens: Tokens of all examples.
+        loss_tokens: Those of them that are learnt.
+    """
+
+    rows: int
+    kept: int
+    truncated: int
+    dropped: int
+    prompt_too_long: int
+    tokens: int
+    loss_tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kept} of {self.rows} rows kept ({self.truncated} truncated, {self.dropped} "
+            f"dropped as too long, {self.prompt_too_long} with a prompt too long), "
+            f"{self.tokens} tokens, {self.loss_tokens} of them in the loss"
+        )
+
+
+class EncodedSet(NamedTuple):
+    """The examples, in the order of their rows, and what became of the rows."""
+
+    examples: list[Example]
+    report: EncodingReport
+
+
+class _Sequence(NamedTuple):
+    """Token ids before the limit is applied, with the spans [start, end) of the responses."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+
+
+def encode_rows(rows: Any, tokenizer: Any, settings: ExampleSettings) -> EncodedSet:
+    """Tokenise rows into examples whose loss covers the response and its EOS only.
+
+    Args:
+        rows: A sized collection of rows (mappings from column to cell).
+        tokenizer: A `transformers` tokenizer with an EOS token.
+        settings: Template, columns, limit.
+
+    Returns:
+        Examples of at most `settings.max_length` tokens, and the report.
+
+    Raises:
+        InputError: A row cannot be read as the settings say, the tokenizer has no EOS or no chat
+            template, or no row is left.
+
+    **Source:** the paper's loss is on the response and EOS only, after the Alpaca prompt.
+    Departure: the official code tokenises prompt and response as one text and counts the prompt's
+    tokens; here they are tokenised apart, so that the border is exact.
+    """
+    if len(rows) == 0:
+        raise InputError("data: expected at least one row, got none. Add rows.")
+    tally = _Tally(settings)
+    with tqdm(
+        total=len(rows), desc="tokenising", unit="row", disable=len(rows) <= _SHOW_PROGRESS_ABOVE
+    ) as bar:
+        numbered = enumerate(rows, start=1)
+        while chunk := list(itertools.islice(numbered, _CHUNK)):
+            for sequence in _encode_chunk(chunk, tokenizer, settings):
+                tally.add(sequence)
+            bar.update(len(chunk))
+    return tally.result()
+
+
+def encode_prompt(row: Row, tokenizer: Any, settings: ExampleSettings) -> list[int]:
+    """The ids that generation starts from: those that the trained example of this row begins with.
+
+    Args:
+        row: A row; only the columns of the prompt are read, except in a conversation, whose prompt
+            is all that stands before the last assistant turn.
+        tokenizer: The tokenizer of the training.
+        settings: The settings of the training. The limit is not applied.
+
+    Raises:
+        InputError: As `encode_rows`, for this row.
+    """
+    if settings.template != "chat":
+        text = prompt_text(row, settings, "row")
+        return _prompt_ids([text], tokenizer)[0]
+    if settings.messages_column is None:
+        # The turn that is to be generated need not be in the row.
+        row = {**row, settings.response_column: "-"}
+    messages = messages_of(row, settings, "row")
+    answers = _assistant_turns(messages)
+    before = messages[: answers[-1]] if answers else messages
+    return _chat_ids(before, tokenizer, "row", generation=True)
+
+
+def describe_example(example: Example, tokenizer: Any) -> str:
+    """One example as text for a person to check, what is learnt between ⟦ and ⟧.
+
+    Args:
+        example: The example.
+        tokenizer: The tokenizer that made it.
+
+    Returns:
+        A line of counts, then the decoded text, special tokens included.
+    """
+    runs = itertools.groupby(zip(example.loss_mask, example.input_ids, strict=True), lambda t: t[0])
+    texts = []
+    for learnt, run in runs:
+        ids = [int(token) for _, token in run]
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        texts.append(f"⟦{text}⟧" if learnt else text)
+    learnt_count = int(example.loss_mask.sum())
+    head = f"{len(example.input_ids)} tokens, {learnt_count} in the loss (between ⟦ and ⟧):"
+    return f"{head}\n{''.join(texts)}"
+
+
+class _Tally:
+    """Applies the limit to one sequence after another, and counts."""
+
+    def __init__(self, settings: ExampleSettings) -> None:
+        self._settings = settings
+        self._examples: list[Example] = []
+        self._rows = self._truncated = self._dropped = self._prompt_too_long = 0
+        self._shortest_prompt: int | None = None
+        self._shortest_row: int | None = None
+
+    def add(self, sequence: _Sequence) -> None:
+        limit = self._settings.max_length
+        length, prompt = len(sequence.ids), sequence.spans[0][0]
+        self._rows += 1
+        self._shortest_prompt = min(prompt, self._shortest_prompt or prompt)
+        self._shortest_row = min(length, self._shortest_row or length)
+        mask = _loss_mask(sequence, self._settings)[:limit]
+        if not mask.any():
+            self._prompt_too_long += 1
+        elif length > limit and self._settings.overlong == "drop":
+            self._dropped += 1
+        else:
+            self._truncated += length > limit
+            self._examples.append(Example(np.asarray(sequence.ids[:limit], np.int32), mask))
+
+    def result(self) -> EncodedSet:
+        if not self._examples:
+            raise InputError(self._nothing_left())
+        report = EncodingReport(
+            rows=self._rows,
+            kept=len(self._examples),
+            truncated=self._truncated,
+            dropped=self._dropped,
+            prompt_too_long=self._prompt_too_long,
+            tokens=sum(len(example.input_ids) for example in self._examples),
+            loss_tokens=sum(int(example.loss_mask.sum()) for example in self._examples),
+        )
+        return EncodedSet(self._examples, report)
+
+    def _nothing_left(self) -> str:
+        limit = self._settings.max_length
+        if self._dropped:
+            return (
+                f"data: expected rows of at most max_length = {limit} tokens, got {self._rows} "
+                f"longer ones: the shortest has {self._shortest_row} tokens. "
+                "Raise max_length or set overlong to truncate."
+            )
+        return (
+            f"data: expected prompts shorter than max_length = {limit} tokens, got none: the "
+            f"shortest of {self._rows} has {self._shortest_prompt} tokens. Raise max_length above "
+            "that or shorten the prompts."
+        )
+
+
+def _loss_mask(sequence: _Sequence, settings: ExampleSettings) -> np.ndarray:
+    mask = np.zeros(len(sequence.ids), np.int8)
+    if settings.train_on == "all":
+        mask[1:] = 1
+    else:
+        for start, end in sequence.spans:
+            mask[start:end] = 1
+    return mask
+
+
+def _encode_chunk(
+    chunk: Sequence[tuple[int, Row]], tokenizer: Any, settings: ExampleSettings
+) -> Iterator[_Sequence]:
+    eos = _eos_id(tokenizer)
+    if settings.template == "chat":
+        for number, row in chunk:
+            where = f"row {number}"
+            yield _encode_chat(messages_of(row, settings, where), tokenizer, eos, where)
+        return
+    prompts = [prompt_text(row, settings, f"row {number}") for number, row in chunk]
+    responses = [response_text(row, settings, f"row {number}") for number, row in chunk]
+    prompt_ids = _prompt_ids(prompts, tokenizer)
+    response_ids = _plain_ids(responses, tokenizer)
+    for (number, _), prompt, response in zip(chunk, prompt_ids, response_ids, strict=True):
+        _check_prompt(prompt, f"row {number}")
+        ids = prompt + _end_once(response, eos)
+        yield _Sequence(ids, [(len(prompt), len(ids))])
+
+
+def _check_prompt(prompt: Sequence[int], where: str) -> None:
+    if not prompt:
+        raise InputError(
+            f"{where}: expected a prompt of at least one token, got none from the tokenizer. "
+            "Use a template with text, or leave the row out."
+        )
+
+
+def _end_once(ids: list[int], eos: int) -> list[int]:
+    """The ids with one EOS at the end, however many the text itself ended with.
+
+    >>> _end_once([5, 2, 2], eos=2)
+    [5, 2]
+    """
+    end = len(ids)
+    while end and ids[end - 1] == eos:
+        end -= 1
+    return [*ids[:end], eos]
+
+
+def _eos_id(tokenizer: Any) -> int:
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            "tokenizer: expected an end-of-sequence token, got none, so no response could end. "
+            "Set eos_token in tokenizer_config.json."
+        )
+    return tokenizer.eos_token_id
+
+
+def _plain_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    # verbose=False: whether a row is too long is counted here, against our own limit.
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _prompt_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """The ids of prompts: what the tokenizer puts before every text (BOS), once, then the text."""
+    probe = tokenizer("a", add_special_tokens=True, return_special_tokens_mask=True)
+    leading = itertools.takewhile(
+        lambda pair: pair[1], zip(probe["input_ids"], probe["special_tokens_mask"], strict=True)
+    )
+    start = [token for token, _ in leading]
+    return [
+        ids if start and ids[: len(start)] == start else start + ids
+        for ids in _plain_ids(texts, tokenizer)
+    ]
+
+
+def _assistant_turns(messages: Iterable[Message]) -> list[int]:
+    return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _encode_chat(messages: list[Message], tokenizer: Any, eos: int, where: str) -> _Sequence:
+    """Tokenise a conversation up to its last assistant turn; each assistant turn is a span.
+
+    A turn ends with its EOS, or where the template ends it; what a template writes after the EOS
+    (a line break, mostly) is not learnt. The last turn gets an EOS if the template writes none.
+    """
+    turns = _assistant_turns(messages)
+    if not turns:
+        raise InputError(
+            f"{where}: expected at least one assistant turn, got none. "
+            "Leave the row out or rename its roles."
+        )
+    ids = _chat_ids(messages[: turns[-1] + 1], tokenizer, where, generation=False)
+    spans = []
+    for turn in turns:
+        prompt = _chat_ids(messages[:turn], tokenizer, where, generation=True)
+        whole = _chat_ids(messages[: turn + 1], tokenizer, where, generation=False)
+        _check_prompt(prompt, where)
+        if ids[: len(prompt)] != prompt or ids[: len(whole)] != whole or len(whole) < len(prompt):
+            raise InputError(
+                f"{where}: expected the chat template to begin a conversation with the very tokens "
+                f"of its prompt, got other ones before message {turn + 1}. "
+                "Use a text template for this tokenizer."
+            )
+        spans.append((len(prompt), _turn_end(ids, len(prompt), len(whole), eos)))
+    start, end = spans[-1]
+    kept = ids[:end]
+    if eos not in kept[start:]:
+        kept = [*kept, eos]
+        spans[-1] = (start, len(kept))
+    return _Sequence(kept, spans)
+
+
+def _turn_end(ids: Sequence[int], start: int, end: int, eos: int) -> int:
+    """Where the learnt part of ids[start:end] ends: after its last EOS, if it has one.
+
+    >>> _turn_end([1, 7, 8, 2, 5], start=1, end=5, eos=2)
+    4
+    """
+    marks = [i for i in range(start, end) if ids[i] == eos]
+    return marks[-1] + 1 if marks else end
+
+
+def _chat_ids(
+    messages: Sequence[Message], tokenizer: Any, where: str, *, generation: bool
+) -> list[int]:
+    if not tokenizer.chat_template:
+        raise InputError(
+            "tokenizer: expected a chat template, got none. "
+            "Use the template alpaca or plain, or a text of your own."
+        )
+    try:
+        # Only chat templates need it, and transformers does not bring it along.
+        import jinja2
+    except ImportError as error:
+        raise InputError(
+            "tokenizer: expected the package jinja2, which renders chat templates, got none. "
+            "Run: pip install jinja2"
+        ) from error
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=generation, return_dict=False
+        )
+    except jinja2.TemplateError as error:
+        raise InputError(
+            f"{where}: expected a conversation that the chat template takes, got its error "
+            f"({error}). Mend the row or use a text template."
+        ) from error

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
+from datasets.exceptions import DatasetsError
 
 from balora_jax.errors import InputError
 from balora_jax.paths import PACKAGE_PREFIX, resolve_path
@@ -112,7 +113,7 @@ def _load_local(files: list[str], limit: int | None) -> list[Row]:
             # each reader sees one file, and the pattern characters in its name are quoted.
             options = _csv_options(file, files[0]) if kind == "csv" else {}
             rows.extend(_stream(str(kind), file, options, left))
-        except (OSError, EOFError, zlib.error, ValueError, datasets.exceptions.DatasetsError) as e:
+        except (OSError, EOFError, zlib.error, ValueError, DatasetsError) as e:
             if isinstance(e, InputError):
                 raise
             raise InputError(_unreadable(file, e)) from e
@@ -201,7 +202,7 @@ def _load_hub(spec: str, split: str, limit: int | None) -> Rows:
     name, _, config = spec.partition(":")
     try:
         found = datasets.load_dataset(name, config or None, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"{spec}: expected a data file or a hub data set with the split {split!r}, got neither "

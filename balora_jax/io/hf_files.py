@@ -26,6 +26,7 @@ from balora_jax.errors import InputError
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_FILES = (SINGLE_FILE, "model-*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from balora_jax.errors import InputError
 from balora_jax.io.hf_files import (
     CONFIG_FILE,
+    FLOAT_DTYPES,
     StoredTensor,
     find_checkpoint,
     fingerprint,
@@ -31,8 +32,6 @@ from balora_jax.io.hf_files import (
 from balora_jax.models.registry import WeightRule
 
 __all__ = ["find_checkpoint", "fingerprint", "load_weights", "read_json_config"]
-
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 _PIECE_BYTES = 64 * 2**20
 _PROGRESS_FROM_BYTES = 200_000_000

@@ -66,7 +66,8 @@ def start_adapters(
         return a.astype(kernel.dtype), b.astype(kernel.dtype)
 
     stacks = stack_factors(modules, kernels, make)
-    adapters = {name: stack.astype(jnp.float32) for name, stack in stacks.items()}
+    # A copy even where the dtype agrees: the train step donates the adapters, not the origin.
+    adapters = {name: jnp.array(stack, jnp.float32, copy=True) for name, stack in stacks.items()}
     origin = scales(modules, kernels)
     if start_has_origin(start):
         origin |= {name.replace(".lora_", ".origin_"): stack for name, stack in stacks.items()}

@@ -1,1 +1,1 @@
-"""Pure functions on arrays: linear algebra, regularizers, losses, the chunked head, the objective."""
+"""What is computed on plain arrays? Linear algebra, regularizers, losses, head, objective."""

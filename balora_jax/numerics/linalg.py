@@ -77,7 +77,8 @@ def singular_values(
     """
     if matrix.ndim != 2:
         raise InputError(
-            f"singular values: expected a matrix, got shape {matrix.shape}. Flatten it to rows first."
+            f"singular values: expected a matrix, got shape {matrix.shape}. "
+            "Flatten it to rows first."
         )
     if k < 1:
         raise InputError(f"singular values: expected k of at least 1, got {k}. Raise k.")
@@ -209,9 +210,9 @@ def top_k_svd(
 ) -> LeadingTriplets:
     """Return the k leading singular triplets by subspace iteration with a fixed start.
 
-    Each pass is two half steps, ``K Q`` and ``K^T P``, and both are orthonormalised by QR: iterating
-    with ``K^T K`` instead squares the range of the spectrum and loses the small values of the top k
-    in float32. A Rayleigh-Ritz step on the thin side then gives the triplets.
+    Each pass is two half steps, ``K Q`` and ``K^T P``, and both are orthonormalised by QR:
+    iterating with ``K^T K`` instead squares the range of the spectrum and loses the small values
+    of the top k in float32. A Rayleigh-Ritz step on the thin side then gives the triplets.
 
     The error of the triplets shrinks with ``(s[columns] / s[k - 1]) ** (2 * iterations)``: on a
     spectrum that is flat beyond k this does not converge, and :func:`ritz_residual` shows it.
@@ -236,7 +237,8 @@ def top_k_svd(
     thin = min(matrix.shape)
     if not 1 <= k <= thin:
         raise InputError(
-            f"top_k_svd: expected k between 1 and {thin} for shape {matrix.shape}, got {k}. Change k."
+            f"top_k_svd: expected k between 1 and {thin} for shape {matrix.shape}, "
+            f"got {k}. Change k."
         )
     width = min(k + EXTRA_COLUMNS if columns is None else columns, thin)
     if width < k or iterations < 1:
@@ -420,7 +422,8 @@ def head_factor(embedding: Float[Array, "V D"] | np.ndarray, *, center: bool = F
         factor = np.linalg.qr(np.vstack([factor, head[b].astype(np.float64) - mean]), mode="r")
     if not np.isfinite(factor).all():
         raise InputError(
-            "head_factor: expected a head of finite numbers, got NaN or infinity. Check the weights."
+            "head_factor: expected a head of finite numbers, got NaN or infinity. "
+            "Check the weights."
         )
     signs = np.where(np.diagonal(factor) < 0, -1.0, 1.0)
     return (signs[:, None] * factor).astype(np.float32)

@@ -1,0 +1,240 @@
+"""How do examples become batches of one shape, in an order that can be resumed exactly?
+
+The order, the packing and the position are grain's: a shuffle that is a function of the seed and
+the epoch, repeated for ever, and a state of a few integers.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, get_args
+
+import grain
+import grain.experimental
+import numpy as np
+
+from balora_jax.data.examples import Example
+from balora_jax.errors import InputError
+
+Batch = dict[str, np.ndarray]
+Mode = Literal["padding", "packing"]
+
+_LENGTH_MULTIPLE = 8
+# Rows that grain's packer fills side by side. On GSM8K at 1024 tokens 64 fill 93 % of the places,
+# 1 fills 80 %, and 128 only 0.5 % more.
+_MOST_BINS = 64
+_NO_THREADS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+
+
+class BatchIterator:
+    """Batches without end, each a dict of arrays [accumulation, batch_size, length].
+
+    ==============  =======  =====================================================================
+    key             dtype    meaning
+    ==============  =======  =====================================================================
+    `input_ids`     int32    tokens; `pad_id` where there is none
+    `loss_mask`     int32    1 where the token is a target, 0 at each segment's first token
+    `segment_ids`   int32    1, 2, … for the examples in a row, 0 for padding
+    `positions`     int32    from 0 in each segment, 0 for padding
+    ==============  =======  =====================================================================
+
+    Every epoch takes each example once, in an order of its own; a batch may hold the end of one
+    epoch and the start of the next, and a packed row too. With several hosts, each builds the same
+    iterator and places its own part of the batch.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        batch_size: int,
+        accumulation: int,
+        length: int,
+        mode: Mode,
+        seed: int,
+        pad_id: int,
+    ) -> None:
+        """Set up the order; nothing is read yet.
+
+        Args:
+            examples: At least one, none longer than `length`.
+            batch_size: Rows of a micro-batch.
+            accumulation: Micro-batches of a step.
+            length: Tokens of a row, as `common_length` gives it.
+            mode: ``padding`` (one example a row) or ``packing`` (as many as fit, first fit).
+            seed: Of the order.
+            pad_id: The token for empty places; any in the vocabulary does, as no loss sees it.
+
+        Raises:
+            InputError: A number below 1, no examples, one too long, or an unknown mode.
+        """
+        for name, value in (("batch_size", batch_size), ("accumulation", accumulation)):
+            if value < 1:
+                raise InputError(f"{name}: expected at least 1, got {value}. Raise it.")
+        if mode not in get_args(Mode):
+            raise InputError(
+                f"mode: expected one of {', '.join(get_args(Mode))}, got {mode!r}. Choose one."
+            )
+        _check_lengths(examples, length)
+        self._rows, self._accumulation = batch_size * accumulation, accumulation
+        self._length, self._mode, self._pad_id = length, mode, pad_id
+        # What must be the same for a saved position to mean the same batches.
+        self._identity: dict[str, Any] = {
+            "examples": _digest(examples),
+            "batch_size": batch_size,
+            "accumulation": accumulation,
+            "length": length,
+            "mode": mode,
+            "seed": seed,
+        }
+        source = [
+            {"input_ids": e.input_ids, "loss_mask": e.loss_mask.astype(np.int32)} for e in examples
+        ]
+        self._epoch = grain.MapDataset.source(source).seed(seed).shuffle()
+        # More bins than one epoch fills would put an example beside itself.
+        tokens = sum(len(example.input_ids) for example in examples)
+        self._bins = min(_MOST_BINS, max(1, tokens // length))
+        forever = self._rows_of(self._epoch.repeat(None)).batch(self._rows)
+        self._iterator = iter(forever)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._iterator)
+        shape = (self._accumulation, -1, self._length)
+        return {key: value.reshape(shape) for key, value in batch.items()}
+
+    def get_state(self) -> dict[str, Any]:
+        """The position after the last batch given out, as plain JSON values."""
+        return {**self._identity, "position": self._iterator.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go to a saved position: the next batches are bit for bit those that came after it.
+
+        Args:
+            state: What `get_state` of an iterator over the same examples gave.
+
+        Raises:
+            InputError: The state belongs to other examples or another setting.
+        """
+        for key, mine in self._identity.items():
+            if state.get(key) != mine:
+                raise InputError(
+                    f"data position: expected {key} = {mine}, got {state.get(key)} in the "
+                    "checkpoint. Resume with the data and the settings of the first run."
+                )
+        self._iterator.set_state(state["position"])
+
+    def batches_per_epoch(self) -> int:
+        """Batches that one epoch fills, the last perhaps not wholly; packing is tried to count."""
+        rows = sum(1 for _ in self._rows_of(self._epoch)) if self._mode == "packing" else None
+        return math.ceil((len(self._epoch) if rows is None else rows) / self._rows)
+
+    def _rows_of(self, order: grain.MapDataset) -> grain.IterDataset:
+        if self._mode == "padding":
+            padded = order.map(lambda e: padded_row(e, self._length, self._pad_id))
+            return padded.to_iter_dataset(_NO_THREADS)
+        packed = grain.experimental.FirstFitPackIterDataset(
+            order.to_iter_dataset(_NO_THREADS),
+            length_struct={"input_ids": self._length, "loss_mask": self._length},
+            padding_struct={"input_ids": self._pad_id, "loss_mask": 0},
+            num_packing_bins=self._bins,
+        )
+        return packed.map(_named)
+
+
+def _named(row: Batch) -> Batch:
+    """Grain's packed row under our names; both features have the same segments."""
+    return {
+        "input_ids": row["input_ids"],
+        "loss_mask": row["loss_mask"],
+        "segment_ids": row["input_ids_segment_ids"],
+        "positions": row["input_ids_positions"],
+    }
+
+
+def padded_row(example: Batch, length: int, pad_id: int) -> Batch:
+    """One example padded on the right to `length`: the four arrays of a batch, int32 [length].
+
+    Args:
+        example: `input_ids` and `loss_mask`, at most `length` long, perhaps empty.
+        length: Tokens of the row.
+        pad_id: The token for empty places.
+
+    >>> row = padded_row({"input_ids": np.array([7, 8]), "loss_mask": np.array([0, 1])}, 4, 9)
+    >>> row["input_ids"].tolist(), row["segment_ids"].tolist(), row["positions"].tolist()
+    ([7, 8, 9, 9], [1, 1, 0, 0], [0, 1, 0, 0])
+    """
+    used = len(example["input_ids"])
+    row = {name: np.zeros(length, np.int32) for name in ("loss_mask", "segment_ids", "positions")}
+    row["input_ids"] = np.full(length, pad_id, np.int32)
+    row["input_ids"][:used] = example["input_ids"]
+    row["loss_mask"][:used] = example["loss_mask"]
+    row["segment_ids"][:used] = 1
+    row["positions"][:used] = np.arange(used)
+    return row
+
+
+def epoch_batches(
+    examples: Sequence[Example], batch_size: int, length: int, pad_id: int
+) -> Iterator[Batch]:
+    """Each example once, in order, for evaluation: arrays [batch_size, length].
+
+    Args:
+        examples: At least one, none longer than `length`.
+        batch_size: Rows of a batch.
+        length: Tokens of a row.
+        pad_id: The token for empty places.
+
+    Yields:
+        The keys of `BatchIterator`. The last batch is filled up with empty rows (segment 0 and
+        loss mask 0 throughout), so that every batch has the same shape.
+
+    Raises:
+        InputError: No examples, or one too long.
+    """
+    _check_lengths(examples, length)
+    nothing = np.zeros(0, np.int32)
+    for start in range(0, len(examples), batch_size):
+        rows = [
+            padded_row({"input_ids": e.input_ids, "loss_mask": e.loss_mask}, length, pad_id)
+            for e in examples[start : start + batch_size]
+        ]
+        empty = padded_row({"input_ids": nothing, "loss_mask": nothing}, length, pad_id)
+        rows.extend([empty] * (batch_size - len(rows)))
+        yield {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def common_length(examples: Sequence[Example], max_length: int) -> int:
+    """One row length for a whole run: the longest example, rounded up to 8, at most `max_length`.
+
+    One length means one compilation. For packing, `max_length` itself packs better.
+
+    >>> ids = np.zeros(13, np.int32)
+    >>> common_length([Example(ids, ids)], max_length=512)
+    16
+    """
+    longest = max(len(example.input_ids) for example in examples)
+    return min(max_length, math.ceil(longest / _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE)
+
+
+def _check_lengths(examples: Sequence[Example], length: int) -> None:
+    if not examples:
+        raise InputError("data: expected at least one example, got none. Add rows.")
+    longest = max(len(example.input_ids) for example in examples)
+    if longest > length:
+        raise InputError(
+            f"data: expected examples of at most {length} tokens, got one of {longest}. "
+            "Encode with a max_length of that size."
+        )
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    """A name for the examples and their order, to tell other data from the same on resume."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(len(example.input_ids).to_bytes(8, "little"))
+        digest.update(example.input_ids.astype("<i4").tobytes())
+        digest.update(example.loss_mask.astype(np.uint8).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,248 @@
+"""How is a fine-tuned model written as an ordinary Hugging Face checkpoint?"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from balora_jax.errors import InputError
+from balora_jax.io.folders import replaced_folder
+from balora_jax.io.hf_files import (
+    CONFIG_FILE,
+    FLOAT_DTYPES,
+    INDEX_FILE,
+    SINGLE_FILE,
+    StoredTensor,
+    open_tensors,
+    read_json_config,
+    shortened,
+)
+from balora_jax.io.peft_adapter import delta_pair
+from balora_jax.models.adapters import AdaptedModule
+
+MAX_SHARD_BYTES = 4 * 2**30
+
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_PROGRESS_FROM_BYTES = 200_000_000
+# Copied as they are where present; code and pickles never are.
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+Deltas = Callable[[str], np.ndarray | None]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merged export wrote: its folder, files, tensors, changed tensors and bytes."""
+
+    folder: Path
+    files: int
+    tensors: int
+    merged: int
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor to be written, with the code of its dtype in the new file."""
+
+    source: StoredTensor
+    dtype: str
+    itemsize: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.itemsize * math.prod(self.source.shape)
+
+
+def merged_delta(
+    module: AdaptedModule, adapters: Mapping[str, Any], origin: Mapping[str, Any]
+) -> np.ndarray:
+    """The change of one checkpoint weight, ``scale · (A B − A₀ B₀)ᵀ``, [out, in] float32."""
+    down, up = delta_pair(module, adapters, origin)
+    return np.float32(module.scale) * (down @ up).T
+
+
+def module_deltas(
+    modules: Sequence[AdaptedModule], adapters: Mapping[str, Any], origin: Mapping[str, Any]
+) -> Deltas:
+    """Function from a checkpoint weight's name to its change, None where it has none.
+
+    Each change is computed when asked for, so that one at a time is in memory.
+    """
+    by_weight = {f"{module.name}.weight": module for module in modules}
+
+    def delta(name: str) -> np.ndarray | None:
+        module = by_weight.get(name)
+        return None if module is None else merged_delta(module, adapters, origin)
+
+    return delta
+
+
+def export_merged(
+    folder: str | Path,
+    *,
+    source: str | Path,
+    deltas: Deltas,
+    dtype: str,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> MergeReport:
+    """Write the source checkpoint with ``deltas`` added, as sharded safetensors.
+
+    Tensors are streamed one at a time: read, added to in float32, cast, written. Config (with the
+    new dtype), generation config and tokenizer are copied; code and pickles are not.
+
+    Args:
+        folder: new or empty folder; it appears complete or not at all.
+        source: folder of the original checkpoint.
+        deltas: change [out, in] of a checkpoint weight by its name, None for no change.
+        dtype: of all floating-point tensors: ``float32``, ``bfloat16`` or ``float16``.
+        max_shard_bytes: largest size of a weight file, unless a single tensor is larger.
+
+    Raises:
+        InputError: an unknown dtype, a source that is broken or quantised, a folder that may not
+            be written, or deltas that match no tensor of the source.
+        ValueError: a delta of another shape than its weight.
+    """
+    if dtype not in _DTYPES:
+        raise InputError(
+            f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}. Choose one of them."
+        )
+    source, target = Path(source), Path(folder)
+    with open_tensors(source) as tensors, replaced_folder(target) as draft:
+        shards = _plan(source, tensors, _DTYPES[dtype], max_shard_bytes)
+        merged = _write_shards(draft, shards, deltas, np.dtype(dtype))
+        if not merged:
+            raise InputError(
+                f"{source}: expected the weights that were adapted, got none of their names. "
+                "Name the checkpoint that was trained."
+            )
+        _write_config(draft, source, dtype)
+        for name in _COMPANIONS:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, draft / name)
+    entries = [entry for shard in shards for entry in shard]
+    total = sum(entry.nbytes for entry in entries)
+    return MergeReport(target, len(shards), len(entries), merged, total)
+
+
+def _plan(
+    source: Path, tensors: Mapping[str, StoredTensor], dtype: str, limit: int
+) -> list[list[_Entry]]:
+    """Split the tensors into files, in the order of the source."""
+    unusable = [
+        f"{t.name} is {t.dtype}"
+        for t in tensors.values()
+        if t.dtype not in FLOAT_DTYPES and not t.dtype.startswith(("I", "U", "BOOL"))
+    ]
+    if unusable:
+        raise InputError(
+            f"{source}: expected tensors of {'/'.join(FLOAT_DTYPES)}, got {shortened(unusable)}. "
+            "Merge into the unquantised checkpoint."
+        )
+    shards: list[list[_Entry]] = [[]]
+    size = 0
+    for tensor in tensors.values():
+        code = dtype if tensor.dtype in FLOAT_DTYPES else tensor.dtype
+        itemsize = {"F32": 4, "BF16": 2, "F16": 2}.get(code, tensor.itemsize)
+        entry = _Entry(tensor, code, itemsize)
+        if shards[-1] and size + entry.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.nbytes
+    return shards
+
+
+def _write_shards(
+    folder: Path, shards: Sequence[Sequence[_Entry]], deltas: Deltas, dtype: np.dtype
+) -> int:
+    """Write all weight files and their index; returns how many tensors a delta changed."""
+    count = len(shards)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    names = [SINGLE_FILE] if count == 1 else names
+    total = sum(entry.nbytes for shard in shards for entry in shard)
+    merged = 0
+    with tqdm(
+        total=total, desc="merge", unit="B", unit_scale=True, disable=total < _PROGRESS_FROM_BYTES
+    ) as bar:
+        for name, shard in zip(names, shards, strict=True):
+            with (folder / name).open("wb") as stream:
+                # Wide numbers first keeps every tensor aligned to its own size.
+                ordered = sorted(
+                    shard, key=lambda e: -e.nbytes // max(1, math.prod(e.source.shape))
+                )
+                _write_header(stream, ordered)
+                for entry in ordered:
+                    merged += _write_tensor(stream, entry, deltas, dtype)
+                    bar.update(entry.nbytes)
+    if count > 1:
+        where = {e.source.name: n for n, s in zip(names, shards, strict=True) for e in s}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return merged
+
+
+def _write_header(stream: BinaryIO, entries: Sequence[_Entry]) -> None:
+    """Header of a safetensors file: its length, then JSON padded to eight bytes.
+
+    Written here and not by ``safetensors``, which wants all tensors of a file in memory, twice.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        header[entry.source.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.source.shape),
+            "data_offsets": [offset, offset + entry.nbytes],
+        }
+        offset += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(len(text).to_bytes(8, "little"))
+    stream.write(text)
+
+
+def _write_tensor(stream: BinaryIO, entry: _Entry, deltas: Deltas, dtype: np.dtype) -> bool:
+    """Append one tensor; returns whether a delta changed it."""
+    name = entry.source.name
+    value = entry.source.handle.get_tensor(name)
+    delta = deltas(name)
+    if delta is not None:
+        if delta.shape != value.shape:
+            raise ValueError(f"{name}: delta is {delta.shape}, weight is {value.shape}")
+        value = value.astype(np.float32) + delta
+    if entry.source.dtype in FLOAT_DTYPES:
+        value = value.astype(dtype, copy=False)
+    stream.write(value.tobytes())
+    return delta is not None
+
+
+def _write_config(folder: Path, source: Path, dtype: str) -> None:
+    config = read_json_config(source)
+    config.pop("auto_map", None)  # names code files, which are not copied
+    if "torch_dtype" in config:  # the name before transformers 4.56
+        config["torch_dtype"] = dtype
+    if "dtype" in config or "torch_dtype" not in config:
+        config["dtype"] = dtype
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,138 @@
+"""Where every array lies on the device mesh: one table, path pattern → logical axes → mesh axes."""
+
+import math
+import re
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from balora_jax.config import MeshConfig
+from balora_jax.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Frozen weights, by the first pattern that matches the whole path.
+LOGICAL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"(embed_tokens|lm_head)\.embedding", ("vocabulary", "width")),
+    (r"layers\.self_attn\.[qkv]_proj\.kernel", ("layers", "width", "heads")),
+    (r"layers\.self_attn\.[qkv]_proj\.bias", ("layers", "heads")),
+    (r"layers\.self_attn\.o_proj\.kernel", ("layers", "heads", "width")),
+    (r"layers\.mlp\.(gate|up)_proj\.kernel", ("layers", "width", "inner")),
+    (r"layers\.mlp\.(gate|up)_proj\.bias", ("layers", "inner")),
+    (r"layers\.mlp\.down_proj\.kernel", ("layers", "inner", "width")),
+    (r"layers\..*\.(bias|scale)", ("layers", None)),
+    (r"norm\.scale", (None,)),
+)
+
+MESH_AXES: dict[str, str | None] = {
+    "layers": None,  # scanned over, so every device needs every layer
+    "vocabulary": "tensor",
+    "heads": "tensor",
+    "inner": "tensor",
+    "width": "fsdp",
+}
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The device mesh with axes ``data``, ``fsdp``, ``tensor``.
+
+    Raises:
+        InputError: sizes whose product is not the number of devices.
+    """
+    devices = jax.device_count()
+    sizes = [config.data, config.fsdp, config.tensor]
+    if -1 in sizes:
+        rest = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = max(devices // rest, 1)
+    if math.prod(sizes) != devices:
+        raise InputError(
+            f"mesh: expected data x fsdp x tensor to be the {devices} device(s) there are, got "
+            f"{' x '.join(map(str, sizes))} = {math.prod(sizes)}. Change the sizes; -1 fills one in."
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def logical_axes(path: str) -> tuple[str | None, ...]:
+    """Logical axes of an array; an adapter's follow from the kernel it belongs to.
+
+    Example:
+        >>> logical_axes("layers.mlp.down_proj.lora_a")
+        ('layers', 'inner', None)
+    """
+    stem, _, leaf = path.rpartition(".")
+    if leaf == "lora_scale":
+        return ("layers",)
+    if leaf in ("lora_a", "origin_a", "lora_b", "origin_b"):
+        layers, d_in, d_out = logical_axes(f"{stem}.kernel")
+        return (layers, d_in, None) if leaf.endswith("_a") else (layers, None, d_out)
+    for pattern, axes in LOGICAL_AXES:
+        if re.fullmatch(pattern, path):
+            return axes
+    raise KeyError(f"no sharding rule for {path!r}: add one to LOGICAL_AXES")
+
+
+def spec_of(path: str) -> P:
+    """The partition of an array over mesh axes.
+
+    Example:
+        >>> spec_of("embed_tokens.embedding")
+        PartitionSpec('tensor', 'fsdp')
+    """
+    return P(*(MESH_AXES[axis] if axis else None for axis in logical_axes(path)))
+
+
+def shardings(
+    arrays: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh
+) -> dict[str, NamedSharding]:
+    """The sharding of each array by path.
+
+    Raises:
+        InputError: an axis that the mesh cannot divide.
+    """
+    return {path: sharding_of(path, leaf.shape, mesh) for path, leaf in arrays.items()}
+
+
+def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """The sharding of one array, after checking that every axis divides."""
+    spec = spec_of(path)
+    for size, axis in zip(shape, spec, strict=True):
+        if axis is not None and size % mesh.shape[axis]:
+            raise InputError(
+                f"mesh.{axis}: expected a divisor of {size}, an axis of {path} {shape}, got "
+                f"{mesh.shape[axis]}. Choose another size for this mesh axis."
+            )
+    return NamedSharding(mesh, spec)
+
+
+def with_shardings(
+    arrays: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The same shapes, each with its sharding attached."""
+    placed = shardings(arrays, mesh)
+    return {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed[path])
+        for path, leaf in arrays.items()
+    }
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """A batch [micro-batches, B, T]: rows over data and fsdp."""
+    return NamedSharding(mesh, P(None, BATCH_AXES, None))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, P())
+
+
+def check_batch(rows: int, mesh: Mesh) -> None:
+    """Raises InputError unless a micro-batch of ``rows`` divides over the mesh."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % parts:
+        raise InputError(
+            f"training.batch_size: expected batch_size / accumulation to be a multiple of "
+            f"mesh.data x mesh.fsdp = {parts}, got {rows}. Change the batch or the mesh."
+        )

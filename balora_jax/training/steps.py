@@ -1,0 +1,176 @@
+"""One optimizer step: accumulate gradients over micro-batches, update, report."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from balora_jax.array_types import Array, PRNGKeyArray, Scalar
+from balora_jax.training.sharding import batch_sharding, replicated, shardings
+
+Metrics = dict[str, Scalar]
+
+
+class TrainState(NamedTuple):
+    """What training changes.
+
+    Attributes:
+        step: optimizer steps done, int32.
+        adapters: trainable arrays by path, float32.
+        opt_state: of the optax chain.
+    """
+
+    step: Scalar
+    adapters: dict[str, Array]
+    opt_state: Any
+
+
+class StepParts(NamedTuple):
+    """What a step is made of; each is a pure function.
+
+    Attributes:
+        loss: ``(adapters, constants, micro_batch, counts, weights, dropout_key)`` → (loss, parts).
+        counts: batch → the divisors of every mean.
+        weights: step → (λ1, λ2, λ3).
+        optimizer: the optax chain.
+        learning_rate: step → its learning rate.
+        dropout: whether the loss wants a key.
+    """
+
+    loss: Callable[..., tuple[Scalar, Metrics]]
+    counts: Callable[[dict[str, Array]], Any]
+    weights: Callable[[Scalar], tuple[Scalar, Scalar, Scalar]]
+    optimizer: optax.GradientTransformation
+    learning_rate: Callable[[Scalar], Any]
+    dropout: bool
+
+
+def train_step(
+    parts: StepParts,
+    state: TrainState,
+    constants: Any,
+    batch: dict[str, Array],
+    key: PRNGKeyArray,
+) -> tuple[TrainState, Metrics]:
+    """The next state and this step's metrics; every mean is over the global batch.
+
+    Args:
+        parts: static functions.
+        state: donated by the caller.
+        constants: frozen arrays, passed through to the loss.
+        batch: arrays [micro-batches, B, T].
+        key: the run's key; the step and the micro-batch are folded in.
+    """
+    counts, weights = parts.counts(batch), parts.weights(state.step)
+    step_key = jax.random.fold_in(key, state.step)
+    grad = jax.value_and_grad(parts.loss, has_aux=True)
+
+    def accumulate(total: Any, numbered: Any) -> tuple[Any, None]:
+        index, micro_batch = numbered
+        dropout_key = jax.random.fold_in(step_key, index) if parts.dropout else None
+        (loss, values), grads = grad(
+            state.adapters, constants, micro_batch, counts, weights, dropout_key
+        )
+        return jax.tree.map(jnp.add, total, (loss, values, grads)), None
+
+    micro_batches = batch["input_ids"].shape[0]
+    like = jax.eval_shape(
+        lambda: grad(
+            state.adapters, constants, jax.tree.map(lambda x: x[0], batch), counts, weights,
+            step_key if parts.dropout else None,
+        )
+    )  # fmt: skip
+    (loss, values), grads = like
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (loss, values, grads))
+    (loss, values, grads), _ = jax.lax.scan(
+        accumulate, zeros, (jnp.arange(micro_batches), batch)
+    )
+    updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.adapters)
+    adapters = optax.apply_updates(state.adapters, updates)
+    metrics = {
+        "loss": loss,
+        **values,
+        "lambda2": weights[1],
+        "lambda3": weights[2],
+        "learning_rate": jnp.asarray(parts.learning_rate(state.step), jnp.float32),
+        "grad_norm": optax.global_norm(grads),
+        "tokens": jnp.asarray(counts.task, jnp.float32),
+    }
+    return TrainState(state.step + 1, adapters, opt_state), metrics
+
+
+def compile_step(parts: StepParts, state: TrainState, mesh: Mesh) -> Callable[..., Any]:
+    """``train_step`` jitted for a mesh: state donated, its shardings fixed, metrics replicated."""
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+
+    def step(state, constants, batch, key):
+        return train_step(parts, state, constants, batch, key)
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(placed, replicated(mesh)))
+
+
+def initial_state(
+    adapters: dict[str, Array], optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Step 0, with the optimizer's moments laid out like the adapters they belong to."""
+    placed = shardings({k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in adapters.items()}, mesh)
+    abstract = jax.eval_shape(optimizer.init, adapters)
+    layout = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        abstract,
+        placed,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    opt_state = jax.jit(optimizer.init, out_shardings=layout)(adapters)
+    step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
+    return TrainState(step, adapters, opt_state)
+
+
+def gradient_shares(parts: StepParts) -> Callable[..., Metrics]:
+    """A jitted function of each weighted term's gradient norm and its share of their sum.
+
+    Measured on the first micro-batch, with the weights of the step.
+    """
+    names = ("task_loss", "consistency", "diversity", "spectral")
+
+    def measure(state: TrainState, constants: Any, batch: dict, key: PRNGKeyArray) -> Metrics:
+        counts = parts.counts(jax.tree.map(lambda x: x[:1], batch))
+        weights = parts.weights(state.step)
+        dropout_key = jax.random.fold_in(key, state.step) if parts.dropout else None
+
+        def values(adapters):
+            _, found = parts.loss(
+                adapters,
+                constants,
+                jax.tree.map(lambda x: x[0], batch),
+                counts,
+                weights,
+                dropout_key,
+            )
+            return tuple(found[name] for name in names), found["lambda1"]
+
+        _, pull, lambda1 = jax.vjp(values, state.adapters, has_aux=True)
+        scales = (jnp.ones(()), lambda1, *weights[1:])
+        norms = []
+        for i, scale in enumerate(scales):
+            one_hot = tuple(jnp.where(i == j, scale, 0.0) for j in range(len(names)))
+            norms.append(optax.global_norm(pull(one_hot)[0]))
+        total = sum(norms)
+        shares = {
+            f"gradient_share_{name}": jnp.where(total > 0, norm / total, 0.0)
+            for name, norm in zip(names, norms, strict=True)
+        }
+        return shares | {
+            f"gradient_norm_{name}": norm for name, norm in zip(names, norms, strict=True)
+        }
+
+    return jax.jit(measure)
+
+
+def place_batch(batch: dict, mesh: Mesh) -> dict[str, Array]:
+    """Host arrays [micro-batches, B, T] onto the devices that hold their rows."""
+    return jax.device_put(batch, batch_sharding(mesh))
