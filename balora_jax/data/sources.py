@@ -124,9 +124,12 @@ def _stream(kind: str, file: str, options: dict[str, Any], limit: int | None) ->
     if Path(file).stat().st_size == 0:
         return []
     with _quiet_datasets():
-        stream = datasets.load_dataset(
-            kind, data_files=[glob.escape(file)], split="train", streaming=True, **options
-        )
+        try:
+            stream = datasets.load_dataset(
+                kind, data_files=[glob.escape(file)], split="train", streaming=True, **options
+            )
+        except StopIteration:  # how `datasets` meets a packed file with nothing in it
+            return []
         return list(itertools.islice(stream, limit))
 
 
@@ -143,18 +146,22 @@ def _quiet_datasets() -> Iterator[None]:
 
 def _csv_options(file: str, first: str) -> dict[str, Any]:
     """Options that keep every cell as text, under the names in the header."""
-    header = _csv_header(file)
-    if header != _csv_header(first):
+    header, width = _csv_header(file)
+    if header != _csv_header(first)[0]:
         raise InputError(
             f"{file}: expected the columns of {first}, got {', '.join(header)}. "
             "Load files with different columns apart."
         )
     if len(set(header)) < len(header):
         raise InputError(f"{file}: expected each column once, got {', '.join(header)}. Rename one.")
-    tab = ".tsv" in [suffix.lower() for suffix in Path(file).suffixes]
+    if width > len(header):
+        # pandas would take the first cells for row names and move the others to the left.
+        raise InputError(
+            f"{file}: expected {len(header)} cells in a row, as in the header, got {width} in the "
+            "first. Name every column."
+        )
     return {
-        "sep": "\t" if tab else ",",
-        "quoting": csv.QUOTE_NONE if tab else csv.QUOTE_MINIMAL,
+        **_csv_dialect(file),
         "names": header,
         "header": 0,
         "keep_default_na": False,
@@ -162,11 +169,17 @@ def _csv_options(file: str, first: str) -> dict[str, Any]:
     }
 
 
-def _csv_header(file: str) -> list[str]:
-    tab = ".tsv" in [suffix.lower() for suffix in Path(file).suffixes]
-    quoting = csv.QUOTE_NONE if tab else csv.QUOTE_MINIMAL
+def _csv_dialect(file: str) -> dict[str, Any]:
+    if ".tsv" in [suffix.lower() for suffix in Path(file).suffixes]:
+        return {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    return {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL}
+
+
+def _csv_header(file: str) -> tuple[list[str], int]:
+    """The names in the header, and how many cells the first row has."""
     with _open_text(file, newline="") as lines:
-        return next(csv.reader(lines, delimiter="\t" if tab else ",", quoting=quoting), [])
+        records = csv.reader(lines, **_csv_dialect(file))
+        return next(records, []), len(next(records, []))
 
 
 def _open_text(file: str, newline: str | None = None) -> Any:

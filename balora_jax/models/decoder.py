@@ -174,9 +174,7 @@ class Decoder(nnx.Module):
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
         """Final hidden states; segment 0 is padding, others attend within themselves."""
-        mask = attention_mask(
-            positions, segments, positions, segments, self.config.sliding_window
-        )
+        mask = attention_mask(positions, segments, positions, segments, self.config.sliding_window)
         cos, sin = rotary_tables(self.config.rope, self.config.head_dim, positions)
         x, _ = self._run_layers(self.embed_tokens(input_ids), (cos, sin, mask), dropout_key)
         return self.norm(x)

@@ -150,9 +150,7 @@ def draw_problem(rng: random.Random) -> Problem:
         events.append(event.format(a=owner, b=other, n=amount, t=things))
     number = 2 + below(rng, MAX_NUMBER // 2 - 1)
     asides = (None, f"{other} has {number} {things}.", f"{owner} has {number} {other_things}.")
-    return Problem(
-        owner, other, things, start, tuple(changes), tuple(events), pick(rng, asides)
-    )
+    return Problem(owner, other, things, start, tuple(changes), tuple(events), pick(rng, asides))
 
 
 def _story(rng: random.Random) -> str:
@@ -179,7 +177,9 @@ def _sums(rng: random.Random) -> str:
     for _ in range(3 + below(rng, 4)):
         total = below(rng, MAX_NUMBER + 1)
         part = below(rng, total + 1)
-        sums.append(statement(part, total - part) if rng.random() < 0.5 else statement(total, -part))
+        sums.append(
+            statement(part, total - part) if rng.random() < 0.5 else statement(total, -part)
+        )
     return " ".join(sums)
 
 

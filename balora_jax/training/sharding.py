@@ -84,9 +84,7 @@ def spec_of(path: str) -> P:
     return P(*(MESH_AXES[axis] if axis else None for axis in logical_axes(path)))
 
 
-def shardings(
-    arrays: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh
-) -> dict[str, NamedSharding]:
+def shardings(arrays: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, NamedSharding]:
     """The sharding of each array by path.
 
     Raises:

@@ -85,9 +85,7 @@ def train_step(
     )  # fmt: skip
     (loss, values), grads = like
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (loss, values, grads))
-    (loss, values, grads), _ = jax.lax.scan(
-        accumulate, zeros, (jnp.arange(micro_batches), batch)
-    )
+    (loss, values, grads), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(micro_batches), batch))
     updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.adapters)
     adapters = optax.apply_updates(state.adapters, updates)
     metrics = {
@@ -116,7 +114,9 @@ def initial_state(
     adapters: dict[str, Array], optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """Step 0, with the optimizer's moments laid out like the adapters they belong to."""
-    placed = shardings({k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in adapters.items()}, mesh)
+    placed = shardings(
+        {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in adapters.items()}, mesh
+    )
     abstract = jax.eval_shape(optimizer.init, adapters)
     layout = optax.tree_utils.tree_map_params(
         optimizer,

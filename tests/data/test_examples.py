@@ -167,7 +167,7 @@ def test_numbers_are_written_as_text_and_braces_of_a_template_stay():
     assert masked(example, WITH_BOS, 1) == "42</s>"
 
 
-# One token each for these letters: lengths below are counted by hand (BOS + prompt + response + EOS).
+# One token a letter: lengths are counted by hand (BOS + prompt + response + EOS).
 LENGTHS = [{"q": "zz", "a": "zzz"}, {"q": "z", "a": "z"}, {"q": "z" * 8, "a": "z"}]
 
 

@@ -1,0 +1,125 @@
+"""The command line: parse, call one function, turn errors into one sentence and an exit code."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from balora_jax.errors import InputError, RunStoppedError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns 0 (done), 2 (bad input) or 3 (the run had to stop)."""
+    options = make_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (InputError, RunStoppedError) as error:
+        print(f"balora: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("balora: interrupted before a checkpoint could be written.", file=sys.stderr)
+        return RunStoppedError.exit_code
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(prog="balora", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = _command(commands, "train", run_train, "fine-tune as a config says")
+    train.add_argument("--workdir", required=True, help="folder that gets everything of the run")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+
+    evaluate = _command(commands, "eval", run_eval, "score a base model or an adapter")
+    evaluate.add_argument("--adapter", help="PEFT folder; the base alone without it")
+    evaluate.add_argument("--json", help="write the figures to this file")
+
+    export = _command(commands, "export", run_export, "write a trained adapter for other tools")
+    export.add_argument("--workdir", required=True, help="folder of the run")
+    export.add_argument("--format", choices=("peft", "merged"), default="peft")
+    export.add_argument("--out", required=True, help="new folder")
+    export.add_argument("--rank", type=int, help="recompress to this rank (peft only)")
+    export.add_argument("--json", help="write the figures to this file")
+
+    generate = _command(commands, "generate", run_generate, "continue prompts")
+    generate.add_argument("--adapter", help="PEFT folder; the base alone without it")
+    generate.add_argument("--prompt", action="append", required=True, help="may be repeated")
+    generate.add_argument("--raw", action="store_true", help="do not apply data.template")
+    generate.add_argument("--json", help="write prompts and texts to this file")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, help_text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help_text)
+    parser.add_argument("config", help="YAML file, such as configs/quickstart.yaml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override the config"
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run_train(options: argparse.Namespace) -> None:
+    """``balora train``."""
+    from balora_jax import fit, load_config
+
+    fit(load_config(options.config, options.set), workdir=options.workdir, resume=options.resume)
+
+
+def run_eval(options: argparse.Namespace) -> None:
+    """``balora eval``."""
+    from balora_jax import load_config
+    from balora_jax.evals.run import evaluate
+
+    figures = evaluate(load_config(options.config, options.set), adapter=options.adapter)
+    _report(figures, options.json)
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    """``balora generate``."""
+    from balora_jax import load_config
+    from balora_jax.evals.run import continue_prompts
+
+    config = load_config(options.config, options.set)
+    texts = continue_prompts(config, options.prompt, adapter=options.adapter, raw=options.raw)
+    for prompt, text in zip(options.prompt, texts, strict=True):
+        print(f"> {prompt}\n{text}")
+    if options.json:
+        _report([{"prompt": p, "text": t} for p, t in zip(options.prompt, texts, strict=True)],
+                options.json)  # fmt: skip
+
+
+def run_export(options: argparse.Namespace) -> None:
+    """``balora export``."""
+    from balora_jax import load_config
+    from balora_jax.io.export import export_run
+
+    config = load_config(options.config, options.set)
+    figures = export_run(
+        config, Path(options.workdir), Path(options.out), format=options.format, rank=options.rank
+    )
+    _report(figures, options.json)
+
+
+def _report(figures: Any, file: str | None) -> None:
+    text = json.dumps(figures, indent=2, ensure_ascii=False)
+    if file is None:
+        print(text)
+        return
+    from balora_jax.io.metrics import write_atomically
+
+    try:
+        write_atomically(Path(file), text + "\n")
+    except OSError as error:
+        raise InputError(
+            f"--json {file}: expected a file that can be written, got {error.strerror}. "
+            "Choose another."
+        ) from error
+    print(f"wrote {file}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""From prompts to texts to a score, for training, ``balora eval`` and ``balora generate``."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from balora_jax.array_types import Array, PRNGKeyArray
+from balora_jax.config import DataConfig, EvalConfig, RunConfig
+from balora_jax.data.examples import encode_prompt
+from balora_jax.data.sources import load_rows
+from balora_jax.data.templates import ExampleSettings
+from balora_jax.errors import InputError
+from balora_jax.evals.generation import Sampling, generate, make_decoder
+from balora_jax.evals.score import gold_answer, score_answers
+from balora_jax.io.pretrained import load_pretrained, sampling_for
+from balora_jax.models.decoder import Decoder
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+class Answerer:
+    """Prompts in, texts out, with one compiled decoder for all batches and all adapters."""
+
+    def __init__(self, bind: Callable[..., Decoder], tokenizer: Any, config: EvalConfig):
+        self.tokenizer = tokenizer
+        self.batch_size = config.batch_size
+        self.sampling: Sampling = sampling_for(
+            tokenizer, config.max_new_tokens, config.temperature, config.top_p
+        )
+        self._decoder = make_decoder(bind, self.sampling)
+
+    def __call__(
+        self,
+        parts: Sequence[dict[str, Array]],
+        prompts: Sequence[Sequence[int]],
+        key: PRNGKeyArray,
+        title: str,
+    ) -> list[str]:
+        """Texts after each prompt (token ids), with a progress bar called ``title``."""
+        with tqdm(total=len(prompts), desc=title, unit="row") as bar:
+            tokens = generate(
+                self._decoder,
+                parts,
+                prompts,
+                self.sampling,
+                batch_size=min(self.batch_size, len(prompts)),
+                key=key,
+                progress=bar.update,
+            )
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+
+def example_settings(config: DataConfig) -> ExampleSettings:
+    """How rows become examples, from the config's section."""
+    return ExampleSettings(
+        template=config.template,
+        prompt_column=config.prompt_column,
+        response_column=config.response_column,
+        messages_column=config.messages_column,
+        max_length=config.max_length,
+        overlong=config.overlong,
+    )
+
+
+def validation_rows(config: RunConfig) -> Rows:
+    """The rows that a run is scored on; none where there is no score."""
+    if config.data.validation is None or config.eval.task == "none":
+        return ()
+    limits = [n for n in (config.eval.limit, config.data.validation_limit) if n is not None]
+    rows = load_rows(config.data.validation, limit=min(limits) if limits else None)
+    return [dict(row) for row in rows]
+
+
+def score_rows(
+    answerer: Answerer,
+    parts: Sequence[dict[str, Array]],
+    rows: Rows,
+    config: RunConfig,
+    *,
+    key: PRNGKeyArray,
+    title: str,
+) -> dict[str, Any]:
+    """Answer every row, print the score and the first answer, return the figures."""
+    settings = example_settings(config.data)
+    column = config.eval.gold_column or config.data.response_column
+    golds = [gold_answer(row, column, config.eval.marker) for row in rows]
+    prompts = [encode_prompt(dict(row), answerer.tokenizer, settings) for row in rows]
+    texts = answerer(parts, prompts, key, title)
+    figures = score_answers(texts, golds, config.eval.marker)
+    shown = " ".join(texts[0].split())[:160]
+    print(
+        f"{title}: exact match {figures['exact_match']:.3f} on {len(rows)} rows; "
+        f"first answer: {shown!r} (right: {golds[0]})",
+        flush=True,
+    )
+    return figures
+
+
+def evaluate(config: RunConfig, *, adapter: str | None) -> dict[str, Any]:
+    """Score a base model, or an adapter on it, on ``data.validation``.
+
+    Raises:
+        InputError: no validation rows are configured, or anything a run would refuse.
+    """
+    rows = validation_rows(config)
+    if not rows:
+        raise InputError(
+            "data.validation: expected rows to score, got none. Name a file with --set "
+            "data.validation=FILE."
+        )
+    model = load_pretrained(config.model.name_or_path, adapter=adapter, dtype=config.model.dtype)
+    answerer = Answerer(model.bind, model.tokenizer, config.eval)
+    key = jax.random.key(config.training.seed)
+    return score_rows(answerer, model.parts, rows, config, key=key, title="score")
+
+
+def continue_prompts(
+    config: RunConfig, prompts: Sequence[str], *, adapter: str | None, raw: bool
+) -> list[str]:
+    """Texts after prompts; each is put in ``data.template`` first unless ``raw``."""
+    model = load_pretrained(config.model.name_or_path, adapter=adapter, dtype=config.model.dtype)
+    settings = example_settings(config.data)
+    if raw:
+        ids = [model.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    else:
+        rows = [{config.data.prompt_column: prompt} for prompt in prompts]
+        ids = [encode_prompt(row, model.tokenizer, settings) for row in rows]
+    answerer = Answerer(model.bind, model.tokenizer, config.eval)
+    return answerer(model.parts, ids, jax.random.key(config.training.seed), "generate")

@@ -1,0 +1,265 @@
+"""From a config to a run that is ready to start; every check happens here, before any writing."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from balora_jax.array_types import Array
+from balora_jax.config import AdapterConfig, DataConfig, RegularizersConfig, RunConfig
+from balora_jax.data.batches import BatchIterator, common_length
+from balora_jax.data.examples import EncodedSet, encode_rows
+from balora_jax.data.sources import load_rows
+from balora_jax.errors import InputError
+from balora_jax.evals.run import example_settings, validation_rows
+from balora_jax.io.peft_adapter import PeftAdapter, read_peft
+from balora_jax.io.pretrained import Base, open_base, peft_modules, sampling_for
+from balora_jax.models import starts
+from balora_jax.models.adapters import (
+    AdaptedModule,
+    adapter_shapes,
+    plan_adapters,
+    trainable_parameters,
+)
+from balora_jax.models.decoder import Structure, linear_shapes, structure
+from balora_jax.numerics import linalg
+from balora_jax.numerics.objective import Objective, weights
+from balora_jax.training import causal, optim, sharding, steps
+
+Arrays = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A checked run: shapes, layers, data and mesh, but no weights yet.
+
+    Attributes:
+        config: the whole run.
+        base: the pretrained checkpoint.
+        tokenizer: its tokenizer.
+        plain: the model without adapters, which is the teacher.
+        student: the same structure with adapters.
+        modules: the adapted layers.
+        peft: the adapter to go on from, if the start names one.
+        objective: weights, terms and schedules.
+        data: encoded training rows and what became of them.
+        validation: rows of the score, empty for none.
+        length: tokens of every row of a batch.
+        mesh: the devices.
+    """
+
+    config: RunConfig
+    base: Base
+    tokenizer: Any
+    plain: Structure
+    student: Structure
+    modules: tuple[AdaptedModule, ...]
+    peft: PeftAdapter | None
+    objective: Objective
+    data: EncodedSet
+    validation: Sequence[Mapping[str, Any]]
+    length: int
+    mesh: Mesh
+
+    @property
+    def trainable(self) -> int:
+        """Trainable parameters."""
+        return trainable_parameters(self.modules)
+
+    @property
+    def use_rslora(self) -> bool:
+        """Whether the scales are alpha / √rank."""
+        if self.peft is not None:
+            return bool(self.peft.config.get("use_rslora"))
+        return self.config.adapter.use_rslora
+
+    @property
+    def total(self) -> int:
+        """Parameters of the frozen model."""
+        return sum(math.prod(leaf.shape) for leaf in self.plain.frozen.values())
+
+    def batches(self) -> BatchIterator:
+        """The training batches, from the beginning."""
+        training = self.config.training
+        return BatchIterator(
+            self.data.examples,
+            batch_size=training.batch_size // training.accumulation,
+            accumulation=training.accumulation,
+            length=self.length,
+            mode="packing" if self.config.data.packing else "padding",
+            seed=training.seed,
+            pad_id=sampling_for(self.tokenizer, 1).pad_id,
+        )
+
+    def total_steps(self, batches: BatchIterator) -> int:
+        """Optimizer steps of the whole run."""
+        training = self.config.training
+        if training.max_steps is not None:
+            return training.max_steps
+        assert training.epochs is not None
+        return math.ceil(training.epochs * batches.batches_per_epoch())
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The arrays of a run at step 0."""
+
+    frozen: Arrays
+    origin: Arrays
+    adapters: Arrays
+
+
+def check(config: RunConfig) -> Setup:
+    """Open and check everything a run reads, short of loading the weights.
+
+    Raises:
+        InputError: whatever is wrong, as one sentence.
+    """
+    objective = objective_of(config.regularizers)
+    base = open_base(config.model.name_or_path, config.model.revision)
+    model, dropout = config.model, config.adapter.dropout
+    options = {"dtype": model.dtype, "remat": model.remat, "kernel": model.attention}
+    plain = structure(base.config, **options)
+    peft, modules = plan(config.adapter, plain)
+    shapes = adapter_shapes(
+        modules, origin=starts.start_has_origin(config.adapter.start), dropout=dropout
+    )
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.shardings(plain.frozen, mesh)
+    training = config.training
+    sharding.check_batch(training.batch_size // training.accumulation, mesh)
+    tokenizer = base.tokenizer()
+    settings = example_settings(config.data)
+    rows = load_rows(config.data.train, split=config.data.split, limit=config.data.train_limit)
+    data = encode_rows(rows, tokenizer, settings)
+    _check_vocabulary(data, base)
+    return Setup(
+        config=config,
+        base=base,
+        tokenizer=tokenizer,
+        plain=plain,
+        student=structure(base.config, adapters=shapes, **options),
+        modules=modules,
+        peft=peft,
+        objective=objective,
+        data=data,
+        validation=validation_rows(config),
+        length=_row_length(config.data, data, base),
+        mesh=mesh,
+    )
+
+
+def objective_of(config: RegularizersConfig) -> Objective:
+    """The objective that a config section describes; the fields have the same names."""
+    return Objective(**config.model_dump())
+
+
+def plan(
+    config: AdapterConfig, plain: Structure
+) -> tuple[PeftAdapter | None, tuple[AdaptedModule, ...]]:
+    """The adapted layers, and the PEFT adapter they begin with if the start names a folder."""
+    linears = linear_shapes(plain.frozen)
+    if Path(config.start).is_dir():
+        peft = read_peft(config.start)
+        return peft, peft_modules(peft, linears, config.start)
+    starts.check_start(config.start)
+    return None, plan_adapters(
+        linears,
+        rank=config.rank,
+        alpha=config.rank if config.alpha is None else config.alpha,
+        target_modules=config.target_modules,
+        exclude_modules=config.exclude_modules,
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern,
+        use_rslora=config.use_rslora,
+    )
+
+
+def _row_length(config: DataConfig, data: EncodedSet, base: Base) -> int:
+    length = config.max_length if config.packing else None
+    length = length or common_length(data.examples, config.max_length)
+    longest = max(len(example.input_ids) for example in data.examples)
+    if longest > base.config.max_length:
+        raise InputError(
+            f"data.max_length: expected at most {base.config.max_length}, the positions that "
+            f"{base.folder.name} was made for, got a row of {longest} tokens. Lower it."
+        )
+    return length
+
+
+def _check_vocabulary(data: EncodedSet, base: Base) -> None:
+    highest = max(int(example.input_ids.max()) for example in data.examples)
+    if highest >= base.config.vocab_size:
+        raise InputError(
+            f"{base.folder}: expected token ids below vocab_size {base.config.vocab_size}, got "
+            f"{highest} from its tokenizer. Use the tokenizer that belongs to the weights."
+        )
+
+
+def load(setup: Setup) -> Loaded:
+    """Load the frozen weights and make the adapters' start, each array on its devices."""
+    config, mesh = setup.config, setup.mesh
+    frozen = setup.base.load(setup.plain.frozen, mesh)
+    if setup.peft is not None:
+        adapters, origin = starts.start_from_factors(setup.modules, frozen, setup.peft.tensors)
+    else:
+        adapters, origin = starts.start_adapters(
+            setup.modules,
+            frozen,
+            start=config.adapter.start,
+            key=jax.random.key(config.training.seed),
+        )
+    return Loaded(frozen, place(origin, mesh), place(adapters, mesh))
+
+
+def place(arrays: Arrays, mesh: Mesh) -> Arrays:
+    """Arrays laid out as the sharding table says."""
+    return {
+        path: jax.device_put(value, sharding.sharding_of(path, value.shape, mesh))
+        for path, value in arrays.items()
+    }
+
+
+def constants_of(setup: Setup, loaded: Loaded) -> causal.Constants:
+    """What a step reads; the head is factorised once if the spectral term is on."""
+    factor = None
+    spec = setup.objective.term_spec
+    if spec.spectral:
+        table = "embed_tokens" if setup.base.config.tie_word_embeddings else "lm_head"
+        head = np.asarray(loaded.frozen[f"{table}.embedding"]).astype(np.float32)
+        factor = jnp.asarray(linalg.head_factor(head, center=spec.center_rows))
+        factor = jax.device_put(factor, sharding.replicated(setup.mesh))
+    return causal.Constants(loaded.frozen, loaded.origin, factor)
+
+
+def step_parts(setup: Setup, total_steps: int) -> steps.StepParts:
+    """The pure functions of a training step."""
+    config, objective, mesh = setup.config, setup.objective, setup.mesh
+    loss = causal.CausalLoss(
+        student=setup.student,
+        teacher=setup.plain,
+        objective=objective,
+        chunk=config.training.head_chunk,
+        head_constraint=_head_layout(mesh),
+    )
+    return steps.StepParts(
+        loss=loss,
+        counts=lambda batch: causal.counts_of(batch, objective.mask_alignment),
+        weights=lambda step: weights(objective, step, total_steps),
+        optimizer=optim.make_optimizer(config.training, total_steps),
+        learning_rate=optim.learning_rate_schedule(config.training, total_steps),
+        dropout=config.adapter.dropout > 0.0,
+    )
+
+
+def _head_layout(mesh: Mesh) -> Callable[[Array], Array]:
+    """Gather the head's width once per step, not once per chunk of tokens."""
+    layout = jax.sharding.NamedSharding(mesh, P("tensor", None))
+    return lambda table: jax.lax.with_sharding_constraint(table, layout)

@@ -1,0 +1,387 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from balora_jax.errors import InputError
+from balora_jax.numerics import linalg
+from balora_jax.numerics.head import HeadTerms, TermSpec, head_terms
+
+N, D, V = 11, 6, 23
+FULL = TermSpec(
+    consistency=True,
+    diversity=True,
+    spectral=True,
+    temperature=2.0,
+    top_k=4,
+    k=3,
+    norm="frobenius",
+    center_rows=False,
+    teacher_entropy=True,
+)
+NONE = dataclasses.replace(
+    FULL, consistency=False, diversity=False, spectral=False, teacher_entropy=False
+)
+JITTED = jax.jit(head_terms, static_argnames=("spec", "chunk"))
+SHARES = HeadTerms(0.3, 0.0, 0.7, 1.1, 0.0, 0.0, 2.5)  # one weight for each differentiable term
+
+
+@dataclasses.dataclass
+class Batch:
+    student: np.ndarray
+    teacher: np.ndarray
+    head: np.ndarray
+    labels: np.ndarray
+    label_mask: np.ndarray
+    term_mask: np.ndarray
+
+    def terms(self, spec, *, student=None, teacher="own", chunk=4, factor=True, dtype=jnp.float32):
+        centred = linalg.head_factor(self.head, center=spec.center_rows)
+        return JITTED(
+            jnp.asarray(self.student if student is None else student, dtype),
+            jnp.asarray(self.teacher, dtype) if isinstance(teacher, str) else teacher,
+            jnp.asarray(self.head, dtype),
+            jnp.asarray(self.labels),
+            jnp.asarray(self.label_mask),
+            jnp.asarray(self.term_mask),
+            spec,
+            chunk=chunk,
+            head_factor=jnp.asarray(centred) if factor else None,
+        )
+
+
+@pytest.fixture
+def batch(rng):
+    label_mask = np.array([1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 0], bool)
+    return Batch(
+        student=rng.standard_normal((N, D)),
+        teacher=rng.standard_normal((N, D)),
+        head=rng.standard_normal((V, D)),
+        labels=np.where(label_mask, rng.integers(0, V, N), -100).astype(np.int32),
+        label_mask=label_mask,
+        term_mask=np.roll(label_mask, 1),
+    )
+
+
+def reference(batch, spec, student=None):
+    """All terms from full float64 logits with plain loops."""
+    z_s = (batch.student if student is None else student) @ batch.head.T
+    z_t = batch.teacher @ batch.head.T
+
+    def log_softmax(row):
+        return row - row.max() - np.log(np.exp(row - row.max()).sum())
+
+    def entropy(row):
+        return -(np.exp(log_softmax(row)) * log_softmax(row)).sum()
+
+    task = consistency = diversity = teacher_entropy = 0.0
+    for i in range(N):
+        if batch.label_mask[i]:
+            task -= log_softmax(z_s[i])[batch.labels[i]]
+        if batch.term_mask[i]:
+            t, s = log_softmax(z_t[i] / spec.temperature), log_softmax(z_s[i] / spec.temperature)
+            consistency += spec.temperature**2 * (np.exp(t) * (t - s)).sum()
+            diversity -= entropy(np.sort(z_s[i])[::-1][: spec.top_k or V])
+            teacher_entropy += entropy(z_t[i] / spec.temperature)
+    kept = z_s[batch.term_mask]
+    if spec.center_rows:
+        kept = kept - kept.mean(1, keepdims=True)
+    s = np.linalg.svd(kept, compute_uv=False)
+    size = np.sqrt((s**2).sum()) if spec.norm == "frobenius" else s.sum()
+    return HeadTerms(
+        task,
+        batch.label_mask.sum(),
+        consistency,
+        diversity,
+        batch.term_mask.sum(),
+        teacher_entropy,
+        -s[: spec.k].sum() / size,
+    )
+
+
+def reference_gradient(batch, spec):
+    """Central differences of the weighted float64 reference."""
+    gradient = np.zeros((N, D))
+    for index in np.ndindex(N, D):
+        sides = []
+        for step in (1e-6, -1e-6):
+            moved = batch.student.copy()
+            moved[index] += step
+            values = reference(batch, spec, moved)
+            sides.append(sum(w * v for w, v in zip(SHARES, values, strict=True)))
+        gradient[index] = (sides[0] - sides[1]) / 2e-6
+    return gradient
+
+
+SETTINGS = {
+    "published": {},
+    "arxiv_v1": {"temperature": 1.0, "top_k": 0, "norm": "nuclear"},
+    "centred": {"center_rows": True},
+    "centred_nuclear": {"center_rows": True, "norm": "nuclear", "k": 1},
+}
+
+
+@pytest.mark.parametrize("factor", [True, False])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_values_and_gradient_match_full_float64_logits(batch, setting, factor):
+    spec = dataclasses.replace(FULL, **SETTINGS[setting])
+
+    def weighted(student):
+        got = batch.terms(spec, student=student, factor=factor)
+        return sum(w * v for w, v in zip(SHARES, got, strict=True)), got
+
+    (_, got), gradient = jax.jit(jax.value_and_grad(weighted, has_aux=True))(
+        jnp.asarray(batch.student, jnp.float32)
+    )
+    assert all(value.dtype == jnp.float32 and value.shape == () for value in got)
+    np.testing.assert_allclose(got, reference(batch, spec), rtol=1e-6)
+    expected = reference_gradient(batch, spec)
+    np.testing.assert_allclose(gradient, expected, atol=1e-5 * abs(expected).max())
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 11, 512])
+def test_chunk_size_does_not_matter(batch, chunk):
+    np.testing.assert_allclose(batch.terms(FULL, chunk=chunk), reference(batch, FULL), rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [4, 512])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_equal_hidden_states_have_exactly_zero_divergence(batch, chunk, dtype):
+    def consistency(student):
+        return batch.terms(
+            FULL,
+            student=student,
+            teacher=jnp.asarray(batch.student, dtype),
+            chunk=chunk,
+            dtype=dtype,
+        ).consistency_sum
+
+    value, gradient = jax.jit(jax.value_and_grad(consistency))(jnp.asarray(batch.student, dtype))
+    assert value == 0.0
+    np.testing.assert_array_equal(np.asarray(gradient, np.float32), 0)
+
+
+def test_bfloat16_hidden_states_accumulate_in_float32(batch):
+    def rounded(array):
+        return np.asarray(jnp.asarray(array, jnp.bfloat16), np.float64)
+
+    exact = dataclasses.replace(
+        batch,
+        student=rounded(batch.student),
+        teacher=rounded(batch.teacher),
+        head=rounded(batch.head),
+    )
+    got = exact.terms(FULL, dtype=jnp.bfloat16)
+    assert all(value.dtype == jnp.float32 for value in got)
+    np.testing.assert_allclose(got, reference(exact, FULL), rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("off", "field"),
+    [
+        ("consistency", "consistency_sum"),
+        ("diversity", "diversity_sum"),
+        ("spectral", "spectral"),
+        ("teacher_entropy", "teacher_entropy_sum"),
+    ],
+)
+def test_a_term_left_out_is_zero_and_the_others_stay(batch, off, field):
+    got = batch.terms(dataclasses.replace(FULL, **{off: False}))._asdict()
+    expected = reference(batch, FULL)._asdict()
+    assert got.pop(field) == 0
+    expected.pop(field)
+    np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-6)
+
+
+def program(batch, spec, **options):
+    return str(jax.make_jaxpr(lambda s: batch.terms(spec, student=s, **options))(batch.student))
+
+
+def test_terms_left_out_are_absent_from_the_program(batch):
+    products = {}
+    for name, spec in {
+        "none": NONE,
+        "consistency": dataclasses.replace(NONE, consistency=True),
+        "diversity": dataclasses.replace(NONE, diversity=True),
+        "spectral": dataclasses.replace(NONE, spectral=True),
+    }.items():
+        text = program(batch, spec)
+        products[name] = text.count("dot_general")
+        assert ("top_k" in text) == (name == "diversity")
+        assert ("svd" in text) == (name == "spectral")
+    assert products["none"] == products["diversity"] == 1  # student logits, nothing else
+    assert products["consistency"] == 2  # and the teacher's
+    assert products["spectral"] > 1
+
+
+def test_no_array_of_all_logits_exists(batch):
+    """With the factor no array of the program, forward or backward, is N x V."""
+    spec, rows, chunk = FULL, 32, 4
+    big = Batch(
+        student=np.ones((rows, D)),
+        teacher=np.zeros((rows, D)),
+        head=np.eye(101, D) + 0.1,
+        labels=np.zeros(rows, np.int32),
+        label_mask=np.ones(rows, bool),
+        term_mask=np.ones(rows, bool),
+    )
+
+    def loss(student):
+        return sum(big.terms(spec, student=student, chunk=chunk))
+
+    text = jax.jit(jax.grad(loss)).lower(jnp.asarray(big.student, jnp.float32)).as_text()
+    assert f"tensor<{chunk}x101xf32>" in text
+    for shape in (f"{rows}x101", f"{rows // chunk}x{chunk}x101"):
+        assert f"tensor<{shape}xf32>" not in text
+
+
+def test_teacher_and_head_receive_no_gradient(batch):
+    def total(teacher, head):
+        return sum(
+            head_terms(
+                jnp.asarray(batch.student, jnp.float32),
+                teacher,
+                head,
+                jnp.asarray(batch.labels),
+                jnp.asarray(batch.label_mask),
+                jnp.asarray(batch.term_mask),
+                FULL,
+                chunk=4,
+            )
+        )
+
+    for gradient in jax.jit(jax.grad(total, argnums=(0, 1)))(
+        jnp.asarray(batch.teacher, jnp.float32), jnp.asarray(batch.head, jnp.float32)
+    ):
+        np.testing.assert_array_equal(gradient, 0)
+
+
+def test_rows_outside_both_masks_may_be_nan(batch):
+    spoiled = dataclasses.replace(batch)
+    unused = ~(batch.label_mask | batch.term_mask)
+    assert unused.any()
+    spoiled.student = np.where(unused[:, None], np.nan, batch.student)
+    spoiled.teacher = np.where(unused[:, None], np.inf, batch.teacher)
+    np.testing.assert_allclose(spoiled.terms(FULL), reference(batch, FULL), rtol=1e-6)
+    gradient = jax.jit(jax.grad(lambda s: sum(spoiled.terms(FULL, student=s))))(
+        jnp.asarray(spoiled.student, jnp.float32)
+    )
+    assert np.isfinite(gradient).all()
+    np.testing.assert_array_equal(np.asarray(gradient)[unused], 0)
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "nuclear"])
+def test_nothing_counted_is_zero_with_zero_gradient(batch, norm):
+    spec = dataclasses.replace(FULL, norm=norm)
+    batch.label_mask = batch.term_mask = np.zeros(N, bool)
+    value, gradient = jax.jit(jax.value_and_grad(lambda s: sum(batch.terms(spec, student=s))))(
+        jnp.asarray(batch.student, jnp.float32)
+    )
+    assert value == 0
+    np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize("factor", [True, False])
+def test_no_rows(batch, factor):
+    empty = Batch(
+        batch.student[:0], batch.teacher[:0], batch.head, batch.labels[:0], *[np.zeros(0, bool)] * 2
+    )
+    assert [float(value) for value in empty.terms(FULL, factor=factor)] == [0.0] * 7
+
+
+def test_one_row_and_duplicated_rows(batch):
+    for rows in ([3], [3, 3, 3, 3]):
+        few = Batch(
+            batch.student[rows],
+            batch.teacher[rows],
+            batch.head,
+            batch.labels[rows],
+            *[np.ones(len(rows), bool)] * 2,
+        )
+
+        def spectral(student, few=few):
+            return few.terms(FULL, student=student).spectral
+
+        value, gradient = jax.jit(jax.value_and_grad(spectral))(
+            jnp.asarray(few.student, jnp.float32)
+        )
+        np.testing.assert_allclose(value, -1, rtol=1e-6)
+        np.testing.assert_allclose(gradient, 0, atol=1e-6)
+
+
+def test_iterative_path_matches_the_exact_one(batch, monkeypatch):
+    spec = dataclasses.replace(NONE, spectral=True)
+    exact = program(batch, spec)
+    monkeypatch.setattr(linalg, "EXACT_LIMIT", 2)
+    jax.clear_caches()  # the limit is read while tracing
+    assert program(batch, spec).count("scan[") == exact.count("scan[") + 1
+    np.testing.assert_allclose(batch.terms(spec).spectral, reference(batch, spec).spectral, 1e-6)
+    monkeypatch.undo()
+    jax.clear_caches()
+
+
+def test_gradient_matches_finite_differences_in_float64(x64, batch):
+    def loss(student):
+        return sum(batch.terms(FULL, student=student, dtype=jnp.float64))
+
+    check_grads(jax.jit(loss), (jnp.asarray(batch.student),), 1, ["rev"], rtol=1e-6)
+
+
+def message(call):
+    with pytest.raises(InputError) as error:
+        call()
+    return str(error.value)
+
+
+def test_messages(batch):
+    assert message(lambda: batch.terms(FULL, teacher=None)) == (
+        "head_terms: expected teacher hidden states of shape (11, 6) for the consistency term, "
+        "got None. Run the teacher or set consistency to 0."
+    )
+    assert message(lambda: batch.terms(FULL, chunk=0)) == (
+        "head_terms: expected chunk of at least 1, got 0. Use 512 or more."
+    )
+    assert message(lambda: batch.terms(dataclasses.replace(FULL, top_k=24))) == (
+        "head_terms: expected top_k between 0 (all) and the 23 columns of the logits, got 24. "
+        "Lower it."
+    )
+    assert message(lambda: batch.terms(dataclasses.replace(FULL, temperature=0.0))) == (
+        "head_terms: expected a temperature above 0, got 0.0. The published value is 2."
+    )
+    assert message(lambda: batch.terms(dataclasses.replace(FULL, norm="l1"))) == (
+        "head_terms: expected norm frobenius or nuclear, got 'l1'. Choose one of them."
+    )
+    assert message(lambda: batch.terms(dataclasses.replace(FULL, k=0))) == (
+        "head_terms: expected k of at least 1, got 0. The published value is 10."
+    )
+    # A top_k beyond the vocabulary of a term that is off, and an unused teacher, do not matter.
+    unused = dataclasses.replace(NONE, top_k=24)
+    assert batch.terms(unused, teacher=None).task_count == batch.label_mask.sum()
+
+
+def test_shape_messages(batch, shape_checks_off):
+    wide = dataclasses.replace(batch, student=batch.student[:, :5])
+    assert message(lambda: wide.terms(FULL)) == (
+        "head_terms: expected hidden states [N, D] and a head [V, D] of one width D, got "
+        "(11, 5) and (23, 6). Flatten batch and time, do not transpose W."
+    )
+    short = dataclasses.replace(batch, labels=batch.labels[:4])
+    assert message(lambda: short.terms(FULL)) == (
+        "head_terms: expected labels, label_mask and term_mask of shape (11,), got "
+        "(4,), (11,) and (11,). Flatten them alike."
+    )
+    with pytest.raises(InputError, match=r"expected a head_factor of shape \(6, 6\), got \(5, 5\)"):
+        head_terms(
+            jnp.asarray(batch.student),
+            jnp.asarray(batch.teacher),
+            jnp.asarray(batch.head),
+            jnp.asarray(batch.labels),
+            jnp.asarray(batch.label_mask),
+            jnp.asarray(batch.term_mask),
+            FULL,
+            chunk=4,
+            head_factor=jnp.eye(5),
+        )
