@@ -341,7 +341,7 @@ def _encode_chat(messages: list[Message], tokenizer: Any, eos: int, where: str) 
         prompt = _chat_ids(messages[:turn], tokenizer, where, generation=True)
         whole = _chat_ids(messages[: turn + 1], tokenizer, where, generation=False)
         _check_prompt(prompt, where)
-        if ids[: len(prompt)] != prompt or ids[: len(whole)] != whole or len(whole) < len(prompt):
+        if ids[: len(prompt)] != prompt or ids[: len(whole)] != whole:
             raise InputError(
                 f"{where}: expected the chat template to begin a conversation with the very tokens "
                 f"of its prompt, got other ones before message {turn + 1}. "

@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,12 @@ from balora_jax.paths import PACKAGE_PREFIX, resolve_path
 Row = Mapping[str, Any]
 
 _SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+# Not load_dataset("json", …): that reports each local load to a counter on the network.
+_READERS: dict[str, Callable[..., Any]] = {
+    "json": datasets.Dataset.from_json,
+    "csv": datasets.Dataset.from_csv,
+    "parquet": datasets.Dataset.from_parquet,
+}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", re.ASCII)
 _FORMATS = "JSON lines (.jsonl, .json), CSV, TSV or parquet, the text ones also with .gz"
 
@@ -125,9 +131,7 @@ def _stream(kind: str, file: str, options: dict[str, Any], limit: int | None) ->
         return []
     with _quiet_datasets():
         try:
-            stream = datasets.load_dataset(
-                kind, data_files=[glob.escape(file)], split="train", streaming=True, **options
-            )
+            stream = _READERS[kind](glob.escape(file), streaming=True, **options)
         except StopIteration:  # how `datasets` meets a packed file with nothing in it
             return []
         return list(itertools.islice(stream, limit))

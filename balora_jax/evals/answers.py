@@ -13,7 +13,7 @@ ANSWER_MARKER = "The answer is:"
 GSM8K_MARKER = "####"
 
 _TYPOGRAPHY = str.maketrans({"−": "-", "–": "-", "－": "-", "\u00a0": " ", "\u202f": " "})
-_DIGITS = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)"
+_DIGITS = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)"
 _NUMBER = re.compile(
     rf"""
     (?P<sign>[+-]?) \s* (?:\\?\$|€|£)? \s* (?P<inner_sign>[+-]?)

@@ -6,6 +6,7 @@ transposed into one buffer, and placed. The host never holds more than one devic
 parameter (plus a piece of at most ``_PIECE_BYTES``).
 """
 
+import gc
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -161,8 +162,12 @@ def _load(
     for bounds, places in _blocks(struct).items():
         block = _read_block(parameter, sources, bounds, read)
         copies = [jax.device_put(block, place) for place in places]
-        jax.block_until_ready(copies)  # the host buffer may go before the next one is made
+        jax.block_until_ready(copies)
         placed += copies
+        # The host buffer must go before the next one is made; JAX lets go of finished transfers
+        # when Python collects garbage, and the youngest generation is enough for that.
+        del block
+        gc.collect(0)
     return jax.make_array_from_single_device_arrays(struct.shape, _sharding(struct), placed)
 
 

@@ -174,7 +174,7 @@ def attend(
 
 
 def _cudnn_serves(q: Array) -> bool:
-    """cuDNN's fused attention takes 16-bit inputs with a head width in multiples of 8 to 128."""
+    """Whether cuDNN's fused attention takes it: 16 bit, head width a multiple of 8 up to 128."""
     sixteen_bit = q.dtype in (jnp.bfloat16, jnp.float16)
     return (
         jax.default_backend() == "gpu"

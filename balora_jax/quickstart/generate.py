@@ -155,20 +155,15 @@ def draw_problem(rng: random.Random) -> Problem:
 
 def _story(rng: random.Random) -> str:
     problem = draw_problem(rng)
-    parts = [problem.told()]
-    if rng.random() < 0.6:
-        parts.append(problem.working())
-    parts.append(f"Now {problem.owner} has {problem.answer} {problem.things}.")
-    return " ".join(parts)
+    result = f"Now {problem.owner} has {problem.answer} {problem.things}."
+    return f"{problem.told()} {problem.working()} {result}"
 
 
 def _talk(rng: random.Random) -> str:
     problem = draw_problem(rng)
     question = pick(rng, QUESTIONS).format(t=problem.things, a=problem.owner)
     asker = pick(rng, NAMES)
-    reply = f"{problem.owner} has {problem.answer} {problem.things}."
-    if rng.random() < 0.5:
-        reply = f"{problem.working()} {reply}"
+    reply = f"{problem.working()} {problem.owner} has {problem.answer} {problem.things}."
     return f"{problem.told()} {asker} asks: {question}\n{problem.other} says: {reply}"
 
 

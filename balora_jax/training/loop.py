@@ -123,7 +123,7 @@ class Training:
         return {"train": self.state._asdict(), "origin": self.constants.origin}
 
     def train(self, start: int) -> None:
-        """Optimizer steps from ``start`` to the end, reported one step late to keep devices busy."""
+        """Optimizer steps from ``start``; reported one step late, so that devices stay busy."""
         training, mesh = self.setup.config.training, self.setup.mesh
         step_fn = steps.compile_step(self.parts, self.state, mesh)
         shares_fn = steps.gradient_shares(self.parts)

@@ -50,7 +50,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
     if math.prod(sizes) != devices:
         raise InputError(
             f"mesh: expected data x fsdp x tensor to be the {devices} device(s) there are, got "
-            f"{' x '.join(map(str, sizes))} = {math.prod(sizes)}. Change the sizes; -1 fills one in."
+            f"{' x '.join(map(str, sizes))} = {math.prod(sizes)}. Change them; -1 fills one in."
         )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from balora_jax.data import examples as examples_module
 from balora_jax.data.examples import (
@@ -361,9 +362,7 @@ def stories():
     folder = SHARED / "models" / "stories260k"
     if not folder.is_dir():
         pytest.skip("the shared folder is not there")
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def test_gsm8k_on_a_real_tokenizer(stories):

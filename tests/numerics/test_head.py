@@ -124,8 +124,16 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("factor", [True, False])
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    ("setting", "factor"),
+    [
+        ("published", True),
+        ("published", False),
+        ("arxiv_v1", True),
+        ("centred", True),
+        ("centred_nuclear", False),
+    ],
+)
 def test_values_and_gradient_match_full_float64_logits(batch, setting, factor):
     spec = dataclasses.replace(FULL, **SETTINGS[setting])
 

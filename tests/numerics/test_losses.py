@@ -2,11 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from jax.test_util import check_grads
 
 from balora_jax.errors import InputError
 from balora_jax.numerics import losses
+
+torch = pytest.importorskip("torch")
 
 
 def test_cross_entropy_matches_torch_with_gradient(rng):
