@@ -121,7 +121,7 @@ class DataConfig(Section):
 
     Attributes:
         train, validation: a JSON-lines, CSV or parquet file, or a hub data-set name.
-        split: of a hub data set, for ``train``.
+        split, validation_split: of hub data sets.
         train_limit, validation_limit: use the first rows only.
         template: ``alpaca``, ``plain``, ``chat`` (the tokenizer's), or a text with ``{column}``.
         prompt_column, response_column: columns of a row.
@@ -134,6 +134,7 @@ class DataConfig(Section):
     train: str
     validation: str | None = None
     split: str = "train"
+    validation_split: str = "validation"
     train_limit: Positive | None = None
     validation_limit: Positive | None = None
     template: str = "alpaca"
@@ -275,9 +276,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             the wrong type or out of range; the message names the key.
 
     Example:
-        >>> load_config("nowhere.yaml")
+        >>> load_config("configs/absent.yaml")
         Traceback (most recent call last):
-        balora_jax.errors.InputError: nowhere.yaml: expected a config file, found none. Check the path.
+        balora_jax.errors.InputError: configs/absent.yaml: expected a config file, found none. ...
     """
     path = Path(path)
     if not path.is_file():
@@ -335,7 +336,7 @@ def _describe(error: ValidationError) -> str:
     if kind == "missing":
         return f"{location}: expected a value, got none. Add the key."
     if kind == "value_error":
-        return str(first["ctx"]["error"])
+        return str(first.get("ctx", {}).get("error", first["msg"]))
     expected = first["msg"].removeprefix("Input should be ").rstrip(".")
     return f"{location}: expected {expected}, got {got!r}. Correct the value."
 

@@ -69,7 +69,11 @@ def validation_rows(config: RunConfig) -> Rows:
     if config.data.validation is None or config.eval.task == "none":
         return ()
     limits = [n for n in (config.eval.limit, config.data.validation_limit) if n is not None]
-    rows = load_rows(config.data.validation, limit=min(limits) if limits else None)
+    rows = load_rows(
+        config.data.validation,
+        split=config.data.validation_split,
+        limit=min(limits) if limits else None,
+    )
     return [dict(row) for row in rows]
 
 

@@ -8,8 +8,8 @@ from balora_jax.evals.answers import exact_match, extract_answer, last_boxed
 
 
 def gold_answer(row: Mapping[str, Any], column: str, marker: str) -> str:
-    """The right answer of a row: after ``####`` (GSM8K), after the marker, in the last
-    ``\\boxed{}`` (MATH), or the whole cell.
+    r"""The right answer of a row: after ``####`` (GSM8K), after the marker, in the last
+    ``\boxed{}`` (MATH), or the whole cell.
 
     Raises:
         InputError: the row has no such column.

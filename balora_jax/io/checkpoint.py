@@ -18,6 +18,7 @@ FREE_KEYS = (
     "model.attention",
     "data.validation",
     "data.validation_limit",
+    "data.validation_split",
     "training.stop_at",
     "training.head_chunk",
     "training.log_every",
@@ -132,9 +133,9 @@ def check_same_run(saved: Identity, now: Identity, where: str) -> None:
     """Raises InputError where going on would not be the same run, naming the first difference."""
     if saved.base != now.base:
         raise InputError(
-            f"{where}: expected the base model this run began with (fingerprint {saved.base[:12]}), "
-            f"got another one ({now.base[:12]}). Set model.name_or_path to the first base, or use "
-            "a new --workdir."
+            f"{where}: expected the base model this run began with (fingerprint "
+            f"{saved.base[:12]}), got another one ({now.base[:12]}). Set model.name_or_path to the "
+            "first base, or use a new --workdir."
         )
     for key, before, after in differences(saved.config, now.config):
         if any(key == free or key.startswith(free + ".") for free in FREE_KEYS):

@@ -80,7 +80,7 @@ def export_run(
             "folder": str(out),
             "format": format,
             "dtype": config.model.dtype,
-            "shards": merged.shards,
+            "files": merged.files,
             "merged_weights": merged.merged,
         }
     report = write_adapter(

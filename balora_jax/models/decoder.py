@@ -7,7 +7,7 @@ training is plain ``jax.jit``/``grad``/``scan`` over pytrees.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -153,7 +153,7 @@ class Decoder(nnx.Module):
         kernel: AttentionKernel,
     ):
         self.config = config
-        self.remat = remat
+        self.remat: Remat = remat
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype)
         self.layers = DecoderLayer(config, adapters, kernel, dtype)
         self.norm = RMSNorm(config.hidden_size, layers=None, eps=config.norm_eps, dtype=dtype)
@@ -237,7 +237,14 @@ class Decoder(nnx.Module):
             "column": jnp.zeros((), jnp.int32),
         }
 
-    def _run_layers(self, x, tables, dropout_key, cached=None, column=0):
+    def _run_layers(
+        self,
+        x: Float[Array, "B T D"],
+        tables: tuple[Array, Array, Array],
+        dropout_key: PRNGKeyArray | None,
+        cached: tuple[Array, Array] | None = None,
+        column: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "B T D"], Any]:
         """Scan over the stack; keys and values are returned only where there is a cache."""
         graph, stack = nnx.split(self.layers)
         keys = None

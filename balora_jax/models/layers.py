@@ -204,7 +204,7 @@ class Attention(nnx.Module):
         self.v_proj = linear("v_proj", width, groups * head_dim, use_bias)
         self.o_proj = linear("o_proj", heads * head_dim, width, use_bias)
         self.head_dim = head_dim
-        self.kernel = kernel
+        self.kernel: AttentionKernel = kernel
 
     def __call__(
         self,

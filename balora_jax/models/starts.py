@@ -5,6 +5,8 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,10 +78,13 @@ def start_adapters(
 
 def start_from_factors(
     modules: Sequence[AdaptedModule],
-    kernels: Mapping[str, Float[Array, "L D F"]],
+    kernels: Mapping[str, Any],
     factors: Mapping[str, tuple[np.ndarray, np.ndarray]],
 ) -> tuple[Arrays, Arrays]:
-    """Adapters that begin with given factors by checkpoint name (``A`` [D, R], ``B`` [R, F])."""
+    """Adapters that begin with given factors by checkpoint name (``A`` [D, R], ``B`` [R, F]).
+
+    Of ``kernels`` (arrays or their shapes by path) only the shapes are read.
+    """
 
     def make(module: AdaptedModule) -> Factors:
         a, b = factors[module.name]
@@ -116,7 +121,7 @@ def pissa_start(
 
 def stack_factors(
     modules: Sequence[AdaptedModule],
-    kernels: Mapping[str, Array],
+    kernels: Mapping[str, Any],
     make: Callable[[AdaptedModule], Factors],
 ) -> Arrays:
     """Stack per-layer factors, zero-padded to the largest rank, on the leading axis.
@@ -144,7 +149,7 @@ def stack_factors(
     return stacks
 
 
-def scales(modules: Sequence[AdaptedModule], kernels: Mapping[str, Array]) -> Arrays:
+def scales(modules: Sequence[AdaptedModule], kernels: Mapping[str, Any]) -> Arrays:
     """``lora_scale`` [L] for each stacked layer; 0 where a layer of the stack is not adapted."""
     tables: dict[str, np.ndarray] = {}
     for module in modules:

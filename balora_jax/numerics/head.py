@@ -130,7 +130,7 @@ def head_terms(
     Raises:
         InputError: If shapes do not match, the teacher is missing, or a setting is out of range.
 
-    **Source:** METHOD's NLG terms; the official code forms ``[B, T, V]`` logits of both models
+    **Source:** the paper's NLG terms; the official code forms ``[B, T, V]`` logits of both models
     several times instead.
 
     >>> import jax.numpy as jnp

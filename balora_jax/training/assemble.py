@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from balora_jax.array_types import Array
-from balora_jax.config import AdapterConfig, DataConfig, RegularizersConfig, RunConfig
+from balora_jax.config import AdapterConfig, DataConfig, ModelConfig, RegularizersConfig, RunConfig
 from balora_jax.data.batches import BatchIterator, common_length
 from balora_jax.data.examples import EncodedSet, encode_rows
 from balora_jax.data.sources import load_rows
@@ -24,11 +24,12 @@ from balora_jax.io.pretrained import Base, open_base, peft_modules, sampling_for
 from balora_jax.models import starts
 from balora_jax.models.adapters import (
     AdaptedModule,
+    AdapterShape,
     adapter_shapes,
     plan_adapters,
     trainable_parameters,
 )
-from balora_jax.models.decoder import Structure, linear_shapes, structure
+from balora_jax.models.decoder import DecoderConfig, Structure, linear_shapes, structure
 from balora_jax.numerics import linalg
 from balora_jax.numerics.objective import Objective, weights
 from balora_jax.training import causal, optim, sharding, steps
@@ -124,12 +125,12 @@ def check(config: RunConfig) -> Setup:
     """
     objective = objective_of(config.regularizers)
     base = open_base(config.model.name_or_path, config.model.revision)
-    model, dropout = config.model, config.adapter.dropout
-    options = {"dtype": model.dtype, "remat": model.remat, "kernel": model.attention}
-    plain = structure(base.config, **options)
+    plain = model_structure(base.config, config.model, {})
     peft, modules = plan(config.adapter, plain)
     shapes = adapter_shapes(
-        modules, origin=starts.start_has_origin(config.adapter.start), dropout=dropout
+        modules,
+        origin=starts.start_has_origin(config.adapter.start),
+        dropout=config.adapter.dropout,
     )
     mesh = sharding.make_mesh(config.mesh)
     sharding.shardings(plain.frozen, mesh)
@@ -145,7 +146,7 @@ def check(config: RunConfig) -> Setup:
         base=base,
         tokenizer=tokenizer,
         plain=plain,
-        student=structure(base.config, adapters=shapes, **options),
+        student=model_structure(base.config, config.model, shapes),
         modules=modules,
         peft=peft,
         objective=objective,
@@ -153,6 +154,19 @@ def check(config: RunConfig) -> Setup:
         validation=validation_rows(config),
         length=_row_length(config.data, data, base),
         mesh=mesh,
+    )
+
+
+def model_structure(
+    decoder: DecoderConfig, config: ModelConfig, adapters: dict[str, AdapterShape]
+) -> Structure:
+    """The model's shapes with the options of the config's section."""
+    return structure(
+        decoder,
+        adapters=adapters,
+        dtype=config.dtype,
+        remat=config.remat,
+        kernel=config.attention,
     )
 
 

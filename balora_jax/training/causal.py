@@ -1,6 +1,6 @@
 """The loss of one micro-batch of a causal language model: task, teacher and the three terms."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from balora_jax.models.decoder import Structure
 from balora_jax.numerics import head, objective
 from balora_jax.numerics.objective import Objective
 
-Arrays = Mapping[str, Array]
+Arrays = dict[str, Array]
 Batch = dict[str, Array]
 Parts = dict[str, Scalar]
 

@@ -47,7 +47,9 @@ def fit(config: RunConfig, *, workdir: str | Path, resume: bool = False) -> dict
     if resume and checkpoint.has_checkpoints(folder / "checkpoints"):
         store = checkpoint.Checkpoints(folder / "checkpoints", keep=10**6)
         step = store.latest_step()
-        checkpoint.check_same_run(store.identity(step), identity_of(setup), f"{folder}: --resume")
+        if step is not None:
+            where = f"{folder}: --resume"
+            checkpoint.check_same_run(store.identity(step), identity_of(setup), where)
         store.close()
     loaded = assemble.load(setup)
     describe(setup)

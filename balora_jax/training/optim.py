@@ -1,6 +1,7 @@
 """The optimizer: an optax chain of clipping, the update rule, masked decay and the schedule."""
 
 import math
+from typing import Any
 
 import jax
 import optax
@@ -56,7 +57,8 @@ def decays(params: dict[str, jax.Array]) -> dict[str, bool]:
 def scale_up_factor(ratio: float) -> optax.GradientTransformation:
     """Multiply the updates of every B by ``ratio`` (LoRA+); 1 changes nothing."""
 
-    def update(updates: dict, params: object = None) -> dict:
+    def update(updates: Any, params: Any = None) -> Any:
+        del params
         return {
             path: leaf * ratio if path.endswith(".lora_b") else leaf
             for path, leaf in updates.items()

@@ -87,7 +87,7 @@ def train_step(
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (loss, values, grads))
     (loss, values, grads), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(micro_batches), batch))
     updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.adapters)
-    adapters = optax.apply_updates(state.adapters, updates)
+    adapters = jax.tree.map(jnp.add, state.adapters, updates)
     metrics = {
         "loss": loss,
         **values,

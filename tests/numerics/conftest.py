@@ -25,8 +25,8 @@ def rng():
 
 
 @pytest.fixture
-def shape_checks_off():
-    """Let a wrong shape reach the function's own message where jaxtyping checks are installed."""
+def type_checks_off():
+    """Let a wrong argument reach the function's own message where jaxtyping is installed."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     yield

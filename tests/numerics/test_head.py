@@ -344,7 +344,7 @@ def message(call):
     return str(error.value)
 
 
-def test_messages(batch):
+def test_messages(batch, type_checks_off):
     assert message(lambda: batch.terms(FULL, teacher=None)) == (
         "head_terms: expected teacher hidden states of shape (11, 6) for the consistency term, "
         "got None. Run the teacher or set consistency to 0."
@@ -370,7 +370,7 @@ def test_messages(batch):
     assert batch.terms(unused, teacher=None).task_count == batch.label_mask.sum()
 
 
-def test_shape_messages(batch, shape_checks_off):
+def test_shape_messages(batch, type_checks_off):
     wide = dataclasses.replace(batch, student=batch.student[:, :5])
     assert message(lambda: wide.terms(FULL)) == (
         "head_terms: expected hidden states [N, D] and a head [V, D] of one width D, got "

@@ -237,7 +237,7 @@ def message(call):
     return str(error.value)
 
 
-def test_messages():
+def test_messages(type_checks_off):
     square = jnp.eye(3)
     assert message(lambda: linalg.singular_values(square, 0)) == (
         "singular values: expected k of at least 1, got 0. Raise k."
@@ -268,7 +268,7 @@ def test_messages():
     )
 
 
-def test_shape_messages(shape_checks_off):
+def test_shape_messages(type_checks_off):
     assert message(lambda: linalg.singular_values(jnp.ones(3), 1)) == (
         "singular values: expected a matrix, got shape (3,). Flatten it to rows first."
     )

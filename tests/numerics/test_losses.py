@@ -99,7 +99,7 @@ def test_gradients_match_finite_differences(x64, rng):
     )
 
 
-def test_messages(shape_checks_off):
+def test_messages(type_checks_off):
     with pytest.raises(InputError) as error:
         losses.cross_entropy(jnp.ones((2, 3)), jnp.ones(3, int), jnp.ones(2, bool))
     assert str(error.value) == (

@@ -335,7 +335,7 @@ def test_zero_counts_give_zero_loss_and_gradient():
         ),
     ],
 )
-def test_bad_objectives(fields, expected):
+def test_bad_objectives(type_checks_off, fields, expected):
     with pytest.raises(InputError) as error:
         Objective(**fields)
     assert str(error.value) == expected

@@ -321,7 +321,7 @@ def message(call):
     return str(error.value)
 
 
-def test_messages():
+def test_messages(type_checks_off):
     z, mask = jnp.ones((2, 3)), jnp.ones(2, bool)
     for temperature in (0.0, -1.0, float("nan")):
         assert message(lambda t=temperature: reg.consistency_nlg(z, z, mask, temperature=t)) == (
@@ -344,7 +344,7 @@ def test_messages():
     )
 
 
-def test_shape_messages(shape_checks_off):
+def test_shape_messages(type_checks_off):
     z, mask = jnp.ones((2, 3)), jnp.ones(2, bool)
     assert message(lambda: reg.consistency_nlg(z, z[:, :2], mask, temperature=1.0)) == (
         "consistency_nlg: expected teacher logits of the student's shape (2, 3), got (2, 2). "
