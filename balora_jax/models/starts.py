@@ -4,7 +4,6 @@ import re
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-
 from typing import Any
 
 import jax

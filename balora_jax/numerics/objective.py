@@ -104,7 +104,7 @@ class Objective:
                 object.__setattr__(self, name, form)
             elif self.variant == "arxiv_v1" and given != form:
                 raise InputError(
-                    f"objective.{name}: expected {form} for variant arxiv_v1, got {given}. "
+                    f"regularizers.{name}: expected {form} for variant arxiv_v1, got {given}. "
                     "Leave it out or use variant iclr2026."
                 )
         self._check_numbers()
@@ -121,7 +121,7 @@ class Objective:
         for name, literal in choices.items():
             if getattr(self, name) not in get_args(literal):
                 raise InputError(
-                    f"objective.{name}: expected one of {', '.join(get_args(literal))}, "
+                    f"regularizers.{name}: expected one of {', '.join(get_args(literal))}, "
                     f"got {getattr(self, name)!r}. Choose one of them."
                 )
 
@@ -130,20 +130,20 @@ class Objective:
             weight = getattr(self, name)
             if not (weight >= 0 and math.isfinite(weight)):
                 raise InputError(
-                    f"objective.{name}: expected a weight of at least 0, got {weight}. "
+                    f"regularizers.{name}: expected a weight of at least 0, got {weight}. "
                     "Use 0 to switch the term off."
                 )
         if not 0 <= self.warmup_fraction <= 1:
             raise InputError(
-                "objective.warmup_fraction: expected a share of the steps between 0 and 1, "
+                "regularizers.warmup_fraction: expected a share of the steps between 0 and 1, "
                 f"got {self.warmup_fraction}. The official default is 0.1."
             )
         spec = self.term_spec
-        regularizers.check_temperature("objective.temperature", spec.temperature)
-        regularizers.check_spectral("objective.spectral term", spec.k, spec.norm)
+        regularizers.check_temperature("regularizers.temperature", spec.temperature)
+        regularizers.check_spectral("regularizers.spectral term", spec.k, spec.norm)
         if spec.top_k < 0:
             raise InputError(
-                f"objective.top_k: expected at least 0 (0 is the entire vocabulary), "
+                f"regularizers.top_k: expected at least 0 (0 is the entire vocabulary), "
                 f"got {spec.top_k}. The published value is 20."
             )
 
@@ -151,13 +151,13 @@ class Objective:
         given = self.adaptive_min is not None or self.adaptive_max is not None
         if given and self.consistency_schedule != "adaptive":
             raise InputError(
-                "objective.adaptive_min, adaptive_max: expected consistency_schedule adaptive, got "
+                "regularizers.adaptive_min, adaptive_max: expected consistency_schedule adaptive, got "
                 f"{self.consistency_schedule}. Remove the two or change the schedule."
             )
         low, high = self.adaptive_range
         if not 0 <= low <= high:
             raise InputError(
-                "objective.adaptive_min, adaptive_max: expected 0 <= adaptive_min <= adaptive_max, "
+                "regularizers.adaptive_min, adaptive_max: expected 0 <= adaptive_min <= adaptive_max, "
                 f"got {low} and {high}. Swap or raise them."
             )
 

@@ -23,15 +23,16 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from balora_jax.array_types import Array, Float, Int
+from balora_jax.data.templates import ALPACA
 from balora_jax.models.decoder import Structure, structure
 from balora_jax.models.registry import decoder_config, weight_rules
 from balora_jax.quickstart import generate
 
 SEED = 7
-STEPS = 4000
-BATCH_ROWS = 16
-ROW_TOKENS = 160
-PEAK_LEARNING_RATE = 3e-3
+STEPS = 6000
+BATCH_ROWS = 8
+ROW_TOKENS = 128
+PEAK_LEARNING_RATE = 2.5e-3
 WARMUP_STEPS = 100
 WEIGHT_DECAY = 0.05
 INIT_STD = 0.02
@@ -40,13 +41,6 @@ UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = range(4)
 VOCAB_SIZE = 640
 TOKENIZER_DOCUMENTS = 20_000
-
-# The Alpaca prompt without input. The tokenizer sees it, so that it costs few tokens; the model
-# does not.
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
-)
 
 MODEL_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -111,6 +105,7 @@ def build_tokenizer() -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
+    # The tokenizer sees the task's prompts, so that they cost few tokens; the model does not.
     rows, _ = generate.task_rows()
     prompts = (ALPACA.format(**row) + row["output"] for row in rows)
     text = itertools.islice(generate.documents(SEED), TOKENIZER_DOCUMENTS)
@@ -197,7 +192,7 @@ def optimizer() -> optax.GradientTransformation:
 
 
 def pretrain(tokenizer: Tokenizer, model: Structure) -> dict[str, Array]:
-    """Train the weights from nothing; prints the loss every 100 steps."""
+    """Train the weights from nothing; prints the loss every 200 steps."""
     tx = optimizer()
     weights = initial_weights(model, SEED)
     state = tx.init(weights)
@@ -214,7 +209,7 @@ def pretrain(tokenizer: Tokenizer, model: Structure) -> dict[str, Array]:
         batch = np.stack(list(itertools.islice(rows, BATCH_ROWS)), axis=1)
         weights, state, loss = step(weights, state, batch)
         recent.append(loss)
-        if number % 100 == 0 or number == STEPS:
+        if number % 200 == 0 or number == STEPS:
             mean, seconds = float(np.mean(recent)), time.monotonic() - start
             print(f"step {number}/{STEPS}: loss {mean:.4f}, {seconds:.0f} s", flush=True)
             recent.clear()

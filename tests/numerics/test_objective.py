@@ -242,85 +242,85 @@ def test_zero_counts_give_zero_loss_and_gradient():
     [
         (
             {"variant": "v3"},
-            "objective.variant: expected one of iclr2026, arxiv_v1, got 'v3'. Choose one of them.",
+            "regularizers.variant: expected one of iclr2026, arxiv_v1, got 'v3'. Choose one of them.",
         ),
         (
             {"consistency_schedule": "two_phase"},
-            "objective.consistency_schedule: expected one of constant, cosine, adaptive, got "
+            "regularizers.consistency_schedule: expected one of constant, cosine, adaptive, got "
             "'two_phase'. Choose one of them.",
         ),
         (
             {"diversity_schedule": "cosine"},
-            "objective.diversity_schedule: expected one of constant, two_phase, linear_warmup, "
+            "regularizers.diversity_schedule: expected one of constant, two_phase, linear_warmup, "
             "quadratic_warmup, got 'cosine'. Choose one of them.",
         ),
         (
             {"spectral_schedule": "cosine"},
-            "objective.spectral_schedule: expected one of constant, two_phase, linear_warmup, "
+            "regularizers.spectral_schedule: expected one of constant, two_phase, linear_warmup, "
             "quadratic_warmup, got 'cosine'. Choose one of them.",
         ),
         (
             {"mask_alignment": "unshifted"},
-            "objective.mask_alignment: expected one of shifted, official, got 'unshifted'. "
+            "regularizers.mask_alignment: expected one of shifted, official, got 'unshifted'. "
             "Choose one of them.",
         ),
         (
             {"diversity": -0.1},
-            "objective.diversity: expected a weight of at least 0, got -0.1. "
+            "regularizers.diversity: expected a weight of at least 0, got -0.1. "
             "Use 0 to switch the term off.",
         ),
         (
             {"spectral": float("nan")},
-            "objective.spectral: expected a weight of at least 0, got nan. "
+            "regularizers.spectral: expected a weight of at least 0, got nan. "
             "Use 0 to switch the term off.",
         ),
         (
             {"consistency": float("inf")},
-            "objective.consistency: expected a weight of at least 0, got inf. "
+            "regularizers.consistency: expected a weight of at least 0, got inf. "
             "Use 0 to switch the term off.",
         ),
         (
             {"temperature": 0.0},
-            "objective.temperature: expected a temperature above 0, got 0.0. "
+            "regularizers.temperature: expected a temperature above 0, got 0.0. "
             "The published value is 2.",
         ),
         (
             {"top_k": -1},
-            "objective.top_k: expected at least 0 (0 is the entire vocabulary), got -1. "
+            "regularizers.top_k: expected at least 0 (0 is the entire vocabulary), got -1. "
             "The published value is 20.",
         ),
         (
             {"k": 0},
-            "objective.spectral term: expected k of at least 1, got 0. The published value is 10.",
+            "regularizers.spectral term: expected k of at least 1, got 0. The published value is 10.",
         ),
         (
             {"norm": "max"},
-            "objective.spectral term: expected norm frobenius or nuclear, got 'max'. "
+            "regularizers.spectral term: expected norm frobenius or nuclear, got 'max'. "
             "Choose one of them.",
         ),
         (
             {"variant": "arxiv_v1", "temperature": 2.0},
-            "objective.temperature: expected 1.0 for variant arxiv_v1, got 2.0. "
+            "regularizers.temperature: expected 1.0 for variant arxiv_v1, got 2.0. "
             "Leave it out or use variant iclr2026.",
         ),
         (
             {"variant": "arxiv_v1", "top_k": 20},
-            "objective.top_k: expected 0 for variant arxiv_v1, got 20. "
+            "regularizers.top_k: expected 0 for variant arxiv_v1, got 20. "
             "Leave it out or use variant iclr2026.",
         ),
         (
             {"variant": "arxiv_v1", "norm": "frobenius"},
-            "objective.norm: expected nuclear for variant arxiv_v1, got frobenius. "
+            "regularizers.norm: expected nuclear for variant arxiv_v1, got frobenius. "
             "Leave it out or use variant iclr2026.",
         ),
         (
             {"warmup_fraction": 1.5},
-            "objective.warmup_fraction: expected a share of the steps between 0 and 1, got 1.5. "
+            "regularizers.warmup_fraction: expected a share of the steps between 0 and 1, got 1.5. "
             "The official default is 0.1.",
         ),
         (
             {"adaptive_min": 0.1},
-            "objective.adaptive_min, adaptive_max: expected consistency_schedule adaptive, got "
+            "regularizers.adaptive_min, adaptive_max: expected consistency_schedule adaptive, got "
             "constant. Remove the two or change the schedule.",
         ),
         (
@@ -330,7 +330,7 @@ def test_zero_counts_give_zero_loss_and_gradient():
                 "adaptive_min": 0.5,
                 "adaptive_max": 0.4,
             },
-            "objective.adaptive_min, adaptive_max: expected 0 <= adaptive_min <= adaptive_max, got "
+            "regularizers.adaptive_min, adaptive_max: expected 0 <= adaptive_min <= adaptive_max, got "
             "0.5 and 0.4. Swap or raise them.",
         ),
     ],
