@@ -243,6 +243,7 @@ class EvalConfig(Section):
         max_new_tokens: longest answer.
         temperature: 0 for greedy decoding.
         top_p: share of the probability that sampling draws from.
+        prompt_column: column of the question; ``data.prompt_column`` where not given.
         gold_column: column of the right answer; ``data.response_column`` where not given.
     """
 
@@ -253,6 +254,7 @@ class EvalConfig(Section):
     max_new_tokens: Positive = 256
     temperature: NonNegative = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    prompt_column: str | None = None
     gold_column: str | None = None
 
 

@@ -1,6 +1,7 @@
 """From prompts to texts to a score, for training, ``balora eval`` and ``balora generate``."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -87,7 +88,10 @@ def score_rows(
     title: str,
 ) -> dict[str, Any]:
     """Answer every row, print the score and the first answer, return the figures."""
-    settings = example_settings(config.data)
+    settings = replace(
+        example_settings(config.data),
+        prompt_column=config.eval.prompt_column or config.data.prompt_column,
+    )
     column = config.eval.gold_column or config.data.response_column
     golds = [gold_answer(row, column, config.eval.marker) for row in rows]
     prompts = [encode_prompt(dict(row), answerer.tokenizer, settings) for row in rows]

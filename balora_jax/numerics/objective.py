@@ -151,14 +151,14 @@ class Objective:
         given = self.adaptive_min is not None or self.adaptive_max is not None
         if given and self.consistency_schedule != "adaptive":
             raise InputError(
-                "regularizers.adaptive_min, adaptive_max: expected consistency_schedule adaptive, got "
-                f"{self.consistency_schedule}. Remove the two or change the schedule."
+                "regularizers.adaptive_min, adaptive_max: expected consistency_schedule "
+                f"adaptive, got {self.consistency_schedule}. Remove the two or change the schedule."
             )
         low, high = self.adaptive_range
         if not 0 <= low <= high:
             raise InputError(
-                "regularizers.adaptive_min, adaptive_max: expected 0 <= adaptive_min <= adaptive_max, "
-                f"got {low} and {high}. Swap or raise them."
+                "regularizers.adaptive_min, adaptive_max: expected 0 <= adaptive_min <= "
+                f"adaptive_max, got {low} and {high}. Swap or raise them."
             )
 
     @property
