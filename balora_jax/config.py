@@ -164,7 +164,7 @@ class TrainingConfig(Section):
         clip_norm: largest global gradient norm; None for no clipping.
         lora_plus_ratio: learning rate of B over that of A (LoRA+).
         seed: of starts, order of the data and dropout.
-        head_chunk: tokens whose logits exist at the same time.
+        head_chunk: tokens whose logits exist at the same time on a device.
         log_every: steps between rows of ``metrics.jsonl``.
         log_gradient_share_every: steps between measurements of each term's gradient norm; 0 never.
         checkpoint_every: steps between checkpoints; 0 only at the end.

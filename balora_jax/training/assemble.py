@@ -260,7 +260,8 @@ def step_parts(setup: Setup, total_steps: int) -> steps.StepParts:
         student=setup.student,
         teacher=setup.plain,
         objective=objective,
-        chunk=config.training.head_chunk,
+        # The head sees the global batch: each device gets this many tokens of a chunk.
+        chunk=config.training.head_chunk * mesh.shape["data"] * mesh.shape["fsdp"],
         head_constraint=_head_layout(mesh),
     )
     return steps.StepParts(

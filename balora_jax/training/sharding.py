@@ -27,12 +27,17 @@ LOGICAL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"norm\.scale", (None,)),
 )
 
-MESH_AXES: dict[str, str | None] = {
+MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,  # scanned over, so every device needs every layer
     "vocabulary": "tensor",
     "heads": "tensor",
     "inner": "tensor",
     "width": "fsdp",
+    # A factor of an adapter has one long axis, so that one takes both mesh axes: else half of the
+    # adapters, and of the optimizer's moments, would lie whole on every device.
+    "adapter_heads": ("tensor", "fsdp"),
+    "adapter_inner": ("tensor", "fsdp"),
+    "adapter_width": "fsdp",
 }
 
 
@@ -60,14 +65,16 @@ def logical_axes(path: str) -> tuple[str | None, ...]:
 
     Example:
         >>> logical_axes("layers.mlp.down_proj.lora_a")
-        ('layers', 'inner', None)
+        ('layers', 'adapter_inner', None)
     """
     stem, _, leaf = path.rpartition(".")
     if leaf == "lora_scale":
         return ("layers",)
     if leaf in ("lora_a", "origin_a", "lora_b", "origin_b"):
         layers, d_in, d_out = logical_axes(f"{stem}.kernel")
-        return (layers, d_in, None) if leaf.endswith("_a") else (layers, None, d_out)
+        if leaf.endswith("_a"):
+            return (layers, f"adapter_{d_in}", None)
+        return (layers, None, f"adapter_{d_out}")
     for pattern, axes in LOGICAL_AXES:
         if re.fullmatch(pattern, path):
             return axes
@@ -97,10 +104,12 @@ def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """The sharding of one array, after checking that every axis divides."""
     spec = spec_of(path)
     for size, axis in zip(shape, spec, strict=True):
-        if axis is not None and size % mesh.shape[axis]:
+        axes = (axis,) if isinstance(axis, str) else axis or ()
+        parts = math.prod(mesh.shape[name] for name in axes)
+        if size % parts:
             raise InputError(
-                f"mesh.{axis}: expected a divisor of {size}, an axis of {path} {shape}, got "
-                f"{mesh.shape[axis]}. Choose another size for this mesh axis."
+                f"mesh.{' x mesh.'.join(axes)}: expected a divisor of {size}, an axis of {path} "
+                f"{shape}, got {parts}. Choose another size for this part of the mesh."
             )
     return NamedSharding(mesh, spec)
 

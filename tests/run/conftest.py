@@ -1,0 +1,107 @@
+"""Inputs, one finished run, and one compilation cache that all runs of these tests share."""
+
+import contextlib
+import io
+import os
+from typing import NamedTuple
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from balora_jax.cli import main
+from balora_jax.io import metrics
+from tests.tiny_run import write_config, write_inputs
+
+
+class Outcome(NamedTuple):
+    """What a command returned and printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def invoke(*arguments):
+    """``balora ARGUMENTS`` in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def settings(overrides):
+    """``--set`` arguments from a mapping."""
+    return [part for key, value in overrides.items() for part in ("--set", f"{key}={value}")]
+
+
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory):
+    """Compiled programs, also for the processes that tests start."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="package", autouse=True)
+def compilation_cache_on(cache_folder):
+    """The same small programs are compiled once, not once a run."""
+    wanted = {
+        "jax_compilation_cache_dir": str(cache_folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
+    for name, value in wanted.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def process_environment(cache_folder):
+    """Environment of a fresh process with the same cache."""
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache_folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    """A random checkpoint with training and validation rows; tests only read it."""
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    """Skip the drawing, which takes longer than the training here."""
+    monkeypatch.setattr(metrics, "draw_curves", lambda rows, path: False)
+
+
+class FinishedRun(NamedTuple):
+    """A run that ended well; tests read it, or work on a copy."""
+
+    config: str
+    workdir: object
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, inputs):
+    """Four steps with every term, scored before and after."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = write_config(
+        folder / "config.yaml",
+        inputs,
+        training={"log_gradient_share_every": 2, "learning_rate": 0.05, "warmup": 0.0},
+        eval={"task": "exact_match"},
+    )
+    code, out, err = invoke("train", config, "--workdir", folder / "run")
+    assert code == 0, err
+    return FinishedRun(config, folder / "run", out, err)

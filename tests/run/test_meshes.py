@@ -1,0 +1,157 @@
+"""Is a run the same on every mesh, and does every array lie where the table says?"""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.run import workers
+from tests.run.conftest import settings
+from tests.tiny_run import LINEAR, metrics_of, write_config, write_inputs, write_model
+
+SIZES = {
+    "8x1x1": {"data": 8, "fsdp": 1, "tensor": 1},
+    "2x4x1": {"data": 2, "fsdp": 4, "tensor": 1},
+    "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+ONE = {"data": 1, "fsdp": 1, "tensor": 1}
+
+# Mesh axis of each dimension, by hand: [L, in, out] kernels split their width over fsdp and their
+# heads, inner width or vocabulary over tensor; whatever is small is on every device.
+INWARD = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+OUTWARD = ("self_attn.o_proj", "mlp.down_proj")
+FROZEN = {
+    "embed_tokens.embedding": ["tensor", "fsdp"],
+    "lm_head.embedding": ["tensor", "fsdp"],
+    "norm.scale": [None],
+    "layers.input_layernorm.scale": [None, None],
+    "layers.post_attention_layernorm.scale": [None, None],
+    **{f"layers.{name}.kernel": [None, "fsdp", "tensor"] for name in INWARD},
+    **{f"layers.{name}.kernel": [None, "tensor", "fsdp"] for name in OUTWARD},
+}
+FACTORS = {
+    **{f"layers.{name}.{{}}_a": [None, "fsdp", None] for name in INWARD},
+    **{f"layers.{name}.{{}}_b": [None, None, "tensor"] for name in INWARD},
+    **{f"layers.{name}.{{}}_a": [None, "tensor", None] for name in OUTWARD},
+    **{f"layers.{name}.{{}}_b": [None, None, "fsdp"] for name in OUTWARD},
+}
+ADAPTERS = {name.format("lora"): axes for name, axes in FACTORS.items()}
+ORIGIN = {
+    **{name.format("origin"): axes for name, axes in FACTORS.items()},
+    **{f"layers.{name}.lora_scale": [None] for name in LINEAR},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, cache_folder):
+    """Five steps on each mesh, a run that changes its mesh half-way, and two bad meshes."""
+    folder = tmp_path_factory.mktemp("meshes")
+    inputs = write_inputs(folder / "inputs", rows=40)
+    write_model(folder / "odd", vocab_size=46, tensors=_with_vocabulary(46))
+    config = write_config(
+        folder / "config.yaml",
+        inputs,
+        training={"max_steps": 5, "batch_size": 16, "warmup": 0.0, "checkpoint_every": 0},
+    )
+
+    def train(name, mesh, *more, workdir=None, **overrides):
+        sizes = {f"mesh.{axis}": size for axis, size in mesh.items()}
+        run = ["train", config, "--workdir", str(folder / (workdir or name)), *more]
+        return run + settings({**sizes, **overrides}), str(folder / f"{name}.json")
+
+    one = [train("1x1x1", ONE)]
+    eight = [train(name, mesh) for name, mesh in SIZES.items()]
+    eight += [
+        train("first half", SIZES["8x1x1"], workdir="moved", **{"training.stop_at": 3}),
+        train("second half", SIZES["2x2x2"], "--resume", workdir="moved"),
+        train(
+            "odd axis",
+            {"data": 1, "fsdp": 1, "tensor": 8},
+            **{"model.name_or_path": folder / "odd"},
+        ),
+        train("odd batch", SIZES["8x1x1"], **{"training.accumulation": 4}),
+    ]
+    for devices, wanted in ((1, one), (8, eight)):
+        log = str(folder / f"{devices}.log")
+        process = workers.start(workers.commands, wanted, log, str(cache_folder), devices)
+        process.join()
+        assert process.exitcode == 0, open(log).read()
+    return folder
+
+
+def _with_vocabulary(size):
+    from tests.tiny_run import random_weights
+
+    return {
+        name: np.ascontiguousarray(value[:size]) if value.shape[0] == 48 else value
+        for name, value in random_weights().items()
+    }
+
+
+def result(runs, name):
+    return json.loads((runs / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("workdir", [*SIZES, "moved"])
+def test_losses_do_not_depend_on_the_mesh(runs, workdir):
+    expected, found = metrics_of(runs / "1x1x1"), metrics_of(runs / workdir)
+    assert [row["step"] for row in found] == [1, 2, 3, 4, 5]
+    assert expected[-1]["consistency"] > 1e-3  # the terms are at work
+    assert expected[-1]["loss"] != expected[-1]["task_loss"]
+    for name in ("loss", "task_loss", "consistency", "diversity", "spectral", "grad_norm"):
+        np.testing.assert_allclose(
+            [row[name] for row in found],
+            [row[name] for row in expected],
+            rtol=1e-5 if name == "loss" else 1e-4,
+            atol=1e-6,
+            err_msg=name,
+        )
+
+
+@pytest.mark.parametrize("name", ["1x1x1", *SIZES])
+@pytest.mark.parametrize(
+    ("group", "table"), [("frozen", FROZEN), ("adapters", ADAPTERS), ("origin", ORIGIN)]
+)
+def test_every_array_lies_as_declared(runs, name, group, table):
+    found = result(runs, name)["layouts"][group]
+    assert {path: leaf["axes"] for path, leaf in found.items()} == {
+        f"['{path}']": axes for path, axes in table.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["1x1x1", *SIZES])
+def test_the_optimizer_state_lies_as_its_adapters(runs, name):
+    found = result(runs, name)["layouts"]["opt_state"]
+    moments = {path: leaf for path, leaf in found.items() if "lora_" in path}
+    assert len(moments) == 2 * len(ADAPTERS)
+    for path, leaf in moments.items():
+        adapter = path.rpartition("['")[2].removesuffix("']")
+        assert leaf["axes"] == ADAPTERS[adapter], path
+    counters = [leaf for path, leaf in found.items() if path not in moments]
+    assert counters
+    assert all(leaf["shape"] == [] and leaf["axes"] == [] for leaf in counters)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_device_holds_its_part_and_no_more(runs, name):
+    for group in result(runs, name)["layouts"].values():
+        for path, leaf in group.items():
+            parts = [SIZES[name][axis] if axis else 1 for axis in leaf["axes"]]
+            assert [n * p for n, p in zip(leaf["local"], parts, strict=True)] == leaf["shape"], path
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("odd axis", "balora: mesh.tensor: expected a divisor of 46, an axis of "),
+        (
+            "odd batch",
+            "balora: training.batch_size: expected batch_size / accumulation to be a multiple of "
+            "mesh.data x mesh.fsdp = 8, got 4.",
+        ),
+    ],
+)
+def test_what_does_not_divide_is_refused(runs, name, message):
+    assert result(runs, name)["code"] == 2
+    assert message in (runs / "8.log").read_text()
+    assert not (runs / name).exists()

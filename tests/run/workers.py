@@ -1,0 +1,109 @@
+"""Processes of their own, for signals and for other numbers of devices.
+
+The imports take seconds, so they happen once, in a fork server; each run is then a fork of it. No
+device is in use before the fork, so every process may have its own devices.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import jax
+import transformers
+
+from balora_jax import cli
+from balora_jax.training import loop
+
+_ROOT = str(Path(__file__).parents[2])
+_TOKENIZERS = (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast)  # imported now
+_TRAINING = loop.Training
+
+
+def start(target, *arguments):
+    """Start ``target(*arguments)``, a function of this module, in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    before = os.environ.get("PYTHONPATH")
+    # Older Pythons do not hand sys.path to the server, which then imports nothing.
+    os.environ["PYTHONPATH"] = os.pathsep.join([_ROOT, *filter(None, [before])])
+    try:
+        process = context.Process(target=target, args=arguments)
+        process.start()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return process
+
+
+def command(arguments, log, cache, devices=1):
+    """``balora ARGUMENTS`` on virtual CPU devices; what it prints goes to the file ``log``."""
+    _prepare(log, cache, devices)
+    sys.exit(cli.main(arguments))
+
+
+def _prepare(log, cache, devices):
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def commands(runs, log, cache, devices):
+    """Several commands in turn; each ``(arguments, file)`` leaves its exit code and layouts.
+
+    The file gets ``code`` and, where it came so far, ``layouts``: for frozen, adapters, origin and
+    optimizer state, of every leaf, the mesh axes of each dimension and the shape on one device.
+    """
+    _prepare(log, cache, devices)
+    for arguments, file in runs:
+        watched = _watch()
+        code = cli.main(arguments)
+        layouts = _layouts(watched[0]) if watched else None
+        Path(file).write_text(json.dumps({"code": code, "layouts": layouts}))
+
+
+def _watch():
+    """A list that gets the next ``Training`` object."""
+    seen = []
+
+    class Watched(_TRAINING):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            seen.append(self)
+
+    loop.Training = Watched
+    return seen
+
+
+def _layouts(training):
+    groups = {
+        "frozen": training.constants.frozen,
+        "origin": training.constants.origin,
+        "adapters": training.state.adapters,
+        "opt_state": training.state.opt_state,
+    }
+    return {
+        group: {
+            jax.tree_util.keystr(path): _layout(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for group, tree in groups.items()
+    }
+
+
+def _layout(leaf):
+    axes = list(leaf.sharding.spec)
+    axes += [None] * (leaf.ndim - len(axes))
+    return {
+        "axes": axes,
+        "shape": list(leaf.shape),
+        "local": list(leaf.addressable_shards[0].data.shape),
+    }

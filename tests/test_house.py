@@ -1,0 +1,303 @@
+"""Does the repository keep its own rules? Layers, imports, sizes, settings and top-level names."""
+
+import ast
+import re
+import subprocess
+import tomllib
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import balora_jax
+from balora_jax.config import RunConfig
+from balora_jax.io.checkpoint import FREE_KEYS
+from balora_jax.numerics.objective import Objective
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "balora_jax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in FILES
+}
+
+# Who may import whom inside the package; the longest name that a module's own begins with decides.
+# The order of the table is the order of the layers: nobody may name a later line.
+BASICS = ("errors", "array_types")
+COMPUTE = (*BASICS, "config", "numerics", "models")
+STEP = tuple(f"training.{name}" for name in ("sharding", "optim", "steps", "causal"))
+MAY_IMPORT = {
+    "array_types": (),
+    "errors": (),
+    "paths": ("errors",),
+    "config": ("errors",),
+    "numerics": (*BASICS, "numerics"),
+    "models": (*BASICS, "numerics", "models"),
+    "training": (*COMPUTE, *STEP),
+    # The edges: rows know nothing of models; reading a model for use takes generation along.
+    "data": ("errors", "paths", "data"),
+    "evals.answers": BASICS,
+    "evals.score": (*BASICS, "evals.answers"),
+    "evals.generation": (*BASICS, "models"),
+    "io": (*COMPUTE, *STEP, "paths", "io", "evals.generation"),
+    "evals": (*COMPUTE, *STEP, "paths", "io", "data", "evals"),
+    # The wiring.
+    "training.assemble": (*COMPUTE, *STEP, "paths", "io", "data", "evals"),
+    "training.loop": (*COMPUTE, *STEP, "paths", "io", "data", "evals", "training.assemble"),
+    "quickstart": (*BASICS, "data", "models", "quickstart"),
+    "": ("config", "errors", "io.pretrained", "training.loop"),  # the package's own __init__
+    "cli": ("errors", "evals.run", "io.export", "io.metrics", ""),
+}
+
+# What arrays-in, arrays-out code needs; none of these opens a file or a socket.
+PURE = {
+    *("collections", "dataclasses", "difflib", "enum", "functools", "itertools", "math", "re"),
+    *("typing", "zlib", "jax", "jaxtyping", "flax", "numpy"),
+}
+READS_OR_WRITES = {"open", "read_text", "write_text", "read_bytes", "write_bytes", "safe_open"}
+MAY_OPEN = ("config", "io", "data", "quickstart")
+
+TOP_LEVEL = {
+    *("balora_jax", "configs", "train.py", "tests", "colab", "pyproject.toml", "README.md"),
+    *("LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", ".ci"),
+}
+MOST_LINES_OF_A_FILE = 450
+MOST_LINES_OF_A_FUNCTION = 80
+
+
+@cache
+def syntax(path):
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def nodes(path, kind):
+    return [node for node in ast.walk(syntax(path)) if isinstance(node, kind)]
+
+
+def short(module):
+    """``balora_jax.io.export`` as ``io.export``; the package itself as ``""``."""
+    return module.removeprefix("balora_jax").removeprefix(".")
+
+
+def imported(path):
+    """Every module that a file imports, wherever the import stands."""
+    found = {alias.name for node in nodes(path, ast.Import) for alias in node.names}
+    for node in nodes(path, ast.ImportFrom):
+        assert node.level == 0, f"{path}:{node.lineno}: relative import"
+        for alias in node.names:
+            whole = f"{node.module}.{alias.name}"
+            found.add(whole if whole in MODULES else str(node.module))
+    return found
+
+
+def inside(name, parents):
+    return any(name == parent or (parent and name.startswith(parent + ".")) for parent in parents)
+
+
+def rule_of(module):
+    """The line of the table for a module."""
+    names = [name for name in MAY_IMPORT if inside(module, [name])]
+    assert names, f"{module or '__init__'}: no line in MAY_IMPORT"
+    return max(names, key=len)
+
+
+def places(found):
+    return "\n".join(f"{path.relative_to(ROOT)}:{line}: {text}" for path, line, text in found)
+
+
+def test_imports_point_downward():
+    wrong = []
+    for module, path in MODULES.items():
+        allowed = MAY_IMPORT[rule_of(short(module))]
+        for target in sorted(imported(path)):
+            if target.split(".")[0] == "balora_jax" and not inside(short(target), allowed):
+                wrong.append(f"{module} imports {target}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_table_of_layers_points_downward_itself():
+    """A line names only lines before it, so that the table cannot allow a circle of layers."""
+    order = [*MAY_IMPORT]
+    for line, targets in MAY_IMPORT.items():
+        for target in targets:
+            where = rule_of(target)
+            assert order.index(where) <= order.index(line), f"{line!r} may import {target!r}"
+
+
+def test_modules_do_not_import_in_circles():
+    graph = {
+        module: {target for target in imported(path) if target in MODULES and target != module}
+        for module, path in MODULES.items()
+    }
+    while graph:
+        leaves = {module for module, targets in graph.items() if not targets & set(graph)}
+        assert leaves, f"a circle among {sorted(graph)}"
+        graph = {module: targets for module, targets in graph.items() if module not in leaves}
+
+
+@pytest.mark.parametrize("layer", ["numerics", "models"])
+def test_numerics_and_models_do_no_io(layer):
+    roots = {
+        (path.name, target.split(".")[0])
+        for path in (PACKAGE / layer).rglob("*.py")
+        for target in imported(path)
+    }
+    foreign = {(file, root) for file, root in roots if root not in PURE | {"balora_jax"}}
+    assert not foreign
+
+
+def test_only_the_edges_open_files():
+    wrong = []
+    for module, path in MODULES.items():
+        if inside(short(module), MAY_OPEN):
+            continue
+        for call in nodes(path, ast.Call):
+            name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+            if name in READS_OR_WRITES:
+                wrong.append((path, call.lineno, f"calls {name}"))
+    assert not wrong, places(wrong)
+
+
+def test_no_torch_and_no_pickle():
+    banned = {"torch", "pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+    wrong = [(m, t) for m, p in MODULES.items() for t in imported(p) if t.split(".")[0] in banned]
+    for path in FILES:
+        for call in nodes(path, ast.Call):
+            for keyword in call.keywords:
+                unsafe = keyword.arg in ("allow_pickle", "trust_remote_code")
+                if unsafe and getattr(keyword.value, "value", None) is not False:
+                    wrong.append((path, f"line {call.lineno}: {keyword.arg}"))
+            if getattr(call.func, "id", "") in ("eval", "exec", "compile", "__import__"):
+                wrong.append((path, f"line {call.lineno}: {call.func.id}"))  # type: ignore[attr-defined]
+    assert not wrong
+
+
+def test_no_error_is_caught_blindly():
+    wrong = []
+    for path in FILES:
+        for handler in nodes(path, ast.ExceptHandler):
+            caught = "" if handler.type is None else ast.unparse(handler.type)
+            if not caught or re.search(r"\b(Base)?Exception\b", caught):
+                wrong.append((path, handler.lineno, f"except {caught}"))
+    assert not wrong, places(wrong)
+
+
+def test_nothing_is_left_to_be_written():
+    wrong = []
+    for path in FILES:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, start=1):
+            if re.search(r"\b(TODO|FIXME|XXX|NotImplementedError|NotImplemented)\b", line):
+                wrong.append((path, number, line.strip()))
+    assert not wrong, places(wrong)
+
+
+def test_functions_and_files_are_short():
+    wrong = []
+    for path in FILES:
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines > MOST_LINES_OF_A_FILE:
+            wrong.append((path, 1, f"{lines} lines"))
+        for function in nodes(path, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (function.end_lineno or 0) - function.lineno + 1
+            if length > MOST_LINES_OF_A_FUNCTION:
+                wrong.append((path, function.lineno, f"{function.name} has {length} lines"))
+    assert not wrong, places(wrong)
+
+
+def test_every_module_says_what_it_is():
+    silent = [module for module, path in MODULES.items() if not ast.get_docstring(syntax(path))]
+    assert not silent
+
+
+def test_no_boolean_argument_is_positional_in_public_functions():
+    """``f(x, True)`` says nothing; a bool is a keyword, or the function is two."""
+    wrong = []
+    for path in FILES:
+        for function in nodes(path, ast.FunctionDef):
+            positional = [*function.args.posonlyargs, *function.args.args]
+            defaults = function.args.defaults
+            given = positional[len(positional) - len(defaults) :]
+            for argument, default in zip(given, defaults, strict=True):
+                boolean = isinstance(getattr(default, "value", None), bool)
+                if boolean and not function.name.startswith("_"):
+                    wrong.append((path, function.lineno, f"{function.name}({argument.arg}=…)"))
+    assert not wrong, places(wrong)
+
+
+def config_keys():
+    for section, field in RunConfig.model_fields.items():
+        for name in field.annotation.model_fields:  # type: ignore[union-attr]
+            yield section, name
+
+
+def attributes_read():
+    """(what stands before the dot, attribute) of every attribute read outside config.py."""
+    found = set()
+    for module, path in MODULES.items():
+        if short(module) == "config":
+            continue
+        for node in nodes(path, ast.Attribute):
+            before = getattr(node.value, "attr", getattr(node.value, "id", ""))
+            found.add((before, node.attr))
+    return found
+
+
+READ = attributes_read()
+
+
+@pytest.mark.parametrize(("section", "name"), list(config_keys()))
+def test_every_setting_is_read(section, name):
+    if section == "regularizers":
+        pytest.skip("handed to Objective as a whole: the next test")
+    assert {(section, name), ("config", name)} & READ
+
+
+def test_regularizers_are_the_fields_of_the_objective():
+    assert set(RunConfig.model_fields["regularizers"].annotation.model_fields) == set(  # type: ignore[union-attr]
+        Objective.__dataclass_fields__
+    )
+
+
+def test_settings_that_may_change_on_resume_exist():
+    known = {f"{section}.{name}" for section, name in config_keys()} | set(RunConfig.model_fields)
+    assert set(FREE_KEYS) <= known
+
+
+def test_every_setting_is_explained():
+    for section, field in RunConfig.model_fields.items():
+        text = (field.annotation.__doc__ or "").split("Attributes:")[-1]  # type: ignore[union-attr]
+        heads = re.findall(r"^ {8}(\w[\w, ]*):", text, flags=re.MULTILINE)
+        explained = {name.strip() for head in heads for name in head.split(",")}
+        assert explained == set(field.annotation.model_fields), section  # type: ignore[union-attr]
+
+
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def test_one_version_everywhere():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert project()["version"] == balora_jax.__version__
+    assert f"\nversion: {balora_jax.__version__}\n" in citation
+    assert re.search(r"^## \[(\d[\w.]*)\]", changes, flags=re.MULTILINE).group(1) == (  # type: ignore[union-attr]
+        balora_jax.__version__
+    )
+
+
+def test_only_the_agreed_names_at_the_top():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    names = {name.split("/")[0] for name in listed}
+    assert {name for name in names if not name.startswith(".")} <= TOP_LEVEL
+    assert {n for n in names if n.startswith(".")} <= {
+        ".ci",
+        ".gitignore",
+        ".gitattributes",
+        ".pre-commit-config.yaml",
+    }
