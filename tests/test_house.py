@@ -63,7 +63,7 @@ TOP_LEVEL = {
     *("LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", ".ci"),
 }
 MOST_LINES_OF_A_FILE = 450
-MOST_LINES_OF_A_FUNCTION = 80
+MOST_LINES_OF_A_FUNCTION = 50  # its docstring not counted; 30 is the aim
 
 
 @cache
@@ -100,6 +100,12 @@ def rule_of(module):
     names = [name for name in MAY_IMPORT if inside(module, [name])]
     assert names, f"{module or '__init__'}: no line in MAY_IMPORT"
     return max(names, key=len)
+
+
+def lines_without_docstring(function):
+    first = function.body[0]
+    docstring = first.end_lineno - first.lineno + 1 if ast.get_docstring(function) else 0
+    return function.end_lineno - function.lineno + 1 - docstring
 
 
 def places(found):
@@ -169,7 +175,7 @@ def test_no_torch_and_no_pickle():
                 if unsafe and getattr(keyword.value, "value", None) is not False:
                     wrong.append((path, f"line {call.lineno}: {keyword.arg}"))
             if getattr(call.func, "id", "") in ("eval", "exec", "compile", "__import__"):
-                wrong.append((path, f"line {call.lineno}: {call.func.id}"))  # type: ignore[attr-defined]
+                wrong.append((path, f"line {call.lineno}: {call.func.id}"))
     assert not wrong
 
 
@@ -200,7 +206,7 @@ def test_functions_and_files_are_short():
         if lines > MOST_LINES_OF_A_FILE:
             wrong.append((path, 1, f"{lines} lines"))
         for function in nodes(path, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (function.end_lineno or 0) - function.lineno + 1
+            length = lines_without_docstring(function)
             if length > MOST_LINES_OF_A_FUNCTION:
                 wrong.append((path, function.lineno, f"{function.name} has {length} lines"))
     assert not wrong, places(wrong)
@@ -228,7 +234,7 @@ def test_no_boolean_argument_is_positional_in_public_functions():
 
 def config_keys():
     for section, field in RunConfig.model_fields.items():
-        for name in field.annotation.model_fields:  # type: ignore[union-attr]
+        for name in field.annotation.model_fields:
             yield section, name
 
 
@@ -247,15 +253,16 @@ def attributes_read():
 READ = attributes_read()
 
 
-@pytest.mark.parametrize(("section", "name"), list(config_keys()))
+# The section of the terms is handed to Objective as a whole: the test after this one.
+@pytest.mark.parametrize(
+    ("section", "name"), [key for key in config_keys() if key[0] != "regularizers"]
+)
 def test_every_setting_is_read(section, name):
-    if section == "regularizers":
-        pytest.skip("handed to Objective as a whole: the next test")
     assert {(section, name), ("config", name)} & READ
 
 
 def test_regularizers_are_the_fields_of_the_objective():
-    assert set(RunConfig.model_fields["regularizers"].annotation.model_fields) == set(  # type: ignore[union-attr]
+    assert set(RunConfig.model_fields["regularizers"].annotation.model_fields) == set(
         Objective.__dataclass_fields__
     )
 
@@ -267,10 +274,10 @@ def test_settings_that_may_change_on_resume_exist():
 
 def test_every_setting_is_explained():
     for section, field in RunConfig.model_fields.items():
-        text = (field.annotation.__doc__ or "").split("Attributes:")[-1]  # type: ignore[union-attr]
+        text = (field.annotation.__doc__ or "").split("Attributes:")[-1]
         heads = re.findall(r"^ {8}(\w[\w, ]*):", text, flags=re.MULTILINE)
         explained = {name.strip() for head in heads for name in head.split(",")}
-        assert explained == set(field.annotation.model_fields), section  # type: ignore[union-attr]
+        assert explained == set(field.annotation.model_fields), section
 
 
 def project():
@@ -282,7 +289,7 @@ def test_one_version_everywhere():
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert project()["version"] == balora_jax.__version__
     assert f"\nversion: {balora_jax.__version__}\n" in citation
-    assert re.search(r"^## \[(\d[\w.]*)\]", changes, flags=re.MULTILINE).group(1) == (  # type: ignore[union-attr]
+    assert re.search(r"^## \[(\d[\w.]*)\]", changes, flags=re.MULTILINE).group(1) == (
         balora_jax.__version__
     )
 

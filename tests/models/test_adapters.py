@@ -13,6 +13,7 @@ from balora_jax.models import registry
 from balora_jax.models.adapters import (
     AdapterShape,
     Linear,
+    LinearShape,
     adapter_shapes,
     delta_factors,
     plan_adapters,
@@ -55,7 +56,10 @@ CASES = {
     "dotted suffix": {"target_modules": ["self_attn.o_proj", "2.mlp.gate_proj"]},
     "all-linear": {"target_modules": "all-linear"},
     "regex": {"target_modules": r"model\.layers\.(0|2)\.(self_attn\.[qv]|mlp\.down)_proj"},
-    "exclude list": {"target_modules": "all-linear", "exclude_modules": ["k_proj", "1.mlp.up_proj"]},
+    "exclude list": {
+        "target_modules": "all-linear",
+        "exclude_modules": ["k_proj", "1.mlp.up_proj"],
+    },
     "exclude regex": {"target_modules": SEVEN, "exclude_modules": r".*layers\.2\..*"},
     "rank pattern": {
         "target_modules": SEVEN,
@@ -70,9 +74,9 @@ CASES = {
         "rank_pattern": {r"layers\.1\..*_proj": 6, "q_proj": 1},
         "alpha_pattern": {"up_proj": 2, r"layers\.1\..*": 9},
     },
-    "suffix is not a substring": {
+    "the second key never wins": {
         "target_modules": SEVEN,
-        "rank_pattern": {r"self_attn\.v_proj": 2, r"1\.self_attn\.v_proj": 7},
+        "rank_pattern": {"self_attn.v_proj": 2, "1.self_attn.v_proj": 7},
     },
     "rsLoRA": {"target_modules": ["v_proj", "up_proj"], "use_rslora": True},
     "rsLoRA with patterns": {
@@ -228,8 +232,6 @@ def stack(start, dtype=jnp.float32, rank=3, **patterns):
     """The layer's arrays [L, …] with a start, and a function of one layer on x."""
     rng = np.random.default_rng(3)
     kernels = {"layers.fc.kernel": jnp.asarray(rng.standard_normal((LAYERS, D_IN, D_OUT)), dtype)}
-    from balora_jax.models.adapters import LinearShape
-
     modules = plan_adapters(
         [LinearShape("layers.fc", "model.layers.{i}.fc", LAYERS, D_IN, D_OUT)],
         rank=rank,
@@ -244,26 +246,38 @@ def stack(start, dtype=jnp.float32, rank=3, **patterns):
     )
     graph = nnx.split(layer)[0]
 
-    def apply(arrays, i, x):
-        one = {path.rsplit(".", 1)[1]: value[i] for path, value in arrays.items()}
-        return nnx.merge(graph, nnx.State(one))(x)
+    @jax.jit
+    def apply(arrays, x):
+        """Outputs of every layer of the stack, [L, …]."""
+
+        def one(layer):
+            return nnx.merge(graph, nnx.State(layer))(x)
+
+        stacked = {path.rsplit(".", 1)[1]: value for path, value in arrays.items()}
+        return jax.lax.map(one, stacked)
 
     return kernels, modules, adapters, origin, apply
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("start", ["lora", "pissa", "pissa_niter_2"])
+@pytest.mark.parametrize(
+    ("start", "dtype"),
+    [
+        ("lora", jnp.bfloat16),
+        ("pissa", jnp.float32),
+        ("pissa", jnp.bfloat16),
+        ("pissa_niter_2", jnp.float32),
+    ],
+)
 def test_every_start_changes_nothing_bit_for_bit(start, dtype):
     kernels, _, adapters, origin, apply = stack(start, dtype, rank_pattern={"layers.0.fc": 1})
     x = jnp.asarray(np.random.default_rng(0).standard_normal((5, D_IN)), dtype)
-    plain = Linear(D_IN, D_OUT, layers=LAYERS, dtype=jnp.dtype(dtype))
-    plain.kernel[...] = kernels["layers.fc.kernel"]
-    graph, state = nnx.split(plain)
-    for i in range(LAYERS):
-        got = apply({**kernels, **adapters, **origin}, i, x)
-        want = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state))(x)
-        assert got.dtype == dtype
-        assert np.array_equal(np.asarray(got), np.asarray(want))
+    got = apply({**kernels, **adapters, **origin}, x)
+    silent = {path: jnp.zeros_like(value) for path, value in {**adapters, **origin}.items()}
+    assert got.dtype == dtype
+    assert np.array_equal(np.asarray(got), np.asarray(apply({**kernels, **silent}, x)))
+    frozen = np.float64(kernels["layers.fc.kernel"].astype(jnp.float32))
+    want = np.float64(x.astype(jnp.float32)) @ frozen
+    np.testing.assert_allclose(np.float64(got), want, rtol=0.01, atol=0.05)
     assert np.abs(np.asarray(adapters["layers.fc.lora_a"])).max() > 0.05
 
 
@@ -276,15 +290,14 @@ def test_adapted_layer_is_pissa_by_its_definition():
         for path, value in adapters.items()
     }
     x = rng.standard_normal((5, D_IN))
+    got = apply({**kernels, **moved, **origin}, jnp.asarray(x, jnp.float32))
     for module in modules:
-        pick = [np.float64(arrays[f"layers.fc.{key}"][module.layer]) for arrays, key in (
-            (kernels, "kernel"), (origin, "origin_a"), (origin, "origin_b"),
-            (moved, "lora_a"), (moved, "lora_b"))]  # fmt: skip
-        w, a0, b0, a, b = pick
-        s = 7.0 / module.rank
+        i, s = module.layer, 7.0 / module.rank
+        w = np.float64(kernels["layers.fc.kernel"][i])
+        a0, b0 = (np.float64(origin[f"layers.fc.origin_{side}"][i]) for side in "ab")
+        a, b = (np.float64(moved[f"layers.fc.lora_{side}"][i]) for side in "ab")
         want = x @ ((w - s * a0 @ b0) + s * a @ b)
-        got = apply({**kernels, **moved, **origin}, module.layer, jnp.asarray(x, jnp.float32))
-        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+        np.testing.assert_allclose(got[i], want, rtol=0, atol=1e-5 * np.abs(want).max())
         assert np.abs(want - x @ w).max() > 0.1
 
 
@@ -304,7 +317,7 @@ def test_small_update_survives_bfloat16():
 
     # With a zero kernel the layer's output is the delta alone.
     bare = {path: jnp.zeros_like(value) for path, value in kernels.items()}
-    assert error(apply({**bare, **moved, **origin}, 1, x)) < 0.02
+    assert error(apply({**bare, **moved, **origin}, x)[1]) < 0.02
     low = [value.astype(jnp.bfloat16) for value in (a, b, a0, b0)]
     rounded = ((x @ low[0]) @ low[1] - (x @ low[2]) @ low[3]) * scale
     assert error(rounded) > 0.5  # what the plain difference of two products would have made of it
@@ -326,7 +339,7 @@ def test_delta_factors_keep_the_product():
 
 @pytest.mark.parametrize(
     ("start", "rule"),
-    [("pissa", "adamw"), ("lora", "adamw"), ("pissa", "lion"), ("pissa", "sgd")],
+    [("pissa", "adamw"), ("lora", "lion")],
 )
 def test_padding_of_mixed_ranks_stays_zero(start, rule):
     kernels, _, adapters, origin, apply = stack(start, rank_pattern={"layers.0.fc": 1})
@@ -334,14 +347,12 @@ def test_padding_of_mixed_ranks_stays_zero(start, rule):
     optimizer = {
         "adamw": optax.adamw(0.1, weight_decay=0.1),
         "lion": optax.lion(0.1),
-        "sgd": optax.sgd(0.1, momentum=0.9),
     }[rule]
 
     @jax.jit
     def update(adapters, state):
         def loss(adapters):
-            arrays = {**kernels, **adapters, **origin}
-            return sum(jnp.sum(jnp.tanh(apply(arrays, i, x))) for i in range(LAYERS))
+            return jnp.sum(jnp.tanh(apply({**kernels, **adapters, **origin}, x)))
 
         grads = jax.grad(loss)(adapters)
         updates, state = optimizer.update(grads, state, adapters)
@@ -381,7 +392,7 @@ def test_dropout_has_the_right_mean_and_variance():
     arrays, apply = dropped_layer(0.3)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((4, D_IN)), jnp.float32)
     keys = jax.random.split(jax.random.key(0), 4000)
-    draws = np.asarray(jax.vmap(lambda key: apply(arrays, x, key))(keys), np.float64)
+    draws = np.asarray(jax.jit(jax.vmap(lambda key: apply(arrays, x, key)))(keys), np.float64)
     wide = {name: np.float64(value) for name, value in arrays.items()}
     product = 0.7 * wide["lora_a"] @ wide["lora_b"]
     want = np.float64(x) @ (wide["kernel"] + product)
@@ -412,7 +423,7 @@ def test_given_factors_are_padded_and_scaled():
     assert set(origin) == {"layers.fc.lora_scale"}
     assert adapters["layers.fc.lora_a"].shape == (LAYERS, D_IN, 3)
     x = rng.standard_normal((4, D_IN))
+    got = apply({**kernels, **adapters, **origin}, jnp.asarray(x, jnp.float32))
     for m in modules:
         a, b = factors[m.name]
-        got = apply({**kernels, **adapters, **origin}, m.layer, jnp.asarray(x, jnp.float32))
-        np.testing.assert_allclose(got, 7.0 / m.rank * x @ a @ b, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(got[m.layer], 7.0 / m.rank * x @ a @ b, rtol=1e-4, atol=1e-4)

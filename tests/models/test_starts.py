@@ -1,4 +1,4 @@
-"""Where adapters begin: PiSSA against PEFT and exact decompositions, LoRA's bounds, given factors."""
+"""Where adapters begin: PiSSA against PEFT and exact SVDs, LoRA's bounds, given factors."""
 
 import jax
 import jax.numpy as jnp
@@ -63,9 +63,7 @@ def peft(weight, start, **options):
 
 
 @pytest.mark.parametrize("shape", [TALL, WIDE], ids=["tall", "wide"])
-@pytest.mark.parametrize(
-    ("rank", "alpha", "rslora"), [(3, 3, False), (3, 7.5, False), (1, 4, False), (4, 6, True)]
-)
+@pytest.mark.parametrize(("rank", "alpha", "rslora"), [(3, 7.5, False), (4, 6, True)])
 def test_pissa_product_and_residual_equal_peft(shape, rank, alpha, rslora):
     weight = np.float32(np.random.default_rng(rank).standard_normal(shape))
     want, residual = peft(weight, "pissa", r=rank, lora_alpha=alpha, use_rslora=rslora)
@@ -99,7 +97,14 @@ def test_few_iterations_lose_no_more_than_those_of_peft():
     def lost(products):
         return np.array([np.linalg.norm(weight - product) / least for product in products])
 
-    draws = [ours(weight, 5, 1.0, "pissa_niter_1", key)[0] for key in range(8)]
+    sketch = jax.jit(starts.pissa_start, static_argnums=(1, 2, 3))
+
+    def products(start):
+        for seed in range(8):
+            a, b = sketch(jnp.asarray(weight), 5, 1.0, start, jax.random.key(seed))
+            yield np.float64(a) @ np.float64(b)
+
+    draws = list(products("pissa_niter_1"))
     mine = lost(draws)
     theirs = []
     for seed in range(8):
@@ -110,9 +115,8 @@ def test_few_iterations_lose_no_more_than_those_of_peft():
     spread = max(theirs.std(), mine.std())
     assert mine.mean() < theirs.mean() + spread
     assert relative(draws[0], draws[1]) > 1e-3  # another key, another sketch
-    again = ours(weight, 5, 1.0, "pissa_niter_1", 0)[0]
-    assert np.array_equal(draws[0], again)
-    better = lost([ours(weight, 5, 1.0, "pissa_niter_12", key)[0] for key in range(8)])
+    assert np.array_equal(draws[0], next(products("pissa_niter_1")))
+    better = lost(products("pissa_niter_12"))
     assert better.mean() < mine.mean()
 
 
@@ -171,8 +175,10 @@ def test_origin_is_the_start_itself_in_the_dtype_of_the_weights(dtype):
         assert np.array_equal(np.asarray(trained), np.asarray(frozen.astype(jnp.float32)))
         # The step donates the adapters: they must not share memory with the origin.
         assert trained.unsafe_buffer_pointer() != frozen.unsafe_buffer_pointer()
-    product = 2.0 * np.float64(origin["layers.fc.origin_a"][0].astype(jnp.float32)) @ np.float64(
-        origin["layers.fc.origin_b"][0].astype(jnp.float32)
+    product = (
+        2.0
+        * np.float64(origin["layers.fc.origin_a"][0].astype(jnp.float32))
+        @ np.float64(origin["layers.fc.origin_b"][0].astype(jnp.float32))
     )
     exact = best(weight.astype(jnp.float32), 3)
     assert relative(product, exact) < (1e-5 if dtype == jnp.float32 else 1e-2)
@@ -182,9 +188,7 @@ def test_mixed_ranks_and_missing_layers_are_zero_padded():
     rng = np.random.default_rng(0)
     kernels = {"layers.fc.kernel": jnp.asarray(rng.standard_normal((3, *TALL)), jnp.float32)}
     modules = [module(0, rank=2, scale=0.5), module(2, rank=4, scale=3.0)]
-    adapters, origin = starts.start_adapters(
-        modules, kernels, start="pissa", key=jax.random.key(0)
-    )
+    adapters, origin = starts.start_adapters(modules, kernels, start="pissa", key=jax.random.key(0))
     a, b = (np.asarray(adapters[f"layers.fc.lora_{side}"]) for side in "ab")
     assert a.shape == (3, 14, 4)
     assert b.shape == (3, 4, 9)

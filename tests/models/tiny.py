@@ -1,5 +1,6 @@
 """Tiny random torch models with every option off its default, and their weights as our arrays."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -107,6 +108,13 @@ def ours(model, **options):
             array = state[rule.name]
         weights[rule.path] = jnp.asarray(np.swapaxes(array, -1, -2) if rule.transpose else array)
     return skeleton, weights
+
+
+def logits(skeleton, weights, ids, mask=None):
+    """Our logits by one compiled call: operation by operation it takes several times as long."""
+    mask = np.ones_like(ids) if mask is None else mask
+    forward = jax.jit(lambda weights, ids, mask: skeleton.bind(weights)(ids, mask))
+    return forward(weights, jnp.asarray(ids, jnp.int32), jnp.asarray(mask, jnp.int32))
 
 
 def relative_error(got, want):

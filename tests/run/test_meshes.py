@@ -7,7 +7,15 @@ import pytest
 
 from tests.run import workers
 from tests.run.conftest import settings
-from tests.tiny_run import LINEAR, metrics_of, write_config, write_inputs, write_model
+from tests.tiny_run import (
+    LINEAR,
+    VOCAB_SIZE,
+    metrics_of,
+    random_weights,
+    write_config,
+    write_inputs,
+    write_model,
+)
 
 SIZES = {
     "8x1x1": {"data": 8, "fsdp": 1, "tensor": 1},
@@ -51,6 +59,7 @@ def runs(tmp_path_factory, cache_folder):
     config = write_config(
         folder / "config.yaml",
         inputs,
+        model={"remat": "none"},  # compiles faster; the other tests recompute
         training={"max_steps": 5, "batch_size": 16, "warmup": 0.0, "checkpoint_every": 0},
     )
 
@@ -80,10 +89,8 @@ def runs(tmp_path_factory, cache_folder):
 
 
 def _with_vocabulary(size):
-    from tests.tiny_run import random_weights
-
     return {
-        name: np.ascontiguousarray(value[:size]) if value.shape[0] == 48 else value
+        name: np.ascontiguousarray(value[:size]) if len(value) == VOCAB_SIZE else value
         for name, value in random_weights().items()
     }
 

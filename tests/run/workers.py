@@ -14,6 +14,7 @@ import jax
 import transformers
 
 from balora_jax import cli
+from balora_jax.io import metrics
 from balora_jax.training import loop
 
 _ROOT = str(Path(__file__).parents[2])
@@ -45,11 +46,11 @@ def command(arguments, log, cache, devices=1):
     sys.exit(cli.main(arguments))
 
 
-def _prepare(log, cache, devices):
+def _prepare(log, cache, devices, flags=""):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {flags}"
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -62,7 +63,9 @@ def commands(runs, log, cache, devices):
     The file gets ``code`` and, where it came so far, ``layouts``: for frozen, adapters, origin and
     optimizer state, of every leaf, the mesh axes of each dimension and the shape on one device.
     """
-    _prepare(log, cache, devices)
+    # Programs for eight devices take long to compile; how fast they run does not matter here.
+    _prepare(log, cache, devices, "--xla_backend_optimization_level=0")
+    metrics.draw_curves = lambda rows, path: False
     for arguments, file in runs:
         watched = _watch()
         code = cli.main(arguments)

@@ -1,0 +1,161 @@
+"""From texts and right answers to a score."""
+
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from balora_jax.config import parse_config
+from balora_jax.errors import InputError
+from balora_jax.evals import run
+from balora_jax.evals.score import gold_answer, score_answers
+
+MARKER = "The answer is:"
+
+
+@pytest.mark.parametrize(
+    ("cell", "gold"),
+    [
+        ("Ten minus 3.\n#### 7", "7"),
+        ("5 * 2 = <<5*2=10>>10\n#### 1,010", "1,010"),
+        ("So x = 4. The answer is: 4", "4"),
+        ("The answer is: 1\nNo. The answer is: 2", "2"),
+        (r"Hence \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"First \boxed{1}, then \boxed{2}", "2"),
+        ("  42 ", "42"),
+        (42, "42"),
+        (-0.5, "-0.5"),
+    ],
+)
+def test_gold_answer(cell, gold):
+    assert gold_answer({"output": cell}, "output", MARKER) == gold
+
+
+def test_gold_column_is_missing():
+    with pytest.raises(InputError) as caught:
+        gold_answer({"question": "?", "response": "!"}, "output", MARKER)
+    assert str(caught.value) == (
+        "eval.gold_column: expected the column 'output' in the validation rows, got question, "
+        "response. Name the column of the right answer."
+    )
+
+
+def test_score_by_hand():
+    texts = [
+        "Sum. The answer is: 1,200",  # right, another spelling
+        "The answer is: $3.50",  # right
+        "The answer is: 8",  # wrong
+        "It is 5",  # right, but not stated
+        "The answer is: 2/4",  # right
+    ]
+    golds = ["1200", "3.5", "9", "5", "0.5"]
+    assert score_answers(texts, golds, MARKER) == {"exact_match": 0.6, "answered": 0.8, "rows": 5}
+
+
+def test_score_of_nothing():
+    assert score_answers([], [], MARKER) == {"exact_match": 0.0, "answered": 0.0, "rows": 0}
+
+
+def test_unequal_numbers_of_texts_and_answers():
+    with pytest.raises(ValueError, match="argument"):
+        score_answers(["a"], [], MARKER)
+
+
+def config(**changes):
+    tree = {
+        "model": {"name_or_path": "nowhere"},
+        "data": {
+            "train": "rows.jsonl",
+            "template": "{question}=",
+            "prompt_column": "question",
+            "response_column": "answer",
+        },
+        "training": {"max_steps": 1},
+        "eval": {"marker": "#"},
+    }
+    for section, values in changes.items():
+        tree[section] |= values
+    return parse_config(tree, "test")
+
+
+class Tokenizer:
+    """One id for each character."""
+
+    bos_token_id = eos_token_id = pad_token_id = None
+    chat_template = None
+
+    def __call__(self, text, **_):
+        return {"input_ids": [ord(c) for c in text]}
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+def adder(tokenizer):
+    """An answerer that can add, but only small numbers."""
+
+    def answer(parts, prompts, key, title):
+        texts = [tokenizer.decode(prompt) for prompt in prompts]
+        assert title == "before"
+        sums = [sum(map(int, text.rstrip("=").split("+"))) for text in texts]
+        return [f" so #{value}" if value < 10 else "?" for value in sums]
+
+    answer.tokenizer = tokenizer
+    return answer
+
+
+def test_rows_are_prompted_answered_and_scored(capsys):
+    rows = [{"question": f"{a}+{b}", "answer": f"#{a + b}"} for a, b in ((1, 2), (4, 5), (8, 9))]
+    rows.append({"question": "2+2", "answer": "#5"})
+    figures = run.score_rows(
+        adder(Tokenizer()), (), rows, config(), key=jax.random.key(0), title="before"
+    )
+    assert figures == {"exact_match": 0.5, "answered": 0.75, "rows": 4}
+    printed = capsys.readouterr().out
+    assert printed == ("before: exact match 0.500 on 4 rows; first answer: 'so #3' (right: 3)\n")
+
+
+def test_gold_column_of_its_own(capsys):
+    rows = [{"question": "1+1", "answer": "unused", "right": 2}]
+    settings = config(eval={"gold_column": "right"})
+    figures = run.score_rows(
+        adder(Tokenizer()), (), rows, settings, key=jax.random.key(0), title="before"
+    )
+    assert figures["exact_match"] == 1.0
+    assert "(right: 2)" in capsys.readouterr().out
+
+
+def test_nothing_to_score():
+    with pytest.raises(InputError) as caught:
+        run.evaluate(config(), adapter=None)
+    assert str(caught.value) == (
+        "data.validation: expected rows to score, got none. Name a file with --set "
+        "data.validation=FILE."
+    )
+
+
+def test_limits_of_the_validation_rows(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f'{{"question": "{i}", "answer": "{i}"}}\n' for i in range(6)))
+
+    def count(data, evaluation):
+        settings = config(data={"validation": str(file), **data}, eval=evaluation)
+        return [row["question"] for row in run.validation_rows(settings)]
+
+    assert count({}, {}) == list("012345")
+    assert count({"validation_limit": 4}, {"limit": 2}) == ["0", "1"]
+    assert count({"validation_limit": 3}, {}) == ["0", "1", "2"]
+    assert count({}, {"task": "none"}) == []
+
+
+def test_sampling_stops_at_eos_and_pads_with_what_there_is():
+    from balora_jax.io.pretrained import sampling_for
+
+    def sampling(eos, pad):
+        return sampling_for(SimpleNamespace(eos_token_id=eos, pad_token_id=pad), 5, 0.5, 0.9)
+
+    assert (sampling(2, 0).stop_ids, sampling(2, 0).pad_id) == ((2,), 0)
+    assert (sampling(2, None).stop_ids, sampling(2, None).pad_id) == ((2,), 2)
+    assert (sampling(None, None).stop_ids, sampling(None, None).pad_id) == ((), 0)
+    assert sampling(2, 0).temperature == 0.5
+    assert sampling(2, 0).top_p == 0.9

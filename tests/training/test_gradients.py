@@ -1,0 +1,172 @@
+"""The whole BA-LoRA loss and its gradient against torch: PEFT's own PiSSA model, in float64.
+
+Nothing is shared with the package: the student is ``peft``'s model, the teacher the untouched
+checkpoint, the terms are written here from their definitions.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from balora_jax.models import starts
+from balora_jax.models.adapters import adapter_shapes, plan_adapters
+from balora_jax.models.decoder import linear_shapes, structure
+from balora_jax.numerics import linalg
+from balora_jax.numerics.objective import Objective
+from balora_jax.training import causal
+from tests.models import tiny
+
+RANK, ALPHA = 3, 5.0
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LAMBDAS = (0.7, 0.3, 0.4)
+# Two packed examples, and one example with padding; below, the tokens to be predicted.
+SEGMENTS = np.array([[1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2], [1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0]])
+MARKED = np.array([[0, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0]])
+POSITIONS = np.array([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 0]])
+
+CASES = {
+    "iclr2026": {"temperature": 2.0, "top_k": 20, "norm": "frobenius", "alignment": "shifted"},
+    "arxiv_v1": {"temperature": 1.0, "top_k": 0, "norm": "nuclear", "alignment": "official"},
+}
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return np.where(SEGMENTS > 0, np.random.default_rng(3).integers(3, 61, SEGMENTS.shape), 0)
+
+
+@pytest.fixture(scope="module")
+def ours():
+    """Structures, frozen weights, PiSSA's start, and trained factors some way off it."""
+    plain, frozen = tiny.ours(tiny.llama())
+    modules = plan_adapters(
+        linear_shapes(plain.frozen), rank=RANK, alpha=ALPHA, target_modules=TARGETS
+    )
+    start, origin = jax.jit(
+        lambda frozen: starts.start_adapters(modules, frozen, start="pissa", key=jax.random.key(0))
+    )(frozen)
+    rng = np.random.default_rng(4)
+    adapters = {
+        path: jnp.asarray(value + 0.1 * rng.standard_normal(value.shape), jnp.float32)
+        for path, value in start.items()
+    }
+    config = plain.bind(frozen).config
+    student = structure(config, adapters=adapter_shapes(modules, origin=True))
+    factor = jnp.asarray(linalg.head_factor(np.asarray(frozen["lm_head.embedding"])))
+    return plain, student, modules, adapters, causal.Constants(frozen, origin, factor)
+
+
+@pytest.fixture(scope="module")
+def torch_models(ours):
+    """PEFT's PiSSA model on its own residual, holding our trained factors; and the checkpoint."""
+    _, _, modules, adapters, _ = ours
+    options = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, init_lora_weights="pissa"
+    )
+    student = get_peft_model(tiny.llama(), options).double()
+    layers = dict(student.base_model.model.named_modules())
+    with torch.no_grad():
+        for module in modules:
+            for side in "AB":
+                value = adapters[f"{module.path}.lora_{side.lower()}"][module.layer]
+                weight = getattr(layers[module.name], f"lora_{side}")["default"].weight
+                weight.copy_(torch.tensor(np.asarray(value).T))
+    return student, tiny.llama().double()
+
+
+def torch_loss(models, ids, temperature, top_k, norm, alignment, k):
+    """Loss and terms over segments that are run one by one, so that no mask is needed."""
+    student, teacher = models
+    task, kept, teacher_kept = [], [], []
+    for row, segment in ((0, 1), (0, 2), (1, 1)):
+        here = SEGMENTS[row] == segment
+        tokens, marked = torch.tensor(ids[row][here]), torch.tensor(MARKED[row][here] == 1)
+        logits = student(input_ids=tokens[None]).logits[0]
+        with torch.no_grad():
+            reference = teacher(input_ids=tokens[None]).logits[0]
+        predicts = torch.cat([marked[1:], torch.tensor([False])])
+        task.append(
+            torch.nn.functional.cross_entropy(
+                logits[predicts], tokens.roll(-1)[predicts], reduction="none"
+            )
+        )
+        counted = marked if alignment == "official" else predicts
+        kept.append(logits[counted])
+        teacher_kept.append(reference[counted])
+    z, z_teacher = torch.cat(kept), torch.cat(teacher_kept)
+    p, log_q = (z_teacher / temperature).softmax(-1), (z / temperature).log_softmax(-1)
+    consistency = temperature**2 * (p * (p.log() - log_q)).sum(-1).mean()
+    leading = z if top_k == 0 else z.topk(top_k).values
+    diversity = (leading.softmax(-1) * leading.log_softmax(-1)).sum(-1).mean()
+    sigma = torch.linalg.svdvals(z)
+    size = sigma.sum() if norm == "nuclear" else (z**2).sum().sqrt()
+    spectral = -sigma[:k].sum() / size
+    parts = {
+        "task_loss": torch.cat(task).mean(),
+        "consistency": consistency,
+        "diversity": diversity,
+        "spectral": spectral,
+    }
+    terms = sum(scale * parts[name] for scale, name in zip(LAMBDAS, list(parts)[1:], strict=True))
+    return parts["task_loss"] + terms, parts, z.shape[0]
+
+
+@pytest.mark.parametrize("variant", CASES)
+def test_loss_and_gradient_of_every_factor(variant, ours, torch_models, ids):
+    plain, student, modules, adapters, constants = ours
+    case, k = CASES[variant], 4
+    objective = Objective(
+        variant=variant,
+        consistency=LAMBDAS[0],
+        diversity=LAMBDAS[1],
+        spectral=LAMBDAS[2],
+        k=k,
+        mask_alignment=case["alignment"],
+    )
+    loss_of = causal.CausalLoss(student, plain, objective, chunk=5)
+    batch = {
+        "input_ids": ids,
+        "positions": POSITIONS,
+        "segment_ids": SEGMENTS,
+        "loss_mask": MARKED,
+    }
+    batch = {name: jnp.asarray(value, jnp.int32) for name, value in batch.items()}
+    counts = causal.counts_of({n: v[None] for n, v in batch.items()}, case["alignment"])
+    weights = tuple(jnp.float32(value) for value in LAMBDAS)
+    measure = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
+    (loss, parts), grads = measure(adapters, constants, batch, counts, weights, None)
+
+    torch_models[0].zero_grad()
+    want, want_parts, rows = torch_loss(torch_models, ids, **case, k=k)
+    want.backward()
+    assert rows < 24  # fewer rows than the width, so that no singular value is zero
+    assert float(loss) == pytest.approx(want.item(), rel=1e-5)
+    for name, value in want_parts.items():
+        assert abs(value.item()) > 1e-2
+        assert float(parts[name]) == pytest.approx(value.item(), rel=1e-5), name
+
+    layers = dict(torch_models[0].base_model.model.named_modules())
+    for module in modules:
+        for side in "AB":
+            weight = getattr(layers[module.name], f"lora_{side}")["default"].weight
+            expected = weight.grad.numpy().T
+            got = np.asarray(grads[f"{module.path}.lora_{side.lower()}"][module.layer])
+            largest = np.abs(expected).max()
+            assert largest > 1e-5
+            assert np.abs(got - expected).max() < 1e-4 * largest, (module.name, side)
+
+
+def test_the_regularizers_are_a_real_part_of_that_gradient(ours, torch_models, ids):
+    """Else the comparison would also hold for code that forgets them."""
+    student = torch_models[0]
+    norms = {}
+    for name in ("task_loss", "consistency", "diversity", "spectral"):
+        student.zero_grad()
+        torch_loss(torch_models, ids, **CASES["iclr2026"], k=4)[1][name].backward()
+        found = [p.grad for p in student.parameters() if p.grad is not None]
+        norms[name] = torch.sqrt(sum((g**2).sum() for g in found)).item()
+    for scale, name in zip(LAMBDAS, list(norms)[1:], strict=True):
+        assert scale * norms[name] > 1e-2 * norms["task_loss"], norms
