@@ -26,7 +26,7 @@ def run(tmp_path_factory):
     config = tiny_run.write_config(
         folder / "run.yaml",
         inputs,
-        training={"max_steps": 30, "checkpoint_every": 15, "log_gradient_share_every": 10},
+        training={"max_steps": 30, "checkpoint_every": 15},
         eval={"task": "exact_match"},
     )
     code = main(["train", config, "--workdir", str(folder / "run")])

@@ -117,14 +117,13 @@ def successors(following):
     return 5.0 * np.eye(len(following))[following]
 
 
-def chain_texts(table, prompts, sampling, key=0, batch_size=None):
-    decoder = make_decoder(Chain, sampling)
+def chain_texts(table, prompts, sampling, key=0, decoder=None):
     return generate(
-        decoder,
+        decoder or make_decoder(Chain, sampling),
         (jnp.asarray(table),),
         prompts,
         sampling,
-        batch_size=batch_size or len(prompts),
+        batch_size=len(prompts),
         key=jax.random.key(key),
     )
 
@@ -218,12 +217,13 @@ def test_a_sample_depends_on_its_own_row_only():
     """Another neighbour, another width of the batch: the same draws for the same place and key."""
     table = np.random.default_rng(1).standard_normal((8, 8))
     sampling = Sampling(9, (), pad_id=99, temperature=1.0, top_p=0.95)
-    first = chain_texts(table, [[1, 2], [3]], sampling)
-    assert chain_texts(table, [[1, 2], [6, 5, 4]], sampling)[0] == first[0]
-    assert chain_texts(table, [[1, 2], list(range(8)) * 3], sampling)[0] == first[0]
-    assert chain_texts(table, [[1, 2], [3]], sampling) == first
-    assert chain_texts(table, [[1, 2], [3]], sampling, key=1) != first
-    same = chain_texts(table, [[1, 2], [1, 2]], sampling)
+    texts = partial(chain_texts, table, sampling=sampling, decoder=make_decoder(Chain, sampling))
+    first = texts([[1, 2], [3]])
+    assert texts([[1, 2], [6, 5, 4]])[0] == first[0]
+    assert texts([[1, 2], list(range(8)) * 3])[0] == first[0]
+    assert texts([[1, 2], [3]]) == first
+    assert texts([[1, 2], [3]], key=1) != first
+    same = texts([[1, 2], [1, 2]])
     assert same[0] != same[1]  # two rows of one batch draw with different keys
 
 

@@ -4,11 +4,13 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from transformers import AutoTokenizer
 
 from balora_jax.config import parse_config
 from balora_jax.errors import InputError
 from balora_jax.evals import run
 from balora_jax.evals.score import gold_answer, score_answers
+from tests import tiny_run
 
 MARKER = "The answer is:"
 
@@ -78,24 +80,18 @@ def config(**changes):
     return parse_config(tree, "test")
 
 
-class Tokenizer:
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
     """One id for each character."""
-
-    bos_token_id = eos_token_id = pad_token_id = None
-    chat_template = None
-
-    def __call__(self, text, **_):
-        return {"input_ids": [ord(c) for c in text]}
-
-    def decode(self, ids):
-        return "".join(map(chr, ids))
+    folder = tiny_run.write_model(tmp_path_factory.mktemp("tokenizer"))
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def adder(tokenizer):
     """An answerer that can add, but only small numbers."""
 
     def answer(parts, prompts, key, title):
-        texts = [tokenizer.decode(prompt) for prompt in prompts]
+        texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
         assert title == "before"
         sums = [sum(map(int, text.rstrip("=").split("+"))) for text in texts]
         return [f" so #{value}" if value < 10 else "?" for value in sums]
@@ -104,22 +100,22 @@ def adder(tokenizer):
     return answer
 
 
-def test_rows_are_prompted_answered_and_scored(capsys):
+def test_rows_are_prompted_answered_and_scored(tokenizer, capsys):
     rows = [{"question": f"{a}+{b}", "answer": f"#{a + b}"} for a, b in ((1, 2), (4, 5), (8, 9))]
     rows.append({"question": "2+2", "answer": "#5"})
     figures = run.score_rows(
-        adder(Tokenizer()), (), rows, config(), key=jax.random.key(0), title="before"
+        adder(tokenizer), (), rows, config(), key=jax.random.key(0), title="before"
     )
     assert figures == {"exact_match": 0.5, "answered": 0.75, "rows": 4}
     printed = capsys.readouterr().out
     assert printed == ("before: exact match 0.500 on 4 rows; first answer: 'so #3' (right: 3)\n")
 
 
-def test_gold_column_of_its_own(capsys):
+def test_gold_column_of_its_own(tokenizer, capsys):
     rows = [{"question": "1+1", "answer": "unused", "right": 2}]
     settings = config(eval={"gold_column": "right"})
     figures = run.score_rows(
-        adder(Tokenizer()), (), rows, settings, key=jax.random.key(0), title="before"
+        adder(tokenizer), (), rows, settings, key=jax.random.key(0), title="before"
     )
     assert figures["exact_match"] == 1.0
     assert "(right: 2)" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Is a run the same on every mesh, and does every array lie where the table says?"""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -24,9 +25,16 @@ SIZES = {
 }
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 
-# Mesh axis of each dimension, by hand: [L, in, out] kernels split their width over fsdp and their
-# heads, inner width or vocabulary over tensor; whatever is small is on every device.
-INWARD = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+# Mesh axes of each dimension, by hand: [L, in, out] kernels split their width over fsdp and their
+# heads, inner width or vocabulary over tensor; whatever is small is on every device. The one long
+# axis of an adapter's factor is split over both where it is no width.
+INWARD = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+)
 OUTWARD = ("self_attn.o_proj", "mlp.down_proj")
 FROZEN = {
     "embed_tokens.embedding": ["tensor", "fsdp"],
@@ -39,8 +47,8 @@ FROZEN = {
 }
 FACTORS = {
     **{f"layers.{name}.{{}}_a": [None, "fsdp", None] for name in INWARD},
-    **{f"layers.{name}.{{}}_b": [None, None, "tensor"] for name in INWARD},
-    **{f"layers.{name}.{{}}_a": [None, "tensor", None] for name in OUTWARD},
+    **{f"layers.{name}.{{}}_b": [None, None, ["tensor", "fsdp"]] for name in INWARD},
+    **{f"layers.{name}.{{}}_a": [None, ["tensor", "fsdp"], None] for name in OUTWARD},
     **{f"layers.{name}.{{}}_b": [None, None, "fsdp"] for name in OUTWARD},
 }
 ADAPTERS = {name.format("lora"): axes for name, axes in FACTORS.items()}
@@ -80,11 +88,14 @@ def runs(tmp_path_factory, cache_folder):
         ),
         train("odd batch", SIZES["8x1x1"], **{"training.accumulation": 4}),
     ]
-    for devices, wanted in ((1, one), (8, eight)):
-        log = str(folder / f"{devices}.log")
-        process = workers.start(workers.commands, wanted, log, str(cache_folder), devices)
+    logs = {devices: folder / f"{devices}.log" for devices in (1, 8)}
+    processes = [
+        workers.start(workers.commands, wanted, str(logs[devices]), str(cache_folder), devices)
+        for devices, wanted in ((8, eight), (1, one))
+    ]
+    for process in processes:
         process.join()
-        assert process.exitcode == 0, open(log).read()
+    assert [process.exitcode for process in processes] == [0, 0], logs[8].read_text()
     return folder
 
 
@@ -141,9 +152,11 @@ def test_the_optimizer_state_lies_as_its_adapters(runs, name):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_a_device_holds_its_part_and_no_more(runs, name):
-    for group in result(runs, name)["layouts"].values():
-        for path, leaf in group.items():
-            parts = [SIZES[name][axis] if axis else 1 for axis in leaf["axes"]]
+    for leaves in result(runs, name)["layouts"].values():
+        for path, leaf in leaves.items():
+            axes = [axis if isinstance(axis, list) else [axis] for axis in leaf["axes"]]
+            sizes = {**SIZES[name], None: 1}
+            parts = [math.prod(sizes[axis] for axis in group) for group in axes]
             assert [n * p for n, p in zip(leaf["local"], parts, strict=True)] == leaf["shape"], path
 
 

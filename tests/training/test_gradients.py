@@ -136,8 +136,13 @@ def test_loss_and_gradient_of_every_factor(variant, ours, torch_models, ids):
     batch = {name: jnp.asarray(value, jnp.int32) for name, value in batch.items()}
     counts = causal.counts_of({n: v[None] for n, v in batch.items()}, case["alignment"])
     weights = tuple(jnp.float32(value) for value in LAMBDAS)
-    measure = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
-    (loss, parts), grads = measure(adapters, constants, batch, counts, weights, None)
+
+    @jax.jit
+    def measure(adapters, constants, batch):
+        both = jax.value_and_grad(loss_of, has_aux=True)
+        return both(adapters, constants, batch, counts, weights, None)
+
+    (loss, parts), grads = measure(adapters, constants, batch)
 
     torch_models[0].zero_grad()
     want, want_parts, rows = torch_loss(torch_models, ids, **case, k=k)

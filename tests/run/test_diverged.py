@@ -1,0 +1,73 @@
+"""What does a run that diverges leave behind?"""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from tests.run.conftest import invoke
+from tests.tiny_run import checkpoint_steps, metrics_of, write_config
+
+pytestmark = pytest.mark.usefixtures("no_curves")
+
+
+def diverge(tmp_path, inputs, **training):
+    """Step 1 has the learning rate 0 (warm-up), step 2 one that no weight survives."""
+    config = write_config(
+        tmp_path / "config.yaml",
+        inputs,
+        training={
+            "max_steps": 8,
+            "optimizer": "sgd",
+            "learning_rate": 1e30,
+            "clip_norm": None,
+            "weight_decay": 0.0,
+            "schedule": "constant",
+            "warmup": 0.5,
+            **training,
+        },
+    )
+    code, _, err = invoke("train", config, "--workdir", tmp_path / "run")
+    message = err.splitlines()[-1]
+    assert code == 3
+    assert message.startswith("balora: training diverged at step 3: expected a finite loss")
+    assert "Traceback" not in err
+    rows = metrics_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)  # NaN and Infinity are no JSON
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert not (tmp_path / "run" / "summary.json").exists()
+    return message
+
+
+def test_the_last_good_checkpoint_is_kept_and_named(tmp_path, inputs):
+    """Checkpoint 2 holds the weights that gave the loss of step 3, so it is not a good one."""
+    message = diverge(tmp_path, inputs, checkpoint_every=1)
+    assert 1 in checkpoint_steps(tmp_path / "run")
+    named = re.search(r"the last good checkpoint is (\S+?)[.;]? ", message)
+    assert named, message
+    assert Path(named[1]) == tmp_path / "run" / "checkpoints" / "1"
+    restored = ocp.StandardCheckpointer().restore(Path(named[1]) / "state")
+    assert int(restored["train"]["step"]) == 1
+    adapters, origin = restored["train"]["adapters"], restored["origin"]
+    for path, value in adapters.items():  # nothing was learnt yet
+        assert np.array_equal(value, origin[path.replace(".lora_", ".origin_")]), path
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored))
+
+
+def test_no_checkpoint_yet(tmp_path, inputs):
+    message = diverge(tmp_path, inputs, checkpoint_every=0)
+    assert "no checkpoint had been written yet" in message
+    assert checkpoint_steps(tmp_path / "run") == []
+
+
+def test_only_one_checkpoint_and_it_is_bad(tmp_path, inputs):
+    message = diverge(tmp_path, inputs, checkpoint_every=2)
+    assert "the last good checkpoint is" not in message
