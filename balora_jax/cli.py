@@ -56,7 +56,12 @@ def _command(commands: Any, name: str, run: Any, help_text: str) -> argparse.Arg
     parser = commands.add_parser(name, help=help_text)
     parser.add_argument("config", help="YAML file, such as configs/quickstart.yaml")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override the config"
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY.PATH=VALUE",
+        help="override settings of the config; may be repeated",
     )
     parser.set_defaults(run=run)
     return parser

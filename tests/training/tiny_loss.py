@@ -1,5 +1,7 @@
 """The smallest loss with every part in it: a random two-group decoder, adapters, packed rows."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,39 +56,40 @@ def batch(micro_batches=1, seed=0):
     return {k: v.reshape(micro_batches, -1, v.shape[-1]) for k, v in arrays.items()}
 
 
+def _modules():
+    linears = linear_shapes(structure(MODEL).frozen)
+    targets = ["q_proj", "v_proj", "down_proj"]
+    return plan_adapters(linears, rank=2, alpha=3.0, target_modules=targets)
+
+
+@functools.cache
+def _arrays(start):
+    """Adapters at their start and some way off it, and the frozen arrays: made once per start."""
+    rng = np.random.default_rng(1)
+
+    def draw(path, leaf):
+        noise = rng.standard_normal(leaf.shape)
+        return jnp.asarray(1 + 0.1 * noise if "scale" in path else 0.5 * noise, jnp.float32)
+
+    frozen = {path: draw(path, leaf) for path, leaf in structure(MODEL).frozen.items()}
+    begin, origin = starts.start_adapters(_modules(), frozen, start=start, key=jax.random.key(0))
+    adapters = {
+        path: value + jnp.asarray(0.3 * rng.standard_normal(value.shape), jnp.float32)
+        for path, value in begin.items()
+    }
+    factor = jnp.asarray(linalg.head_factor(np.asarray(frozen["lm_head.embedding"])))
+    return begin, adapters, causal.Constants(frozen, origin, factor)
+
+
 class Tiny:
     """Everything a step needs, for one objective."""
 
     def __init__(self, *, start="pissa", dropout=0.0, training=None, total_steps=10, **objective):
         self.objective = Objective(**objective)
         self.plain = structure(MODEL)
-        modules = plan_adapters(
-            linear_shapes(self.plain.frozen),
-            rank=2,
-            alpha=3.0,
-            target_modules=["q_proj", "v_proj", "down_proj"],
-        )
-        shapes = adapter_shapes(modules, origin=start != "lora", dropout=dropout)
+        shapes = adapter_shapes(_modules(), origin=start != "lora", dropout=dropout)
         self.student = structure(MODEL, adapters=shapes)
-        rng = np.random.default_rng(1)
-
-        def draw(path, leaf):
-            noise = rng.standard_normal(leaf.shape)
-            return jnp.asarray(1 + 0.1 * noise if "scale" in path else 0.5 * noise, jnp.float32)
-
-        frozen = {path: draw(path, leaf) for path, leaf in self.plain.frozen.items()}
-        begin = jax.jit(
-            lambda frozen: starts.start_adapters(
-                modules, frozen, start=start, key=jax.random.key(0)
-            )
-        )
-        self.start, origin = begin(frozen)
-        self.adapters = {
-            path: value + jnp.asarray(0.3 * rng.standard_normal(value.shape), jnp.float32)
-            for path, value in self.start.items()
-        }
-        factor = jnp.asarray(linalg.head_factor(np.asarray(frozen["lm_head.embedding"])))
-        self.constants = causal.Constants(frozen, origin, factor)
+        self.start, self.adapters, self.constants = _arrays(start)
         loss = causal.CausalLoss(self.student, self.plain, self.objective, CHUNK)
         self.training = TrainingConfig(
             **{"max_steps": total_steps, "batch_size": 4, "optimizer": "sgd", "learning_rate": 0.1,
