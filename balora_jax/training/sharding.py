@@ -85,8 +85,8 @@ def spec_of(path: str) -> P:
     """The partition of an array over mesh axes.
 
     Example:
-        >>> spec_of("embed_tokens.embedding")
-        PartitionSpec('tensor', 'fsdp')
+        >>> tuple(spec_of("embed_tokens.embedding"))
+        ('tensor', 'fsdp')
     """
     return P(*(MESH_AXES[axis] if axis else None for axis in logical_axes(path)))
 

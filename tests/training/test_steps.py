@@ -87,7 +87,7 @@ def run(full):
     """Four steps on four batches: the compiled step, adapters before each, metrics, batches."""
     mesh = sharding.make_mesh(MeshConfig())
     adapters = {
-        path: jax.device_put(value, sharding.sharding_of(path, value.shape, mesh))
+        path: jax.device_put(jnp.array(value), sharding.sharding_of(path, value.shape, mesh))
         for path, value in full.adapters.items()
     }
     frozen = {path: digest(value) for path, value in full.constants.frozen.items()}
