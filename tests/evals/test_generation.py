@@ -11,6 +11,7 @@ import torch
 
 from balora_jax.evals import generation
 from balora_jax.evals.generation import Sampling, generate, make_decoder
+from tests import quick
 from tests.models import tiny
 
 NEW, WIDTH, ROWS = 12, 16, 3
@@ -70,7 +71,7 @@ def test_greedy_equals_transformers_for_unequal_lengths_in_one_batch(ours):
 
 def test_cached_greedy_equals_the_full_forward(ours):
     """Append the most likely token, run everything again, with no cache at all."""
-    forward = jax.jit(lambda weights, ids, mask: ours.skeleton.bind(weights)(ids, mask))
+    forward = quick.jit(lambda weights, ids, mask: ours.skeleton.bind(weights)(ids, mask))
     ids, mask = (np.pad(x, ((0, 0), (0, NEW))) for x in padded(PROMPTS))
     lengths, texts = [len(prompt) for prompt in PROMPTS], [[] for _ in PROMPTS]
     for _ in range(NEW):

@@ -1,12 +1,12 @@
 """Tiny random torch models with every option off its default, and their weights as our arrays."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from balora_jax.models import decoder, registry
+from tests import quick
 
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 5e3},
@@ -113,7 +113,7 @@ def ours(model, **options):
 def logits(skeleton, weights, ids, mask=None):
     """Our logits by one compiled call: operation by operation it takes several times as long."""
     mask = np.ones_like(ids) if mask is None else mask
-    forward = jax.jit(lambda weights, ids, mask: skeleton.bind(weights)(ids, mask))
+    forward = quick.jit(lambda weights, ids, mask: skeleton.bind(weights)(ids, mask))
     return forward(weights, jnp.asarray(ids, jnp.int32), jnp.asarray(mask, jnp.int32))
 
 

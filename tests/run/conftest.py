@@ -43,13 +43,14 @@ def cache_folder(tmp_path_factory):
 
 @pytest.fixture(scope="package", autouse=True)
 def compilation_cache_on(cache_folder):
-    """The same small programs are compiled once, not once a run."""
+    """The same small programs are compiled once, not once a run, and without much optimization."""
     wanted = {
+        "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(cache_folder),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
-    before = {name: getattr(jax.config, name) for name in wanted}
+    before = {name: jax.config.values[name] for name in wanted}
     for name, value in wanted.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
@@ -65,6 +66,7 @@ def process_environment(cache_folder):
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(cache_folder),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -92,14 +94,14 @@ class FinishedRun(NamedTuple):
     err: str
 
 
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory, inputs):
+@pytest.fixture(scope="package")
+def finished(tmp_path_factory, inputs, compilation_cache_on):
     """Four steps with every term, scored before and after."""
     folder = tmp_path_factory.mktemp("finished")
     config = write_config(
         folder / "config.yaml",
         inputs,
-        training={"log_gradient_share_every": 2, "learning_rate": 0.05, "warmup": 0.0},
+        training={"log_gradient_share_every": 2},
         eval={"task": "exact_match"},
     )
     code, out, err = invoke("train", config, "--workdir", folder / "run")

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tests.run.conftest import invoke
-from tests.tiny_run import checkpoint_steps, metrics_of, write_config
+from tests.tiny_run import FEW, checkpoint_steps, metrics_of, write_config
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -21,6 +21,7 @@ def diverge(tmp_path, inputs, **training):
     config = write_config(
         tmp_path / "config.yaml",
         inputs,
+        adapter=FEW,
         training={
             "max_steps": 8,
             "optimizer": "sgd",

@@ -67,8 +67,7 @@ def runs(tmp_path_factory, cache_folder):
     config = write_config(
         folder / "config.yaml",
         inputs,
-        model={"remat": "none"},  # compiles faster; the other tests recompute
-        training={"max_steps": 5, "batch_size": 16, "warmup": 0.0, "checkpoint_every": 0},
+        training={"max_steps": 5, "batch_size": 16, "checkpoint_every": 0},
     )
 
     def train(name, mesh, *more, workdir=None, **overrides):

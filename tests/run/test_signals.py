@@ -17,7 +17,7 @@ import pytest
 from balora_jax.training import steps
 from tests.run import workers
 from tests.run.conftest import invoke
-from tests.tiny_run import adapter_bytes, checkpoint_steps, metrics_of, write_config
+from tests.tiny_run import FEW, adapter_bytes, checkpoint_steps, metrics_of, write_config
 
 ROOT = Path(__file__).parents[2]
 STEPS = 60
@@ -32,6 +32,7 @@ def straight(tmp_path_factory, inputs):
     config = write_config(
         folder / "config.yaml",
         inputs,
+        adapter=FEW,
         training={"max_steps": STEPS, "checkpoint_every": 5, "keep_checkpoints": 2},
     )
     outcome = invoke("train", config, "--workdir", folder / "run")

@@ -46,12 +46,14 @@ def command(arguments, log, cache, devices=1):
     sys.exit(cli.main(arguments))
 
 
-def _prepare(log, cache, devices, flags=""):
+def _prepare(log, cache, devices):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {flags}"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     jax.config.update("jax_platforms", "cpu")
+    # Programs take longer to compile than to run here, those for eight devices above all.
+    jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -63,8 +65,7 @@ def commands(runs, log, cache, devices):
     The file gets ``code`` and, where it came so far, ``layouts``: for frozen, adapters, origin and
     optimizer state, of every leaf, the mesh axes of each dimension and the shape on one device.
     """
-    # Programs for eight devices take long to compile; how fast they run does not matter here.
-    _prepare(log, cache, devices, "--xla_backend_optimization_level=0")
+    _prepare(log, cache, devices)
     metrics.draw_curves = lambda rows, path: False
     for arguments, file in runs:
         watched = _watch()

@@ -17,6 +17,7 @@ from balora_jax.models.decoder import linear_shapes, structure
 from balora_jax.numerics import linalg
 from balora_jax.numerics.objective import Objective
 from balora_jax.training import causal
+from tests import quick
 from tests.models import tiny
 
 RANK, ALPHA = 3, 5.0
@@ -45,7 +46,7 @@ def ours():
     modules = plan_adapters(
         linear_shapes(plain.frozen), rank=RANK, alpha=ALPHA, target_modules=TARGETS
     )
-    start, origin = jax.jit(
+    start, origin = quick.jit(
         lambda frozen: starts.start_adapters(modules, frozen, start="pissa", key=jax.random.key(0))
     )(frozen)
     rng = np.random.default_rng(4)
@@ -137,7 +138,7 @@ def test_loss_and_gradient_of_every_factor(variant, ours, torch_models, ids):
     counts = causal.counts_of({n: v[None] for n, v in batch.items()}, case["alignment"])
     weights = tuple(jnp.float32(value) for value in LAMBDAS)
 
-    @jax.jit
+    @quick.jit
     def measure(adapters, constants, batch):
         both = jax.value_and_grad(loss_of, has_aux=True)
         return both(adapters, constants, batch, counts, weights, None)

@@ -11,6 +11,7 @@ import pytest
 
 from balora_jax.config import MeshConfig
 from balora_jax.training import sharding, steps
+from tests import quick
 from tests.training import tiny_loss
 from tests.training.tiny_loss import LAYERS, Tiny
 
@@ -125,7 +126,7 @@ def test_frozen_weights_are_bit_identical_after_training(run):
 def test_metrics_equal_numpy(full, run):
     _, history, metrics, batches, _, _ = run
 
-    @jax.jit
+    @quick.jit
     def logits(adapters, constants, batch):
         arrays = [batch[k].reshape(4, -1) for k in ("input_ids", "positions", "segment_ids")]
         student = full.student.bind(constants.frozen, constants.origin, adapters)
@@ -156,7 +157,7 @@ def test_a_learning_rate_of_zero_moves_nothing(run):
 def test_accumulation_does_not_change_the_step():
     """One global token count: 1, 2 and 4 micro-batches give one loss, gradient and update."""
     tiny = Tiny(**{**TERMS, "spectral": 0.0}, training={"clip_norm": None})
-    step = jax.jit(partial(steps.train_step, tiny.parts))
+    step = quick.jit(partial(steps.train_step, tiny.parts))
     results = [step(tiny.state(), tiny.constants, tiny_loss.batch(n), KEY) for n in (1, 2, 4)]
     (state, metrics), *others = results
     assert float(metrics["consistency"]) > 1e-3
@@ -240,14 +241,15 @@ def test_random_numbers_are_drawn_for_dropout_only(programs):
 def test_gradient_shares_equal_separate_gradients():
     tiny = Tiny(**TERMS)
     batch = tiny_loss.batch(2)
-    found = steps.gradient_shares(tiny.parts)(tiny.state(), tiny.constants, batch, KEY)
+    measure = quick.jit(steps.gradient_shares(tiny.parts))
+    found = measure(tiny.state(), tiny.constants, batch, KEY)
     found = {name: float(value) for name, value in found.items()}
     first = {name: value[0] for name, value in batch.items()}
     counts = tiny.parts.counts({name: value[:1] for name, value in batch.items()})
     scales = {"task_loss": 1.0, "consistency": 0.7, "diversity": 0.3, "spectral": 0.4}
     zero = (jnp.zeros(()),) * 3
 
-    @jax.jit
+    @quick.jit
     @jax.grad
     def gradient(adapters, constants, chosen):
         parts = tiny.parts.loss(adapters, constants, first, counts, zero, None)[1]
@@ -261,9 +263,9 @@ def test_gradient_shares_equal_separate_gradients():
         norms[name] = scale * np.sqrt(squares)
     for name, norm in norms.items():
         assert norm > 1e-4
-        assert found[f"gradient_norm_{name}"] == pytest.approx(norm, rel=1e-5)
+        assert found[f"gradient_norm_{name}"] == pytest.approx(norm, rel=5e-5)
         share = norm / sum(norms.values())
-        assert found[f"gradient_share_{name}"] == pytest.approx(share, rel=1e-5)
+        assert found[f"gradient_share_{name}"] == pytest.approx(share, rel=5e-5)
     assert sum(found[f"gradient_share_{name}"] for name in scales) == pytest.approx(1.0, rel=1e-6)
     assert len(found) == 8
 
@@ -275,7 +277,7 @@ def test_consistency_is_exactly_zero_at_the_start():
     counts = tiny.parts.counts(tiny_loss.batch(1))
     weights = tiny.parts.weights(jnp.int32(0))
 
-    @jax.jit
+    @quick.jit
     def consistency(adapters, constants):
         return tiny.parts.loss(adapters, constants, batch, counts, weights, None)[1]["consistency"]
 
