@@ -142,7 +142,7 @@ def generate(
     """
     if not prompts:
         return []
-    longest = max(len(prompt) for prompt in prompts)
+    longest = max(1, *(len(prompt) for prompt in prompts))
     width = -(-longest // 16) * 16
     outputs: list[list[int]] = []
     for start in range(0, len(prompts), batch_size):

@@ -15,7 +15,7 @@ from balora_jax.data.templates import ExampleSettings
 from balora_jax.errors import InputError
 from balora_jax.evals.generation import Sampling, generate, make_decoder
 from balora_jax.evals.score import gold_answer, score_answers
-from balora_jax.io.pretrained import load_pretrained, sampling_for
+from balora_jax.io.pretrained import Base, load_pretrained, sampling_for
 from balora_jax.models.decoder import Decoder
 
 Rows = Sequence[Mapping[str, Any]]
@@ -24,11 +24,15 @@ Rows = Sequence[Mapping[str, Any]]
 class Answerer:
     """Prompts in, texts out, with one compiled decoder for all batches and all adapters."""
 
-    def __init__(self, bind: Callable[..., Decoder], tokenizer: Any, config: EvalConfig):
-        self.tokenizer = tokenizer
+    def __init__(self, bind: Callable[..., Decoder], base: Base, config: EvalConfig):
+        self.tokenizer = tokenizer = base.tokenizer()
         self.batch_size = config.batch_size
         self.sampling: Sampling = sampling_for(
-            tokenizer, config.max_new_tokens, config.temperature, config.top_p
+            tokenizer,
+            config.max_new_tokens,
+            config.temperature,
+            config.top_p,
+            stop_ids=base.stop_ids(),
         )
         self._decoder = make_decoder(bind, self.sampling)
 
@@ -119,7 +123,7 @@ def evaluate(config: RunConfig, *, adapter: str | None) -> dict[str, Any]:
             "data.validation=FILE."
         )
     model = load_pretrained(config.model.name_or_path, adapter=adapter, dtype=config.model.dtype)
-    answerer = Answerer(model.bind, model.tokenizer, config.eval)
+    answerer = Answerer(model.bind, model.base, config.eval)
     key = jax.random.key(config.training.seed)
     return score_rows(answerer, model.parts, rows, config, key=key, title="score")
 
@@ -135,5 +139,5 @@ def continue_prompts(
     else:
         rows = [{config.data.prompt_column: prompt} for prompt in prompts]
         ids = [encode_prompt(row, model.tokenizer, settings) for row in rows]
-    answerer = Answerer(model.bind, model.tokenizer, config.eval)
+    answerer = Answerer(model.bind, model.base, config.eval)
     return answerer(model.parts, ids, jax.random.key(config.training.seed), "generate")

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from balora_jax.array_types import Array, Float, Int
 from balora_jax.errors import InputError
 from balora_jax.evals.generation import Sampling, generate, make_decoder
-from balora_jax.io.hf_files import find_checkpoint, fingerprint, read_json_config
+from balora_jax.io.hf_files import find_checkpoint, fingerprint, read_json, read_json_config
 from balora_jax.io.hf_weights import load_weights
 from balora_jax.io.peft_adapter import PeftAdapter, read_peft
 from balora_jax.models import registry
@@ -50,6 +50,12 @@ class Base:
         rules = registry.weight_rules(self.config)
         ignore = registry.ignored_weights(self.config)
         return load_weights(self.folder, targets, rules, ignore=ignore)
+
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text besides the tokenizer's EOS: Llama 3 names several."""
+        file = self.folder / "generation_config.json"
+        named = read_json(file).get("eos_token_id") if file.is_file() else None
+        return tuple(named) if isinstance(named, list) else () if named is None else (int(named),)
 
     def tokenizer(self) -> Any:
         """The checkpoint's own tokenizer (``transformers``), never with remote code."""
@@ -107,6 +113,7 @@ class PretrainedModel:
     """A loaded causal language model: call it for logits, or generate text.
 
     Attributes:
+        base: the checkpoint it came from.
         config: what it is.
         parts: its arrays by path: frozen weights, then adapters and their constants if any.
         bind: from ``*parts`` to the module.
@@ -115,14 +122,14 @@ class PretrainedModel:
     def __init__(self, base: Base, skeleton: Structure, parts: Sequence[dict[str, Array]]):
         self.config = base.config
         self.parts = tuple(parts)
-        self._base = base
+        self.base = base
         self.bind = skeleton.bind
         self._logits = jax.jit(lambda parts, ids, mask: skeleton.bind(*parts)(ids, mask))
 
     @cached_property
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer."""
-        return self._base.tokenizer()
+        return self.base.tokenizer()
 
     def __call__(
         self, input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"] | None = None
@@ -143,7 +150,9 @@ class PretrainedModel:
     ) -> list[str]:
         """Continuations of texts; greedy at temperature 0."""
         tokenizer = self.tokenizer
-        sampling = sampling_for(tokenizer, max_new_tokens, temperature, top_p)
+        sampling = sampling_for(
+            tokenizer, max_new_tokens, temperature, top_p, stop_ids=self.base.stop_ids()
+        )
         ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
         decoder = make_decoder(self.bind, sampling)
         tokens = generate(
@@ -153,12 +162,19 @@ class PretrainedModel:
 
 
 def sampling_for(
-    tokenizer: Any, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0
+    tokenizer: Any,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    *,
+    stop_ids: Sequence[int] = (),
 ) -> Sampling:
-    """Sampling that stops at the tokenizer's EOS and pads with it where there is no padding."""
+    """Sampling that stops at the tokenizer's EOS or ``stop_ids``, and pads with the tokenizer's
+    padding, or its EOS where there is none.
+    """
     stop = tokenizer.eos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop
-    stops = () if stop is None else (int(stop),)
+    stops = tuple(sorted({*stop_ids, *(() if stop is None else (int(stop),))}))
     return Sampling(max_new_tokens, stops, int(pad or 0), temperature, top_p)
 
 

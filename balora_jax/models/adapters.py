@@ -195,6 +195,8 @@ def plan_adapters(
     used |= {key: False for key in (alpha_pattern or {})}
     names = [shape.name.format(i=i) for shape in linears for i in range(shape.layers)]
     _check_targets(names, target_modules)
+    _check_expressions("exclude_modules", [exclude_modules])
+    _check_expressions("rank_pattern/alpha_pattern", list(used))
     for shape in linears:
         for i in range(shape.layers):
             name = shape.name.format(i=i)
@@ -258,14 +260,23 @@ def _check_targets(names: Sequence[str], targets: Sequence[str] | str) -> None:
         )
 
 
+def _check_expressions(key: str, expressions: Sequence[Sequence[str] | str]) -> None:
+    for expression in expressions:
+        try:
+            re.compile(expression if isinstance(expression, str) else "")
+        except re.error as error:
+            raise InputError(
+                f"adapter.{key}: expected a regular expression, got {expression!r} ({error}). "
+                "Correct it."
+            ) from error
+
+
 def _pattern_value(
     name: str, patterns: Mapping[str, float], default: float, used: dict[str, bool]
 ) -> float:
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            used[key] = True
-            return value
-    return default
+    matching = [key for key in patterns if re.match(rf"(.*\.)?({key})$", name)]
+    used.update(dict.fromkeys(matching, True))
+    return patterns[matching[0]] if matching else default
 
 
 def _check_rank(name: str, rank: int, shape: LinearShape) -> None:

@@ -68,7 +68,7 @@ def decoder_config(raw: Mapping[str, Any], where: str) -> DecoderConfig:
         intermediate_size=_required(raw, "intermediate_size", where),
         num_layers=_required(raw, "num_hidden_layers", where),
         num_heads=heads,
-        num_kv_heads=raw.get("num_key_value_heads") or (heads if llama else 8),
+        num_kv_heads=raw.get("num_key_value_heads", heads if llama else 8) or heads,
         head_dim=raw.get("head_dim") or width // heads,
         norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         activation=activation,
@@ -84,6 +84,11 @@ def decoder_config(raw: Mapping[str, Any], where: str) -> DecoderConfig:
 def rope_config(raw: Mapping[str, Any], where: str) -> RopeConfig:
     """Rotary settings from ``rope_parameters`` (new) or ``rope_theta`` and ``rope_scaling``."""
     scaling = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    if any(isinstance(value, Mapping) for value in scaling.values()):
+        raise InputError(
+            f"{where}: expected one set of rope parameters, got one for each kind of layer "
+            f"({', '.join(scaling)}). This checkpoint cannot be run exactly."
+        )
     theta = float(scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     known = ("default", "linear", "dynamic", "llama3", "yarn")

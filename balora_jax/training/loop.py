@@ -88,9 +88,7 @@ class Training:
         self.store = self.open_store(resume)
         start = self.restore() if resume else 0
         self.log = metrics.MetricsLog(self.folder / "metrics.jsonl", keep_until=start)
-        self.answerer = Answerer(
-            self.setup.student.bind, self.setup.tokenizer, self.setup.config.eval
-        )
+        self.answerer = Answerer(self.setup.student.bind, self.setup.base, self.setup.config.eval)
         if not self.before:
             self.before = self.score("before")
         try:

@@ -51,6 +51,7 @@ def _prepare(log, cache, devices):
     for stream in (1, 2):
         os.dup2(file, stream)
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    metrics.draw_curves = lambda rows, path: False
     jax.config.update("jax_platforms", "cpu")
     # Programs take longer to compile than to run here, those for eight devices above all.
     jax.config.update("jax_disable_most_optimizations", True)
@@ -66,7 +67,6 @@ def commands(runs, log, cache, devices):
     optimizer state, of every leaf, the mesh axes of each dimension and the shape on one device.
     """
     _prepare(log, cache, devices)
-    metrics.draw_curves = lambda rows, path: False
     for arguments, file in runs:
         watched = _watch()
         code = cli.main(arguments)
