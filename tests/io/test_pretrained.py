@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from balora_jax.errors import InputError
-from balora_jax.io.pretrained import load_pretrained, open_base
+from balora_jax.io.pretrained import load_pretrained, open_base, sampling_for
 from tests import tiny_run
 
 IDS = np.random.default_rng(0).integers(3, tiny_run.VOCAB_SIZE, (3, 11))
@@ -123,6 +124,25 @@ def test_open_base_loads_nothing(folder):
     assert base.config.vocab_size == tiny_run.VOCAB_SIZE
     assert len(base.fingerprint) >= 16
     assert base.fingerprint == open_base(str(folder)).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("generation", "stops"),
+    [
+        ({"eos_token_id": [7, 5]}, (2, 5, 7)),
+        ({"eos_token_id": 9}, (2, 9)),
+        ({}, (2,)),
+        (None, (2,)),
+    ],
+)
+def test_every_stop_token_of_the_checkpoint_ends_a_text(folder, tmp_path, generation, stops):
+    copied = shutil.copytree(folder, tmp_path / "model")
+    (copied / "generation_config.json").unlink(missing_ok=True)
+    if generation is not None:
+        (copied / "generation_config.json").write_text(json.dumps(generation))
+    base = open_base(str(copied))
+    tokenizer = SimpleNamespace(eos_token_id=2, pad_token_id=0)
+    assert sampling_for(tokenizer, 4, stop_ids=base.stop_ids()).stop_ids == stops
 
 
 def test_unknown_dtype(folder):

@@ -172,6 +172,12 @@ def test_messages(case):
     assert message in str(caught.value)
 
 
+def test_rope_settings_for_each_kind_of_layer_are_refused():
+    nested = {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_theta": 1e4}}
+    with pytest.raises(InputError, match=r"one set of rope parameters, got one for each kind"):
+        read(rope_parameters=nested)
+
+
 @pytest.mark.parametrize("key", LEAST)
 def test_missing_key(key):
     with pytest.raises(InputError) as caught:
