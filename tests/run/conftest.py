@@ -11,7 +11,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from balora_jax.cli import main
 from balora_jax.io import metrics
-from tests.tiny_run import write_config, write_inputs
+from tests.tiny_run import tree_digest, write_config, write_inputs, write_model
 
 
 class Outcome(NamedTuple):
@@ -107,3 +107,38 @@ def finished(tmp_path_factory, inputs, compilation_cache_on):
     code, out, err = invoke("train", config, "--workdir", folder / "run")
     assert code == 0, err
     return FinishedRun(config, folder / "run", out, err)
+
+
+class Place:
+    """A folder of a test's own: whatever it holds must be as it was after a refused command."""
+
+    def __init__(self, folder, inputs):
+        self.folder, self.inputs = folder, inputs
+        self.workdir = folder / "out" / "run"
+        self.workdir.parent.mkdir()
+
+    def config(self, **sections):
+        return write_config(self.folder / "config.yaml", self.inputs, **sections)
+
+    def model(self, **keys):
+        return write_model(self.folder / "model", **keys)
+
+    def refused(self, *phrases, arguments=None, config=None, overrides=None, workdir=None):
+        """Run the command and check all that holds for every bad input."""
+        if arguments is None:
+            arguments = ["train", config or self.config(), "--workdir", workdir or self.workdir]
+        before = tree_digest(self.folder), tree_digest(self.inputs)
+        code, out, err = invoke(*arguments, *settings(overrides or {}))
+        lines = err.splitlines()
+        assert len(lines) == 1, err
+        assert lines[0].startswith("balora: ")
+        for phrase in phrases:
+            assert phrase in lines[0]
+        assert code == 2
+        assert out == ""
+        assert (tree_digest(self.folder), tree_digest(self.inputs)) == before
+
+
+@pytest.fixture
+def place(tmp_path, inputs):
+    return Place(tmp_path, inputs)
