@@ -2,14 +2,22 @@
 
 import os
 
+from absl import logging as absl_logging
+
 # XLA's linear algebra on CPUs calls OpenBLAS, whose threads spin against XLA's own: on two busy
 # cores an SVD of 2048 x 128 took 70 times longer with them. It is read when NumPy is first loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from balora_jax.config import RunConfig, load_config
-from balora_jax.errors import InputError, RunStoppedError
-from balora_jax.io.pretrained import PretrainedModel, load_pretrained
-from balora_jax.training.loop import fit
+# What libraries say while they load would stand before the one sentence of an error.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is not installed
+absl_logging.get_absl_logger().addFilter(
+    lambda record: "Grain multiprocess worker profiling" not in record.getMessage()
+)
+
+from balora_jax.config import RunConfig, load_config  # noqa: E402
+from balora_jax.errors import InputError, RunStoppedError  # noqa: E402
+from balora_jax.io.pretrained import PretrainedModel, load_pretrained  # noqa: E402
+from balora_jax.training.loop import fit  # noqa: E402
 
 __version__ = "0.1.0"
 

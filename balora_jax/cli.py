@@ -1,8 +1,11 @@
 """The command line: parse, call one function, turn errors into one sentence and an exit code."""
 
 import argparse
+import errno
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns 0 (done), 2 (bad input) or 3 (the run had to stop)."""
     options = make_parser().parse_args(arguments)
     try:
+        _check_report(getattr(options, "json", None))
         options.run(options)
     except (InputError, RunStoppedError) as error:
         print(f"balora: {error}", file=sys.stderr)
@@ -109,6 +113,25 @@ def run_export(options: argparse.Namespace) -> None:
     _report(figures, options.json)
 
 
+def _check_report(file: str | None) -> None:
+    """Refuse a file that cannot be written before the work, not after it."""
+    if file is None:
+        return
+    try:
+        if Path(file).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=Path(file).parent):
+            pass
+    except OSError as error:
+        raise _unwritable(file, error) from error
+
+
+def _unwritable(file: str, error: OSError) -> InputError:
+    return InputError(
+        f"--json {file}: expected a file that can be written, got {error.strerror}. Choose another."
+    )
+
+
 def _report(figures: Any, file: str | None) -> None:
     text = json.dumps(figures, indent=2, ensure_ascii=False)
     if file is None:
@@ -119,10 +142,7 @@ def _report(figures: Any, file: str | None) -> None:
     try:
         write_atomically(Path(file), text + "\n")
     except OSError as error:
-        raise InputError(
-            f"--json {file}: expected a file that can be written, got {error.strerror}. "
-            "Choose another."
-        ) from error
+        raise _unwritable(file, error) from error
     print(f"wrote {file}")
 
 

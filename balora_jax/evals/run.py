@@ -82,6 +82,21 @@ def validation_rows(config: RunConfig) -> Rows:
     return [dict(row) for row in rows]
 
 
+def questions(rows: Rows, tokenizer: Any, config: RunConfig) -> tuple[list[list[int]], list[str]]:
+    """The prompt (token ids) and the right answer of every row.
+
+    Raises:
+        InputError: a row without a named column.
+    """
+    settings = replace(
+        example_settings(config.data),
+        prompt_column=config.eval.prompt_column or config.data.prompt_column,
+    )
+    column = config.eval.gold_column or config.data.response_column
+    golds = [gold_answer(row, column, config.eval.marker) for row in rows]
+    return [encode_prompt(dict(row), tokenizer, settings) for row in rows], golds
+
+
 def score_rows(
     answerer: Answerer,
     parts: Sequence[dict[str, Array]],
@@ -92,13 +107,7 @@ def score_rows(
     title: str,
 ) -> dict[str, Any]:
     """Answer every row, print the score and the first answer, return the figures."""
-    settings = replace(
-        example_settings(config.data),
-        prompt_column=config.eval.prompt_column or config.data.prompt_column,
-    )
-    column = config.eval.gold_column or config.data.response_column
-    golds = [gold_answer(row, column, config.eval.marker) for row in rows]
-    prompts = [encode_prompt(dict(row), answerer.tokenizer, settings) for row in rows]
+    prompts, golds = questions(rows, answerer.tokenizer, config)
     texts = answerer(parts, prompts, key, title)
     figures = score_answers(texts, golds, config.eval.marker)
     shown = " ".join(texts[0].split())[:160]
@@ -116,6 +125,11 @@ def evaluate(config: RunConfig, *, adapter: str | None) -> dict[str, Any]:
     Raises:
         InputError: no validation rows are configured, or anything a run would refuse.
     """
+    if config.eval.task == "none":
+        raise InputError(
+            "eval.task: expected a task to score, got 'none'. Set it, as with --set "
+            "eval.task=exact_match."
+        )
     rows = validation_rows(config)
     if not rows:
         raise InputError(

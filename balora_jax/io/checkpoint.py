@@ -70,9 +70,10 @@ class Checkpoints:
         self.folder = folder.absolute()
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def latest_step(self) -> int | None:
-        """The newest finished checkpoint's step, or None."""
-        return self._manager.latest_step()
+    def latest_step(self, before: int | None = None) -> int | None:
+        """The step of the newest finished checkpoint (of those before a step), or None."""
+        steps = self._manager.all_steps()
+        return max((s for s in steps if before is None or s < before), default=None)
 
     def path_of(self, step: int) -> Path:
         """Folder of a step's checkpoint."""

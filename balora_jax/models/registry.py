@@ -84,39 +84,15 @@ def decoder_config(raw: Mapping[str, Any], where: str) -> DecoderConfig:
 def rope_config(raw: Mapping[str, Any], where: str) -> RopeConfig:
     """Rotary settings from ``rope_parameters`` (new) or ``rope_theta`` and ``rope_scaling``."""
     scaling = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    if any(isinstance(value, Mapping) for value in scaling.values()):
-        raise InputError(
-            f"{where}: expected one set of rope parameters, got one for each kind of layer "
-            f"({', '.join(scaling)}). This checkpoint cannot be run exactly."
-        )
-    theta = float(scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    known = ("default", "linear", "dynamic", "llama3", "yarn")
-    if kind not in known:
-        raise InputError(
-            f"{where}: expected the rope type to be one of {', '.join(known)}, got {kind!r}. "
-            "This checkpoint cannot be run exactly."
-        )
-    partial = scaling.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
-    if partial != 1.0:
-        raise InputError(
-            f"{where}: expected partial_rotary_factor to be 1, got {partial}. "
-            "This checkpoint cannot be run exactly."
-        )
+    _check_rope(raw, scaling, kind, where)
+    theta = float(scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0)
     if kind == "default":
         return RopeConfig(theta=theta)
-    context = raw.get("max_position_embeddings", 2048)
+    original = _original_length(raw, scaling, kind)
     factor = scaling.get("factor")
-    # As transformers does: only ``dynamic`` always measures from the configured context.
-    original = context
-    if kind != "dynamic":
-        original = (
-            raw.get("original_max_position_embeddings")
-            or scaling.get("original_max_position_embeddings")
-            or context
-        )
     if factor is None and kind == "yarn":
-        factor = context / original
+        factor = raw.get("max_position_embeddings", 2048) / original
     if factor is None:
         raise InputError(
             f"{where}: expected a 'factor' in the rope scaling of type {kind!r}, got none. "
@@ -134,6 +110,36 @@ def rope_config(raw: Mapping[str, Any], where: str) -> RopeConfig:
         attention_factor=_attention_factor(scaling, kind, float(factor)),
         truncate=bool(scaling.get("truncate", True)),
     )
+
+
+def _check_rope(raw: Mapping[str, Any], scaling: Mapping[str, Any], kind: str, where: str) -> None:
+    """Refuse what would be silently misread: another type, tables per layer, partial rotation."""
+    if any(isinstance(value, Mapping) for value in scaling.values()):
+        raise InputError(
+            f"{where}: expected one set of rope parameters, got one for each kind of layer "
+            f"({', '.join(scaling)}). This checkpoint cannot be run exactly."
+        )
+    known = ("default", "linear", "dynamic", "llama3", "yarn")
+    if kind not in known:
+        raise InputError(
+            f"{where}: expected the rope type to be one of {', '.join(known)}, got {kind!r}. "
+            "This checkpoint cannot be run exactly."
+        )
+    partial = scaling.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        raise InputError(
+            f"{where}: expected partial_rotary_factor to be 1, got {partial}. "
+            "This checkpoint cannot be run exactly."
+        )
+
+
+def _original_length(raw: Mapping[str, Any], scaling: Mapping[str, Any], kind: str) -> int:
+    """Context of pretraining; as in transformers, ``dynamic`` measures from the configured one."""
+    context = raw.get("max_position_embeddings", 2048)
+    if kind == "dynamic":
+        return context
+    key = "original_max_position_embeddings"
+    return raw.get(key) or scaling.get(key) or context
 
 
 def _attention_factor(scaling: Mapping[str, Any], kind: str, factor: float) -> float:

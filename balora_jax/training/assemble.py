@@ -18,7 +18,7 @@ from balora_jax.data.batches import BatchIterator, common_length
 from balora_jax.data.examples import EncodedSet, encode_rows
 from balora_jax.data.sources import load_rows
 from balora_jax.errors import InputError
-from balora_jax.evals.run import example_settings, validation_rows
+from balora_jax.evals.run import example_settings, questions, validation_rows
 from balora_jax.io.peft_adapter import PeftAdapter, read_peft
 from balora_jax.io.pretrained import Base, open_base, peft_modules, sampling_for
 from balora_jax.models import starts
@@ -141,6 +141,8 @@ def check(config: RunConfig) -> Setup:
     rows = load_rows(config.data.train, split=config.data.split, limit=config.data.train_limit)
     data = encode_rows(rows, tokenizer, settings)
     _check_vocabulary(data, base)
+    validation = validation_rows(config)
+    questions(validation, tokenizer, config)  # raises before anything is written
     return Setup(
         config=config,
         base=base,
@@ -151,7 +153,7 @@ def check(config: RunConfig) -> Setup:
         peft=peft,
         objective=objective,
         data=data,
-        validation=validation_rows(config),
+        validation=validation,
         length=_row_length(config.data, data, base),
         mesh=mesh,
     )

@@ -131,7 +131,7 @@ class Training:
         bar = tqdm(total=self.stop_at, initial=start, desc="training", unit="step")
         with bar:
             for step in range(start + 1, self.stop_at + 1):
-                self.stop_if_interrupted(step - 1)
+                self.stop_if_interrupted(step - 1, report, bar)
                 batch = steps.place_batch(next(self.batches), mesh)
                 every = training.log_gradient_share_every
                 shares = {}
@@ -143,7 +143,7 @@ class Training:
                 if due or step == self.stop_at:
                     self.check_finite(report.flush(bar))
                     self.save(step)
-        self.stop_if_interrupted(self.stop_at)
+            self.stop_if_interrupted(self.stop_at, report, bar)
 
     def save(self, step: int) -> None:
         """Start a checkpoint of this step."""
@@ -156,19 +156,22 @@ class Training:
         if row is None or (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             return
         self.store.wait()
-        kept = "no checkpoint had been written yet"
-        if self.saved is not None:
-            kept = f"the last good checkpoint is {self.store.path_of(self.saved)}"
+        # A loss is that of the weights before its step, so the checkpoint just before is not good.
+        good = self.store.latest_step(before=int(row["step"]) - 1)
+        kept = "there is no good checkpoint yet"
+        if good is not None:
+            kept = f"the last good checkpoint is {self.store.path_of(good)}"
         raise RunStoppedError(
             f"training diverged at step {row['step']:.0f}: expected a finite loss and gradient, "
             f"got loss {row['loss']} and gradient norm {row['grad_norm']}; {kept}. Lower "
             "training.learning_rate and start again, or look at the data of this step."
         )
 
-    def stop_if_interrupted(self, step: int) -> None:
-        """On SIGTERM or SIGINT: save, and end with exit code 3."""
+    def stop_if_interrupted(self, step: int, report: "Reporter", bar: tqdm) -> None:
+        """On SIGTERM or SIGINT: log and save the steps done, and end with exit code 3."""
         if not self.interrupted:
             return
+        self.check_finite(report.flush(bar))
         if self.saved != step:
             self.save(step)
         self.store.wait()
