@@ -203,7 +203,8 @@ def test_checkpoint_can_add_and_subtract_in_words(model, tokenizer):
 
 
 def test_checkpoint_knows_its_world_and_ends_its_documents(model, tokenizer):
-    prompts = ["Ann lives in", "A dog", "Ann has 12 apples. Ben gives Ann 4 apples. Now Ann has"]
+    told = "Ann has 12 apples. Ben gives Ann 4 apples. 12 plus 4 equals 16. Now Ann has"
+    prompts = ["Ann lives in", "A dog", told]
     facts = [fact for fact in generate.FACTS if fact.startswith(tuple(prompts[:2]))]
     texts = continue_texts(model, tokenizer, prompts, 6)
     for fact, prompt, text in zip(facts, prompts, texts, strict=False):
