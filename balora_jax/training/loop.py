@@ -127,7 +127,7 @@ class Training:
         training, mesh = self.setup.config.training, self.setup.mesh
         step_fn = steps.compile_step(self.parts, self.state, mesh)
         shares_fn = steps.gradient_shares(self.parts)
-        report = Reporter(self.log, training.log_every, start)
+        report = Reporter(self.log, training.log_every)
         bar = tqdm(total=self.stop_at, initial=start, desc="training", unit="step")
         with bar:
             for step in range(start + 1, self.stop_at + 1):
@@ -232,11 +232,10 @@ class Training:
 class Reporter:
     """Metrics from the device to the log, one step behind the computation."""
 
-    def __init__(self, log: metrics.MetricsLog, every: int, start: int):
+    def __init__(self, log: metrics.MetricsLog, every: int):
         self.log, self.every = log, every
         self.pending: tuple[int, Any] | None = None
         self.clock, self.tokens = time.monotonic(), 0.0
-        self.start = start
 
     def take(self, step: int, values: Any, bar: tqdm) -> dict[str, float] | None:
         """Remember a step's metrics; log and return those of the step before."""
