@@ -164,7 +164,10 @@ class TrainingConfig(Section):
         clip_norm: largest global gradient norm; None for no clipping.
         lora_plus_ratio: learning rate of B over that of A (LoRA+).
         seed: of starts, order of the data and dropout.
-        head_chunk: tokens whose logits exist at the same time on a device.
+        head: ``fused``: logits exist for one chunk of tokens at a time; ``plain``: all of them at
+            once, with automatic derivatives (a reference, large).
+        head_chunk: tokens of a chunk on a device; by ``head_memory_mib`` where it is not given.
+        head_memory_mib: memory for the logits of a chunk on a device, in MiB.
         log_every: steps between rows of ``metrics.jsonl``.
         log_gradient_share_every: steps between measurements of each term's gradient norm; 0 never.
         checkpoint_every: steps between checkpoints; 0 only at the end.
@@ -187,7 +190,9 @@ class TrainingConfig(Section):
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     lora_plus_ratio: Annotated[float, Field(gt=0)] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
-    head_chunk: Positive = 512
+    head: Literal["fused", "plain"] = "fused"
+    head_chunk: Positive | None = None
+    head_memory_mib: Positive = 256
     log_every: Positive = 1
     log_gradient_share_every: Annotated[int, Field(ge=0)] = 0
     checkpoint_every: Annotated[int, Field(ge=0)] = 100

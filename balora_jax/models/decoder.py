@@ -25,6 +25,7 @@ from balora_jax.models.layers import (
     rotary_tables,
     stacked_linear,
 )
+from balora_jax.numerics.head import LINEAR, LogitMap
 
 Remat = Literal["none", "dots", "full"]
 Cache = dict[str, Array]
@@ -51,6 +52,7 @@ class DecoderConfig:
         attention_bias: biases on q, k, v and o.
         mlp_bias: biases on gate, up and down.
         max_length: positions the checkpoint was made for.
+        logit_map: from ``hidden · head`` to logits: a scale, a soft cap.
     """
 
     model_type: str
@@ -69,6 +71,7 @@ class DecoderConfig:
     attention_bias: bool
     mlp_bias: bool
     max_length: int
+    logit_map: LogitMap = LINEAR
 
 
 class Embedding(nnx.Module):
@@ -166,6 +169,11 @@ class Decoder(nnx.Module):
         tied = self.config.tie_word_embeddings
         return (self.embed_tokens if tied else self.lm_head).embedding[...]
 
+    @property
+    def logit_map(self) -> LogitMap:
+        """From products with the head to logits."""
+        return self.config.logit_map
+
     def hidden(
         self,
         input_ids: Int[Array, "B T"],
@@ -189,13 +197,14 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Scores of every vocabulary entry, accumulated in float32."""
         precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-        return jnp.einsum(
+        products = jnp.einsum(
             "...d,vd->...v",
             hidden,
             self.head,
             precision=precision,
             preferred_element_type=jnp.float32,
         )
+        return self.logit_map(products)
 
     def extend(
         self,

@@ -17,17 +17,12 @@ import numpy as np
 
 from balora_jax.array_types import Array, Float, PRNGKeyArray, Scalar
 from balora_jax.errors import InputError
+from balora_jax.numerics import krylov
 
 SvdMethod = Literal["auto", "exact", "iterative"]
 
 EXACT_LIMIT = 512
 """Longest thin side (rows or columns, the smaller) that ``method="auto"`` decomposes exactly."""
-
-EXTRA_COLUMNS = 22
-"""Columns of the iterated subspace beyond the wanted k: 32 for the published k = 10."""
-
-ITERATIONS = 8
-"""Passes of the subspace iteration, each one product with the matrix and one with its transpose."""
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -62,8 +57,9 @@ def singular_values(
     Args:
         matrix: Any matrix; float32 or narrower is computed in float32.
         k: How many values, at least 1; a k above ``min(N, M)`` returns all ``min(N, M)`` of them.
-        method: ``exact`` is a full decomposition, ``iterative`` a subspace iteration that touches
-            the matrix only by products, ``auto`` takes the exact one up to a thin side of 512.
+        method: ``exact`` is a full decomposition, ``iterative`` a block Lanczos iteration that
+            touches the matrix only by products (:func:`top_k_svd`), ``auto`` takes the exact one up
+            to a thin side of 512.
 
     Returns:
         Float32 singular values, ``[min(k, N, M)]``.
@@ -169,7 +165,7 @@ def top_k_singular_sum(
 def nuclear_norm(matrix: Float[Array, "N M"]) -> Scalar:
     """Return the sum of all singular values; its gradient is ``U V^T`` over the non-zero ones.
 
-    Always exact: a subspace iteration cannot see the tail that this norm adds up.
+    Always exact: an iteration cannot see the tail that this norm adds up.
 
     Returns:
         Float32 scalar, 0 for a matrix without rows.
@@ -202,37 +198,28 @@ def frobenius_norm(matrix: Float[Array, "N M"]) -> Scalar:
 
 
 def top_k_svd(
-    matrix: Float[Array, "N M"],
-    k: int,
-    *,
-    columns: int | None = None,
-    iterations: int = ITERATIONS,
+    matrix: Float[Array, "N M"], k: int, *, cycles: int = krylov.CYCLES
 ) -> LeadingTriplets:
-    """Return the k leading singular triplets by subspace iteration with a fixed start.
+    """Return the k leading singular triplets, iteratively and from a fixed start.
 
-    Each pass is two half steps, ``K Q`` and ``K^T P``, and both are orthonormalised by QR:
-    iterating with ``K^T K`` instead squares the range of the spectrum and loses the small values
-    of the top k in float32. A Rayleigh-Ritz step on the thin side then gives the triplets.
-
-    The error of the triplets shrinks with ``(s[columns] / s[k - 1]) ** (2 * iterations)``: on a
-    spectrum that is flat beyond k this does not converge, and :func:`ritz_residual` shows it.
+    See :mod:`balora_jax.numerics.krylov`. A matrix whose thin side fits one basis (128 for k = 10)
+    is decomposed exactly instead. :func:`ritz_residual` tells how far the result has converged.
     Nothing here is meant to be differentiated; use :func:`singular_values`.
 
     Args:
         matrix: Any matrix; float32 or narrower is computed in float32.
         k: How many triplets, ``1 <= k <= min(N, M)``.
-        columns: Width of the iterated subspace; k + 22 when None, at most ``min(N, M)``.
-        iterations: Passes over the matrix.
+        cycles: Restarts of the iteration at most.
 
     Returns:
         Triplets ``u [N, k]``, ``s [k]``, ``v [M, k]`` in float32.
 
     Raises:
-        InputError: If k is outside ``1..min(N, M)``, columns < k, or iterations < 1.
+        InputError: If k is outside ``1..min(N, M)`` or cycles < 1.
 
     >>> import jax.numpy as jnp
-    >>> top_k_svd(jnp.diag(jnp.arange(40.0)), 2).s.round(4).tolist()
-    [39.0, 38.0]
+    >>> top_k_svd(jnp.diag(jnp.arange(200.0)), 2).s.round(2).tolist()
+    [199.0, 198.0]
     """
     thin = min(matrix.shape)
     if not 1 <= k <= thin:
@@ -240,34 +227,18 @@ def top_k_svd(
             f"top_k_svd: expected k between 1 and {thin} for shape {matrix.shape}, "
             f"got {k}. Change k."
         )
-    width = min(k + EXTRA_COLUMNS if columns is None else columns, thin)
-    if width < k or iterations < 1:
-        raise InputError(
-            f"top_k_svd: expected columns of at least k = {k} and iterations of at least 1, "
-            f"got {columns} and {iterations}. Raise them."
-        )
+    if cycles < 1:
+        raise InputError(f"top_k_svd: expected cycles of at least 1, got {cycles}. Raise them.")
     if matrix.shape[0] < matrix.shape[1]:
-        v, s, u = top_k_svd(matrix.T, k, columns=width, iterations=iterations)
+        v, s, u = top_k_svd(matrix.T, k, cycles=cycles)
         return LeadingTriplets(u, s, v)
-    tall = as_float(matrix)
-    start = jax.random.normal(jax.random.key(0), (tall.shape[1], width), tall.dtype)
-    thin_basis = _subspace(tall, start, iterations)
-    # Rayleigh-Ritz: the restriction K Q is N x width; its QR leaves a width x width problem.
-    tall_basis, small = jnp.linalg.qr(_product(tall, thin_basis))
-    left, s, right_t = jnp.linalg.svd(small, full_matrices=False)
-    return LeadingTriplets(
-        _product(tall_basis, left[:, :k]), s[:k], _product(thin_basis, right_t[:k].T)
-    )
-
-
-def _subspace(tall: Array, start: Array, iterations: int) -> Array:
-    def one_pass(_: int, basis: Array) -> Array:
-        left, _r = jnp.linalg.qr(_product(tall, basis))
-        right, _r = jnp.linalg.qr(_product(tall.T, left))
-        return right
-
-    basis, _r = jnp.linalg.qr(start)
-    return jax.lax.fori_loop(0, iterations, one_pass, basis)
+    tall, width = as_float(matrix), k + krylov.EXTRA_COLUMNS
+    if width * krylov.BLOCKS >= thin:
+        u, s, vt = truncated_svd(tall, k)
+        return LeadingTriplets(u, s, vt.T)
+    start = jax.random.normal(jax.random.key(0), (thin, width), tall.dtype)
+    found = krylov.leading_triplets(krylov.operator_of(tall), start, k, cycles=cycles)
+    return LeadingTriplets(found.image[:, :k], found.s[:k], found.basis[:, :k])
 
 
 def ritz_residual(matrix: Float[Array, "N M"], triplets: LeadingTriplets) -> Scalar:
@@ -277,7 +248,7 @@ def ritz_residual(matrix: Float[Array, "N M"], triplets: LeadingTriplets) -> Sca
     converged. 0 for the zero matrix.
 
     >>> import jax.numpy as jnp
-    >>> matrix = jnp.diag(jnp.arange(40.0))
+    >>> matrix = jnp.diag(jnp.arange(200.0))
     >>> bool(ritz_residual(matrix, top_k_svd(matrix, 2)) < 1e-3)
     True
     """

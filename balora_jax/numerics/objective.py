@@ -1,8 +1,8 @@
 """How do the terms become one loss: which weights, on which schedule, divided by what?
 
 ``L = L_task + λ1·L_consistency + λ2·L_diversity + λ3·L_spectral``. The objective is a static
-description; the weights are functions of the optimizer step, and :func:`combine` turns the sums of
-one micro-batch into its share of the global loss.
+description; the weights are functions of the optimizer step, and :func:`scales` turns them into the
+factor of each sum of a micro-batch in the global loss.
 """
 
 import math
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from balora_jax.array_types import Array, Int, Scalar
 from balora_jax.errors import InputError
 from balora_jax.numerics import regularizers
-from balora_jax.numerics.head import HeadTerms, TermSpec
+from balora_jax.numerics.head_pass import HeadTerms
+from balora_jax.numerics.logit_terms import TermScales, TermSpec
 from balora_jax.numerics.regularizers import SpectralNorm
 
 Variant = Literal["iclr2026", "arxiv_v1"]
@@ -195,7 +196,7 @@ def weights(
     """Return λ1, λ2, λ3 at an optimizer step, as float32 scalars.
 
     A weight of 0 stays 0. The adaptive λ1 depends on the micro-batch: here it is the plain λ1, and
-    :func:`combine` puts the adaptive value in its place.
+    :func:`adaptive_weight` gives the value that takes its place.
 
     Args:
         objective: The description.
@@ -281,71 +282,80 @@ def adaptive_weight(objective: Objective, mean_teacher_entropy: Scalar, vocabula
     return low + (high - low) * (1 - doubt)
 
 
-def combine(
-    objective: Objective,
-    terms: HeadTerms,
+def scales(
     weights: tuple[Scalar, Scalar, Scalar],
     *,
     task_count: Scalar,
     term_count: Scalar,
-    vocabulary: int,
     micro_batches: int,
-) -> tuple[Scalar, dict[str, Scalar]]:
-    """Return one micro-batch's share of the global loss, and its named parts.
+) -> TermScales:
+    """Return the factor of each sum of a micro-batch in the loss of the step.
 
-    Shares add: the sum over the micro-batches of a step is the loss of the step, and the sum of
-    their gradients its gradient. Token sums are divided by the global counts, once; the spectral
-    value, a statistic of the micro-batch, by the number of micro-batches.
+    With them shares add: the sum of the losses of the micro-batches is the loss of the step, and
+    the sum of their gradients its gradient. Token sums are divided by the global counts, once; the
+    spectral value, a statistic of the micro-batch, by the number of micro-batches.
 
     Args:
-        objective: Tells whether λ1 is adaptive.
-        terms: Sums of this micro-batch.
-        weights: λ1, λ2, λ3 of this step from :func:`weights`.
+        weights: λ1, λ2, λ3 of this step, λ1 from :func:`adaptive_weight` where it is adaptive.
         task_count: Labelled rows over all micro-batches of the step.
         term_count: Rows of the terms over all micro-batches of the step.
-        vocabulary: V, for the adaptive weight.
         micro_batches: Micro-batches of the step.
 
     Returns:
-        ``(loss, parts)``: float32 scalars. ``task_loss``, ``consistency``, ``diversity`` and
-        ``spectral`` are unweighted shares that add up over micro-batches to the logged values;
-        ``lambda1`` is the consistency weight used here, which does not add. A count of 0 makes its
-        share 0.
+        Float32 scalars; a count of 0 makes its factor 0.
 
     Raises:
         InputError: If micro_batches < 1.
 
     >>> import jax.numpy as jnp
-    >>> terms = HeadTerms(*(jnp.float32(x) for x in (6, 2, 4, -2, 2, 0, -0.5)))
-    >>> objective = Objective(consistency=0.5, diversity=1.0, spectral=2.0)
-    >>> loss, parts = combine(objective, terms, weights(objective, 0, 1), task_count=jnp.float32(4),
-    ...                       term_count=jnp.float32(4), vocabulary=8, micro_batches=2)
-    >>> float(loss), float(parts["task_loss"]), float(parts["spectral"])
-    (1.0, 1.5, -0.25)
+    >>> weights = tuple(jnp.float32(x) for x in (0.5, 1, 2))
+    >>> found = scales(weights, task_count=jnp.float32(4), term_count=jnp.float32(5),
+    ...                micro_batches=2)
+    >>> [round(float(scale), 3) for scale in found]
+    [0.25, 0.1, 0.2, 1.0]
     """
     if micro_batches < 1:
         raise InputError(
-            f"combine: expected micro_batches of at least 1, got {micro_batches}. "
-            "Pass their number."
+            f"scales: expected micro_batches of at least 1, got {micro_batches}. Pass their number."
         )
     first, second, third = weights
-    if objective.term_spec.teacher_entropy:
-        mean_entropy = _ratio(terms.teacher_entropy_sum, terms.term_count)
-        first = adaptive_weight(objective, mean_entropy, vocabulary)
-    parts = {
+    one = jnp.ones((), jnp.float32)
+    return TermScales(
+        task=_ratio(one, task_count),
+        consistency=_ratio(first, term_count),
+        diversity=_ratio(second, term_count),
+        spectral=third / micro_batches,
+    )
+
+
+def parts(
+    terms: HeadTerms,
+    lambda1: Scalar,
+    *,
+    task_count: Scalar,
+    term_count: Scalar,
+    micro_batches: int,
+) -> dict[str, Scalar]:
+    """Return what a micro-batch adds to the logged values of its step, unweighted.
+
+    ``task_loss``, ``consistency``, ``diversity``, ``spectral`` and ``spectral_residual``, and
+    ``lambda1``, the consistency weight used here: all add up over micro-batches.
+
+    >>> import jax.numpy as jnp
+    >>> terms = HeadTerms(*(jnp.float32(x) for x in (6, 2, 4, -2, 2, 0, -0.5, 0)))
+    >>> found = parts(terms, jnp.float32(1), task_count=jnp.float32(4), term_count=jnp.float32(4),
+    ...               micro_batches=2)
+    >>> float(found["task_loss"]), float(found["spectral"]), float(found["lambda1"])
+    (1.5, -0.25, 0.5)
+    """
+    return {
         "task_loss": _ratio(terms.task_sum, task_count),
         "consistency": _ratio(terms.consistency_sum, term_count),
         "diversity": _ratio(terms.diversity_sum, term_count),
         "spectral": terms.spectral / micro_batches,
-        "lambda1": first,
+        "spectral_residual": terms.spectral_residual / micro_batches,
+        "lambda1": lambda1 / micro_batches,
     }
-    loss = (
-        parts["task_loss"]
-        + first * parts["consistency"]
-        + second * parts["diversity"]
-        + third * parts["spectral"]
-    )
-    return loss, parts
 
 
 def _ratio(total: Scalar, count: Scalar) -> Scalar:

@@ -1,7 +1,7 @@
 """From a config to a run that is ready to start; every check happens here, before any writing."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from balora_jax.array_types import Array
 from balora_jax.config import AdapterConfig, DataConfig, ModelConfig, RegularizersConfig, RunConfig
@@ -30,7 +29,7 @@ from balora_jax.models.adapters import (
     trainable_parameters,
 )
 from balora_jax.models.decoder import DecoderConfig, Structure, linear_shapes, structure
-from balora_jax.numerics import linalg
+from balora_jax.numerics import head, linalg
 from balora_jax.numerics.objective import Objective, weights
 from balora_jax.training import causal, optim, sharding, steps
 
@@ -247,7 +246,7 @@ def constants_of(setup: Setup, loaded: Loaded) -> causal.Constants:
     """What a step reads; the head is factorised once if the spectral term is on."""
     factor = None
     spec = setup.objective.term_spec
-    if spec.spectral:
+    if spec.spectral and setup.base.config.logit_map.soft_cap is None:
         table = "embed_tokens" if setup.base.config.tie_word_embeddings else "lm_head"
         head = np.asarray(loaded.frozen[f"{table}.embedding"]).astype(np.float32)
         factor = jnp.asarray(linalg.head_factor(head, center=spec.center_rows))
@@ -257,14 +256,12 @@ def constants_of(setup: Setup, loaded: Loaded) -> causal.Constants:
 
 def step_parts(setup: Setup, total_steps: int) -> steps.StepParts:
     """The pure functions of a training step."""
-    config, objective, mesh = setup.config, setup.objective, setup.mesh
+    config, objective = setup.config, setup.objective
     loss = causal.CausalLoss(
         student=setup.student,
         teacher=setup.plain,
         objective=objective,
-        # The head sees the global batch: each device gets this many tokens of a chunk.
-        chunk=config.training.head_chunk * mesh.shape["data"] * mesh.shape["fsdp"],
-        head_constraint=_head_layout(mesh),
+        head=head_plan(setup),
     )
     return steps.StepParts(
         loss=loss,
@@ -276,7 +273,11 @@ def step_parts(setup: Setup, total_steps: int) -> steps.StepParts:
     )
 
 
-def _head_layout(mesh: Mesh) -> Callable[[Array], Array]:
-    """Gather the head's width once per step, not once per chunk of tokens."""
-    layout = jax.sharding.NamedSharding(mesh, P("tensor", None))
-    return lambda table: jax.lax.with_sharding_constraint(table, layout)
+def head_plan(setup: Setup) -> causal.HeadPlan:
+    """How the pass over the logits runs on the mesh."""
+    training, mesh, vocabulary = setup.config.training, setup.mesh, setup.base.config.vocab_size
+    chunk = training.head_chunk or head.chunk_rows(
+        vocabulary // mesh.shape["tensor"], training.head_memory_mib * 2**20
+    )
+    axes, across = sharding.head_axes(mesh), sharding.across_devices(mesh)
+    return causal.HeadPlan(training.head, chunk, axes, across)

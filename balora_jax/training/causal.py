@@ -1,16 +1,19 @@
 """The loss of one micro-batch of a causal language model: task, teacher and the three terms."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from balora_jax.array_types import Array, Bool, Float, Int, PRNGKeyArray, Scalar
-from balora_jax.models.decoder import Structure
+from balora_jax.models.decoder import Decoder, Structure
 from balora_jax.numerics import head, objective
-from balora_jax.numerics.objective import Objective
+from balora_jax.numerics.head import HeadAxes, Rows
+from balora_jax.numerics.logit_terms import TermScales
+from balora_jax.numerics.objective import Objective, adaptive_weight
 
 Arrays = dict[str, Array]
 Batch = dict[str, Array]
@@ -73,6 +76,24 @@ def counts_of(batch: Batch, mask_alignment: str) -> Counts:
 
 
 @dataclass(frozen=True)
+class HeadPlan:
+    """How the head's pass runs on the devices.
+
+    Attributes:
+        kind: ``fused``, chunk by chunk with the gradient formed beside the values, or ``plain``,
+            all logits at once and automatic derivatives.
+        chunk: rows per chunk on a device; not read by ``plain``.
+        axes: mesh axes that are manual inside ``across``.
+        across: runs the pass on every device's own rows and vocabulary.
+    """
+
+    kind: Literal["fused", "plain"]
+    chunk: int
+    axes: HeadAxes = head.ONE_DEVICE
+    across: Callable[[Callable[..., Any]], Callable[..., Any]] = head.unwrapped
+
+
+@dataclass(frozen=True)
 class CausalLoss:
     """The objective on one micro-batch (a pure function of arrays).
 
@@ -80,15 +101,13 @@ class CausalLoss:
         student: structure with adapters.
         teacher: the same structure without them, bound to the same frozen arrays.
         objective: weights, temperatures and schedules.
-        chunk: tokens whose logits exist at the same time.
-        head_constraint: lays the head out for the pass over chunks (once, not per chunk).
+        head: how the pass over the logits runs.
     """
 
     student: Structure
     teacher: Structure
     objective: Objective
-    chunk: int
-    head_constraint: Callable[[Array], Array] = lambda table: table
+    head: HeadPlan
 
     def __call__(
         self,
@@ -98,40 +117,80 @@ class CausalLoss:
         counts: Counts,
         weights: tuple[Scalar, Scalar, Scalar],
         dropout_key: PRNGKeyArray | None,
+        emphasis: TermScales | None = None,
     ) -> tuple[Scalar, Parts]:
         """This micro-batch's share of the step's loss, and its named parts.
 
         The parts add up over micro-batches to the logged values. A term whose weight is 0 is not
-        in the program, nor the teacher if nothing needs it.
+        in the program, nor the teacher if nothing needs it. ``emphasis`` multiplies each term's
+        place in the loss, for gradients of single terms.
         """
+        targets = targets_of(batch, self.objective.mask_alignment)
+        rows = Rows(*self._hidden(adapters, constants, batch, dropout_key), *targets)
         module = self.student.bind(constants.frozen, constants.origin, adapters)
+        divisors = {
+            "task_count": counts.task,
+            "term_count": counts.term,
+            "micro_batches": counts.micro_batches,
+        }
+        scales = objective.scales(weights, **divisors)
+        adapt = functools.partial(self._adapt, counts, module.head.shape[0])
+        loss, terms = self._head_loss(rows, module, constants, scales, emphasis, adapt)
+        lambda1 = weights[0]
+        if self.objective.term_spec.teacher_entropy:
+            mean = head.mean_of(terms.teacher_entropy_sum, terms.term_count)
+            lambda1 = adaptive_weight(self.objective, mean, module.head.shape[0])
+        return loss, objective.parts(terms, lambda1, **divisors)
+
+    def _hidden(
+        self, adapters: Arrays, constants: Constants, batch: Batch, key: PRNGKeyArray | None
+    ) -> tuple[Array, Array | None]:
+        """Final hidden states [N, D] of student and, if a term reads them, teacher."""
         arrays = (batch["input_ids"], batch["positions"], batch["segment_ids"])
-        student = module.hidden(*arrays, dropout_key)
         teacher = None
         if self.objective.needs_teacher:
+            # First, so that nothing of the student waits in memory meanwhile.
             teacher = self.teacher.bind(constants.frozen).hidden(*arrays)
             teacher = jax.lax.stop_gradient(teacher).reshape(-1, teacher.shape[-1])
-        targets = targets_of(batch, self.objective.mask_alignment)
-        table = self.head_constraint(module.head)
-        terms = head.head_terms(
-            student.reshape(-1, student.shape[-1]),
-            teacher,
-            table,
-            targets.labels,
-            targets.task_mask,
-            targets.term_mask,
-            self.objective.term_spec,
-            chunk=self.chunk,
-            head_factor=constants.head_factor,
+        module = self.student.bind(constants.frozen, constants.origin, adapters)
+        student = module.hidden(*arrays, key)
+        return student.reshape(-1, student.shape[-1]), teacher
+
+    def _head_loss(
+        self,
+        rows: Rows,
+        module: Decoder,
+        constants: Constants,
+        scales: TermScales,
+        emphasis: TermScales | None,
+        adapt: head.Adapt,
+    ) -> tuple[Scalar, head.HeadTerms]:
+        def emphasised(scales: TermScales, mean_entropy: Scalar | None = None) -> TermScales:
+            if mean_entropy is not None:
+                scales = adapt(scales, mean_entropy)
+            return scales if emphasis is None else jax.tree.map(jnp.multiply, scales, emphasis)
+
+        spec = self.objective.term_spec
+        scales = scales if spec.teacher_entropy else emphasised(scales)
+        if self.head.kind == "plain":
+            return head.plain_head_loss(
+                rows, module.head, scales, spec, logit_map=module.logit_map, adapt=emphasised
+            )
+        return head.head_loss(
+            rows,
+            module.head,
+            scales,
+            spec,
+            chunk=self.head.chunk,
+            factor=constants.head_factor,
+            logit_map=module.logit_map,
+            adapt=emphasised,
+            axes=self.head.axes,
+            across=self.head.across,
         )
-        loss, parts = objective.combine(
-            self.objective,
-            terms,
-            weights,
-            task_count=counts.task,
-            term_count=counts.term,
-            vocabulary=table.shape[0],
-            micro_batches=counts.micro_batches,
-        )
-        # Every part is summed over micro-batches; for the weight that makes a mean.
-        return loss, parts | {"lambda1": parts["lambda1"] / counts.micro_batches}
+
+    def _adapt(
+        self, counts: Counts, vocabulary: int, scales: TermScales, mean_entropy: Scalar
+    ) -> TermScales:
+        lambda1 = adaptive_weight(self.objective, mean_entropy, vocabulary)
+        return scales._replace(consistency=head.mean_of(lambda1, counts.term))

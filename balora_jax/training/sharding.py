@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -10,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from balora_jax.config import MeshConfig
 from balora_jax.errors import InputError
+from balora_jax.numerics.head import HeadAxes, unwrapped
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -128,6 +130,24 @@ def with_shardings(
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """A batch [micro-batches, B, T]: rows over data and fsdp."""
     return NamedSharding(mesh, P(None, BATCH_AXES, None))
+
+
+def head_axes(mesh: Mesh) -> HeadAxes:
+    """The axes that the pass over the logits is split over: rows of the batch, vocabulary."""
+    rows = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
+    return HeadAxes(rows, "tensor" if mesh.shape["tensor"] > 1 else None)
+
+
+def across_devices(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Run the head's pass on each device's own rows and vocabulary, by ``jax.shard_map``.
+
+    The head's width is gathered once, not once per chunk; every device closes up its own rows.
+    """
+    if mesh.size == 1:
+        return unwrapped
+    rows, vocabulary = P(BATCH_AXES), P("tensor", None)
+    specs = {"in_specs": (rows, vocabulary, P(), P()), "out_specs": (P(), rows)}
+    return lambda compute: jax.shard_map(compute, mesh=mesh, check_vma=False, **specs)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

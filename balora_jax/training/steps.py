@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from balora_jax.array_types import Array, PRNGKeyArray, Scalar
+from balora_jax.numerics.logit_terms import TermScales
 from balora_jax.training.sharding import batch_sharding, replicated, shardings
 
 Metrics = dict[str, Scalar]
@@ -32,7 +33,8 @@ class StepParts(NamedTuple):
     """What a step is made of; each is a pure function.
 
     Attributes:
-        loss: ``(adapters, constants, micro_batch, counts, weights, dropout_key)`` → (loss, parts).
+        loss: ``(adapters, constants, micro_batch, counts, weights, dropout_key, emphasis)`` →
+            (loss, parts); ``emphasis`` multiplies each term's place in the loss, None for all 1.
         counts: batch → the divisors of every mean.
         weights: step → (λ1, λ2, λ3).
         optimizer: the optax chain.
@@ -72,7 +74,7 @@ def train_step(
         index, micro_batch = numbered
         dropout_key = jax.random.fold_in(step_key, index) if parts.dropout else None
         (loss, values), grads = grad(
-            state.adapters, constants, micro_batch, counts, weights, dropout_key
+            state.adapters, constants, micro_batch, counts, weights, dropout_key, None
         )
         return jax.tree.map(jnp.add, total, (loss, values, grads)), None
 
@@ -80,7 +82,7 @@ def train_step(
     like = jax.eval_shape(
         lambda: grad(
             state.adapters, constants, jax.tree.map(lambda x: x[0], batch), counts, weights,
-            step_key if parts.dropout else None,
+            step_key if parts.dropout else None, None,
         )
     )  # fmt: skip
     (loss, values), grads = like
@@ -141,32 +143,18 @@ def gradient_shares(parts: StepParts) -> Callable[..., Metrics]:
         counts = parts.counts(jax.tree.map(lambda x: x[:1], batch))
         weights = parts.weights(state.step)
         dropout_key = jax.random.fold_in(key, state.step) if parts.dropout else None
+        micro_batch = jax.tree.map(lambda x: x[0], batch)
 
-        def values(adapters):
-            _, found = parts.loss(
-                adapters,
-                constants,
-                jax.tree.map(lambda x: x[0], batch),
-                counts,
-                weights,
-                dropout_key,
-            )
-            return tuple(found[name] for name in names), found["lambda1"]
+        def norm(one_hot: Array) -> Scalar:
+            emphasis = TermScales(*one_hot)
+            rest = (constants, micro_batch, counts, weights, dropout_key, emphasis)
+            return optax.global_norm(jax.grad(parts.loss, has_aux=True)(state.adapters, *rest)[0])
 
-        _, pull, lambda1 = jax.vjp(values, state.adapters, has_aux=True)
-        scales = (jnp.ones(()), lambda1, *weights[1:])
-        norms = []
-        for i, scale in enumerate(scales):
-            one_hot = tuple(jnp.where(i == j, scale, 0.0) for j in range(len(names)))
-            norms.append(optax.global_norm(pull(one_hot)[0]))
-        total = sum(norms)
-        shares = {
-            f"gradient_share_{name}": jnp.where(total > 0, norm / total, 0.0)
-            for name, norm in zip(names, norms, strict=True)
-        }
-        return shares | {
-            f"gradient_norm_{name}": norm for name, norm in zip(names, norms, strict=True)
-        }
+        norms = jax.lax.map(norm, jnp.eye(len(names)))
+        total = jnp.sum(norms)
+        shares = jnp.where(total > 0, norms / jnp.where(total > 0, total, 1), 0)
+        found = {f"gradient_share_{name}": shares[i] for i, name in enumerate(names)}
+        return found | {f"gradient_norm_{name}": norms[i] for i, name in enumerate(names)}
 
     return jax.jit(measure)
 

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,15 @@ from jax.test_util import check_grads
 
 from balora_jax.errors import InputError
 from balora_jax.numerics import linalg
-from balora_jax.numerics.head import HeadTerms, TermSpec, head_terms
+from balora_jax.numerics.head import (
+    LINEAR,
+    HeadTerms,
+    LogitMap,
+    Rows,
+    head_loss,
+    plain_head_loss,
+)
+from balora_jax.numerics.logit_terms import TermScales, TermSpec
 
 N, D, V = 11, 6, 23
 FULL = TermSpec(
@@ -25,8 +34,22 @@ FULL = TermSpec(
 NONE = dataclasses.replace(
     FULL, consistency=False, diversity=False, spectral=False, teacher_entropy=False
 )
-JITTED = jax.jit(head_terms, static_argnames=("spec", "chunk"))
-SHARES = HeadTerms(0.3, 0.0, 0.7, 1.1, 0.0, 0.0, 2.5)  # one weight for each differentiable term
+SCALES = TermScales(0.3, 0.7, 1.1, 2.5)  # one weight for each term of the loss
+
+
+def adapt(scales, mean_entropy):
+    """A stand-in for the adaptive weight: any function of the mean entropy of the teacher."""
+    return scales._replace(consistency=0.2 + mean_entropy)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "chunk", "logit_map", "plain"))
+def JITTED(rows, head, spec, *, chunk, factor, logit_map, plain):
+    scales = TermScales(*(jnp.asarray(s, jnp.float32) for s in SCALES))
+    if plain:
+        return plain_head_loss(rows, head, scales, spec, logit_map=logit_map, adapt=adapt)
+    return head_loss(
+        rows, head, scales, spec, chunk=chunk, factor=factor, logit_map=logit_map, adapt=adapt
+    )
 
 
 @dataclasses.dataclass
@@ -38,19 +61,29 @@ class Batch:
     label_mask: np.ndarray
     term_mask: np.ndarray
 
-    def terms(self, spec, *, student=None, teacher="own", chunk=4, factor=True, dtype=jnp.float32):
-        centred = linalg.head_factor(self.head, center=spec.center_rows)
-        return JITTED(
+    def loss(self, spec, *, student=None, teacher="own", chunk=4, factor=True, dtype=jnp.float32,
+             logit_map=LINEAR, plain=False):  # fmt: skip
+        """The weighted loss, and the terms."""
+        rows = Rows(
             jnp.asarray(self.student if student is None else student, dtype),
             jnp.asarray(self.teacher, dtype) if isinstance(teacher, str) else teacher,
-            jnp.asarray(self.head, dtype),
             jnp.asarray(self.labels),
             jnp.asarray(self.label_mask),
             jnp.asarray(self.term_mask),
+        )
+        centred = linalg.head_factor(self.head, center=spec.center_rows)
+        return JITTED(
+            rows,
+            jnp.asarray(self.head, dtype),
             spec,
             chunk=chunk,
-            head_factor=jnp.asarray(centred) if factor else None,
+            factor=jnp.asarray(centred) if factor else None,
+            logit_map=logit_map,
+            plain=plain,
         )
+
+    def terms(self, spec, **options):
+        return self.loss(spec, **options)[1]
 
 
 @pytest.fixture
@@ -66,10 +99,16 @@ def batch(rng):
     )
 
 
-def reference(batch, spec, student=None):
+def reference(batch, spec, student=None, logit_map=LINEAR):
     """All terms from full float64 logits with plain loops."""
-    z_s = (batch.student if student is None else student) @ batch.head.T
-    z_t = batch.teacher @ batch.head.T
+
+    def capped(products):
+        scaled = logit_map.scale * products
+        cap = logit_map.soft_cap
+        return scaled if cap is None else cap * np.tanh(scaled / cap)
+
+    z_s = capped((batch.student if student is None else student) @ batch.head.T)
+    z_t = capped(batch.teacher @ batch.head.T)
 
     def log_softmax(row):
         return row - row.max() - np.log(np.exp(row - row.max()).sum())
@@ -99,10 +138,24 @@ def reference(batch, spec, student=None):
         batch.term_mask.sum(),
         teacher_entropy,
         -s[: spec.k].sum() / size,
+        0.0,
     )
 
 
-def reference_gradient(batch, spec):
+def reference_loss(batch, spec, student=None, logit_map=LINEAR):
+    terms = reference(batch, spec, student, logit_map)
+    consistency = SCALES.consistency
+    if spec.teacher_entropy:
+        consistency = 0.2 + terms.teacher_entropy_sum / terms.term_count
+    return (
+        SCALES.task * terms.task_sum
+        + consistency * terms.consistency_sum
+        + SCALES.diversity * terms.diversity_sum
+        + SCALES.spectral * terms.spectral
+    )
+
+
+def reference_gradient(batch, spec, logit_map=LINEAR):
     """Central differences of the weighted float64 reference."""
     gradient = np.zeros((N, D))
     for index in np.ndindex(N, D):
@@ -110,8 +163,7 @@ def reference_gradient(batch, spec):
         for step in (1e-6, -1e-6):
             moved = batch.student.copy()
             moved[index] += step
-            values = reference(batch, spec, moved)
-            sides.append(sum(w * v for w, v in zip(SHARES, values, strict=True)))
+            sides.append(reference_loss(batch, spec, moved, logit_map))
         gradient[index] = (sides[0] - sides[1]) / 2e-6
     return gradient
 
@@ -124,29 +176,36 @@ SETTINGS = {
 }
 
 
+MAPS = {
+    "linear": LINEAR,
+    "scaled": LogitMap(scale=0.6),
+    "capped": LogitMap(soft_cap=2.0),
+    "scaled_and_capped": LogitMap(scale=0.7, soft_cap=3.0),
+}
+
+
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize(
-    ("setting", "factor"),
+    ("setting", "logit_map"),
     [
-        ("published", True),
-        ("published", False),
-        ("arxiv_v1", True),
-        ("centred", True),
-        ("centred_nuclear", False),
+        *[(setting, "linear") for setting in SETTINGS],
+        *[("published", name) for name in MAPS if name != "linear"],
+        ("arxiv_v1", "scaled"),
+        ("centred", "scaled_and_capped"),
     ],
 )
-def test_values_and_gradient_match_full_float64_logits(batch, setting, factor):
-    spec = dataclasses.replace(FULL, **SETTINGS[setting])
-
-    def weighted(student):
-        got = batch.terms(spec, student=student, factor=factor)
-        return sum(w * v for w, v in zip(SHARES, got, strict=True)), got
-
-    (_, got), gradient = jax.jit(jax.value_and_grad(weighted, has_aux=True))(
-        jnp.asarray(batch.student, jnp.float32)
-    )
-    assert all(value.dtype == jnp.float32 and value.shape == () for value in got)
-    np.testing.assert_allclose(got, reference(batch, spec), rtol=1e-6)
-    expected = reference_gradient(batch, spec)
+def test_values_and_gradient_match_full_float64_logits(batch, setting, logit_map, plain):
+    spec, mapping = dataclasses.replace(FULL, **SETTINGS[setting]), MAPS[logit_map]
+    (loss, got), gradient = jax.jit(
+        jax.value_and_grad(
+            lambda student: batch.loss(spec, student=student, logit_map=mapping, plain=plain),
+            has_aux=True,
+        )
+    )(jnp.asarray(batch.student, jnp.float32))
+    assert all(value.dtype == jnp.float32 and value.shape == () for value in (loss, *got))
+    np.testing.assert_allclose(got, reference(batch, spec, logit_map=mapping), rtol=1e-6)
+    np.testing.assert_allclose(loss, reference_loss(batch, spec, logit_map=mapping), rtol=1e-6)
+    expected = reference_gradient(batch, spec, mapping)
     np.testing.assert_allclose(gradient, expected, atol=1e-5 * abs(expected).max())
 
 
@@ -158,17 +217,18 @@ def test_chunk_size_does_not_matter(batch, chunk):
 @pytest.mark.parametrize("chunk", [4, 512])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_equal_hidden_states_have_exactly_zero_divergence(batch, chunk, dtype):
-    def consistency(student):
-        return batch.terms(
-            FULL,
-            student=student,
-            teacher=jnp.asarray(batch.student, dtype),
-            chunk=chunk,
-            dtype=dtype,
-        ).consistency_sum
+    spec = dataclasses.replace(NONE, consistency=True)
+    batch.label_mask = np.zeros(N, bool)
 
-    value, gradient = jax.jit(jax.value_and_grad(consistency))(jnp.asarray(batch.student, dtype))
-    assert value == 0.0
+    def loss(student):
+        teacher = jnp.asarray(batch.student, dtype)
+        return batch.loss(spec, student=student, teacher=teacher, chunk=chunk, dtype=dtype)
+
+    (value, terms), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        jnp.asarray(batch.student, dtype)
+    )
+    assert value == terms.consistency_sum == 0.0
+    assert terms.term_count == batch.term_mask.sum()
     np.testing.assert_array_equal(np.asarray(gradient, np.float32), 0)
 
 
@@ -185,6 +245,14 @@ def test_bfloat16_hidden_states_accumulate_in_float32(batch):
     got = exact.terms(FULL, dtype=jnp.bfloat16)
     assert all(value.dtype == jnp.float32 for value in got)
     np.testing.assert_allclose(got, reference(exact, FULL), rtol=2e-6)
+    gradient = jax.grad(lambda s: exact.loss(FULL, student=s, dtype=jnp.bfloat16)[0])(
+        jnp.asarray(exact.student, jnp.bfloat16)
+    )
+    assert gradient.dtype == jnp.bfloat16
+    expected = reference_gradient(exact, FULL)
+    # Each entry of d loss / d logits is rounded once (2^-9), and the result once more.
+    bound = 2**-8 * (abs(expected).max() + abs(exact.head).sum(0).max())
+    np.testing.assert_allclose(np.asarray(gradient, np.float32), expected, atol=bound)
 
 
 @pytest.mark.parametrize(
@@ -220,9 +288,9 @@ def test_terms_left_out_are_absent_from_the_program(batch):
         products[name] = text.count("dot_general")
         assert ("top_k" in text) == (name == "diversity")
         assert ("svd" in text) == (name == "spectral")
-    assert products["none"] == products["diversity"] == 1  # student logits, nothing else
-    assert products["consistency"] == 2  # and the teacher's
-    assert products["spectral"] > 1
+    assert products["none"] == products["diversity"] == 2  # student logits, and the gradient
+    assert products["consistency"] == 3  # and the teacher's: N·D·V three times
+    assert products["spectral"] > 2
 
 
 def test_no_array_of_all_logits_exists(batch):
@@ -238,7 +306,7 @@ def test_no_array_of_all_logits_exists(batch):
     )
 
     def loss(student):
-        return sum(big.terms(spec, student=student, chunk=chunk))
+        return big.loss(spec, student=student, chunk=chunk)[0]
 
     text = jax.jit(jax.grad(loss)).lower(jnp.asarray(big.student, jnp.float32)).as_text()
     assert f"tensor<{chunk}x101xf32>" in text
@@ -247,24 +315,24 @@ def test_no_array_of_all_logits_exists(batch):
 
 
 def test_teacher_and_head_receive_no_gradient(batch):
-    def total(teacher, head):
-        return sum(
-            head_terms(
-                jnp.asarray(batch.student, jnp.float32),
-                teacher,
-                head,
-                jnp.asarray(batch.labels),
-                jnp.asarray(batch.label_mask),
-                jnp.asarray(batch.term_mask),
-                FULL,
-                chunk=4,
-            )
+    def total(teacher, head, plain):
+        rows = Rows(
+            jnp.asarray(batch.student, jnp.float32),
+            teacher,
+            jnp.asarray(batch.labels),
+            jnp.asarray(batch.label_mask),
+            jnp.asarray(batch.term_mask),
         )
+        factor = jnp.asarray(linalg.head_factor(batch.head))
+        return JITTED(
+            rows, head, FULL, chunk=4, factor=factor, logit_map=LINEAR, plain=plain
+        )[0]  # fmt: skip
 
-    for gradient in jax.jit(jax.grad(total, argnums=(0, 1)))(
-        jnp.asarray(batch.teacher, jnp.float32), jnp.asarray(batch.head, jnp.float32)
-    ):
-        np.testing.assert_array_equal(gradient, 0)
+    for plain in (False, True):
+        for gradient in jax.grad(total, argnums=(0, 1))(
+            jnp.asarray(batch.teacher, jnp.float32), jnp.asarray(batch.head, jnp.float32), plain
+        ):
+            np.testing.assert_array_equal(gradient, 0)
 
 
 def test_rows_outside_both_masks_may_be_nan(batch):
@@ -274,7 +342,7 @@ def test_rows_outside_both_masks_may_be_nan(batch):
     spoiled.student = np.where(unused[:, None], np.nan, batch.student)
     spoiled.teacher = np.where(unused[:, None], np.inf, batch.teacher)
     np.testing.assert_allclose(spoiled.terms(FULL), reference(batch, FULL), rtol=1e-6)
-    gradient = jax.jit(jax.grad(lambda s: sum(spoiled.terms(FULL, student=s))))(
+    gradient = jax.jit(jax.grad(lambda s: spoiled.loss(FULL, student=s)[0]))(
         jnp.asarray(spoiled.student, jnp.float32)
     )
     assert np.isfinite(gradient).all()
@@ -285,19 +353,19 @@ def test_rows_outside_both_masks_may_be_nan(batch):
 def test_nothing_counted_is_zero_with_zero_gradient(batch, norm):
     spec = dataclasses.replace(FULL, norm=norm)
     batch.label_mask = batch.term_mask = np.zeros(N, bool)
-    value, gradient = jax.jit(jax.value_and_grad(lambda s: sum(batch.terms(spec, student=s))))(
+    value, gradient = jax.jit(jax.value_and_grad(lambda s: batch.loss(spec, student=s)[0]))(
         jnp.asarray(batch.student, jnp.float32)
     )
     assert value == 0
     np.testing.assert_array_equal(gradient, 0)
 
 
-@pytest.mark.parametrize("factor", [True, False])
-def test_no_rows(batch, factor):
+@pytest.mark.parametrize("plain", [True, False])
+def test_no_rows(batch, plain):
     empty = Batch(
         batch.student[:0], batch.teacher[:0], batch.head, batch.labels[:0], *[np.zeros(0, bool)] * 2
     )
-    assert [float(value) for value in empty.terms(FULL, factor=factor)] == [0.0] * 7
+    assert [float(value) for value in empty.terms(FULL, plain=plain)] == [0.0] * 8
 
 
 def test_one_row_and_duplicated_rows(batch):
@@ -307,33 +375,24 @@ def test_one_row_and_duplicated_rows(batch):
             batch.teacher[rows],
             batch.head,
             batch.labels[rows],
-            *[np.ones(len(rows), bool)] * 2,
+            *np.ones((2, len(rows)), bool),
         )
+        spec = dataclasses.replace(NONE, spectral=True)
+        few.label_mask[:] = False
 
-        def spectral(student, few=few):
-            return few.terms(FULL, student=student).spectral
+        def spectral(student, few=few, spec=spec):
+            return few.loss(spec, student=student)[0]
 
         value, gradient = jax.jit(jax.value_and_grad(spectral))(
             jnp.asarray(few.student, jnp.float32)
         )
-        np.testing.assert_allclose(value, -1, rtol=1e-6)
+        np.testing.assert_allclose(value, -SCALES.spectral, rtol=1e-6)
         np.testing.assert_allclose(gradient, 0, atol=1e-6)
-
-
-def test_iterative_path_matches_the_exact_one(batch, monkeypatch):
-    spec = dataclasses.replace(NONE, spectral=True)
-    exact = program(batch, spec)
-    monkeypatch.setattr(linalg, "EXACT_LIMIT", 2)
-    jax.clear_caches()  # the limit is read while tracing
-    assert program(batch, spec).count("scan[") == exact.count("scan[") + 1
-    np.testing.assert_allclose(batch.terms(spec).spectral, reference(batch, spec).spectral, 1e-6)
-    monkeypatch.undo()
-    jax.clear_caches()
 
 
 def test_gradient_matches_finite_differences_in_float64(x64, batch):
     def loss(student):
-        return sum(batch.terms(FULL, student=student, dtype=jnp.float64))
+        return batch.loss(FULL, student=student, dtype=jnp.float64)[0]
 
     check_grads(jax.jit(loss), (jnp.asarray(batch.student),), 1, ["rev"], rtol=1e-6)
 
@@ -346,24 +405,24 @@ def message(call):
 
 def test_messages(batch, type_checks_off):
     assert message(lambda: batch.terms(FULL, teacher=None)) == (
-        "head_terms: expected teacher hidden states of shape (11, 6) for the consistency term, "
+        "head_loss: expected teacher hidden states of shape (11, 6) for the consistency term, "
         "got None. Run the teacher or set consistency to 0."
     )
     assert message(lambda: batch.terms(FULL, chunk=0)) == (
-        "head_terms: expected chunk of at least 1, got 0. Use 512 or more."
+        "head_loss: expected chunk of at least 1, got 0. Use 512 or more."
     )
     assert message(lambda: batch.terms(dataclasses.replace(FULL, top_k=24))) == (
-        "head_terms: expected top_k between 0 (all) and the 23 columns of the logits, got 24. "
+        "head_loss: expected top_k between 0 (all) and the 23 columns of the logits, got 24. "
         "Lower it."
     )
     assert message(lambda: batch.terms(dataclasses.replace(FULL, temperature=0.0))) == (
-        "head_terms: expected a temperature above 0, got 0.0. The published value is 2."
+        "head_loss: expected a temperature above 0, got 0.0. The published value is 2."
     )
     assert message(lambda: batch.terms(dataclasses.replace(FULL, norm="l1"))) == (
-        "head_terms: expected norm frobenius or nuclear, got 'l1'. Choose one of them."
+        "head_loss: expected norm frobenius or nuclear, got 'l1'. Choose one of them."
     )
     assert message(lambda: batch.terms(dataclasses.replace(FULL, k=0))) == (
-        "head_terms: expected k of at least 1, got 0. The published value is 10."
+        "head_loss: expected k of at least 1, got 0. The published value is 10."
     )
     # A top_k beyond the vocabulary of a term that is off, and an unused teacher, do not matter.
     unused = dataclasses.replace(NONE, top_k=24)
@@ -373,23 +432,20 @@ def test_messages(batch, type_checks_off):
 def test_shape_messages(batch, type_checks_off):
     wide = dataclasses.replace(batch, student=batch.student[:, :5])
     assert message(lambda: wide.terms(FULL)) == (
-        "head_terms: expected hidden states [N, D] and a head [V, D] of one width D, got "
+        "head_loss: expected hidden states [N, D] and a head [V, D] of one width D, got "
         "(11, 5) and (23, 6). Flatten batch and time, do not transpose W."
     )
     short = dataclasses.replace(batch, labels=batch.labels[:4])
     assert message(lambda: short.terms(FULL)) == (
-        "head_terms: expected labels, label_mask and term_mask of shape (11,), got "
+        "head_loss: expected labels, label_mask and term_mask of shape (11,), got "
         "(4,), (11,) and (11,). Flatten them alike."
     )
-    with pytest.raises(InputError, match=r"expected a head_factor of shape \(6, 6\), got \(5, 5\)"):
-        head_terms(
-            jnp.asarray(batch.student),
-            jnp.asarray(batch.teacher),
-            jnp.asarray(batch.head),
-            jnp.asarray(batch.labels),
-            jnp.asarray(batch.label_mask),
-            jnp.asarray(batch.term_mask),
-            FULL,
-            chunk=4,
-            head_factor=jnp.eye(5),
-        )
+    assert message(lambda: batch.terms(FULL, factor=False)) == (
+        "head_loss: expected a factor of shape (6, 6) for the spectral term, got None. Make it "
+        "with linalg.head_factor from the same head."
+    )
+    nuclear = dataclasses.replace(FULL, norm="nuclear")
+    assert message(lambda: batch.terms(nuclear, logit_map=MAPS["capped"])) == (
+        "head_loss: expected norm frobenius where logits have a soft cap, got nuclear, which needs "
+        "all singular values of [N, V]. Change the norm, or set training.head to plain."
+    )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from balora_jax.errors import InputError
 from balora_jax.numerics.head import HeadTerms
-from balora_jax.numerics.objective import Objective, adaptive_weight, combine, weights
+from balora_jax.numerics.objective import Objective, adaptive_weight, parts, scales, weights
 
 COUNTS = {"task_count": jnp.float32(8), "term_count": jnp.float32(4)}
 
@@ -158,83 +158,38 @@ def terms(*values):
     return HeadTerms(*(jnp.float32(v) for v in values))
 
 
-def test_combine_hand_values():
+def test_scales_and_parts_hand_values():
     objective = Objective(consistency=0.5, diversity=0.25, spectral=2.0)
-    loss, parts = combine(
-        objective,
-        terms(12, 3, 2, -6, 2, 0, -0.75),
-        weights(objective, 0, 1),
-        **COUNTS,
-        vocabulary=10,
-        micro_batches=3,
+    found = scales(weights(objective, 0, 1), **COUNTS, micro_batches=3)
+    assert [float(scale) for scale in found] == [1 / 8, 0.125, 0.0625, float(np.float32(2 / 3))]
+    assert all(scale.dtype == jnp.float32 for scale in found)
+    got = parts(
+        terms(12, 3, 2, -6, 2, 0, -0.75, 0.375), jnp.float32(0.75), **COUNTS, micro_batches=3
     )
-    got = {name: float(value) for name, value in parts.items()}
-    assert got == {
+    assert {name: float(value) for name, value in got.items()} == {
         "task_loss": 1.5,
         "consistency": 0.5,
         "diversity": -1.5,
         "spectral": -0.25,
-        "lambda1": 0.5,
+        "spectral_residual": 0.125,
+        "lambda1": 0.25,
     }
-    assert float(loss) == 1.5 + 0.25 - 0.375 - 0.5
-    assert loss.dtype == jnp.float32
 
 
-def test_shares_of_micro_batches_add_up_to_the_whole():
-    objective = Objective(consistency=0.5, diversity=0.25)
-    split = [terms(12, 3, 2, -6, 1, 0, 0), terms(4, 5, 6, -2, 3, 0, 0)]
-    whole = terms(16, 8, 8, -8, 4, 0, 0)
-
-    def run(part, count):
-        return combine(
-            objective,
-            part,
-            weights(objective, 0, 1),
-            **COUNTS,
-            vocabulary=10,
-            micro_batches=count,
-        )
-
-    shares, (loss, parts) = [run(part, 2) for part in split], run(whole, 1)
-    assert float(loss) == sum(float(share) for share, _ in shares)
-    for name in ("task_loss", "consistency", "diversity", "spectral"):
-        assert float(parts[name]) == sum(float(part[name]) for _, part in shares)
+def test_parts_of_micro_batches_add_up_to_the_whole():
+    split = [terms(12, 3, 2, -6, 1, 0, 0, 0), terms(4, 5, 6, -2, 3, 0, 0, 0)]
+    whole = terms(16, 8, 8, -8, 4, 0, 0, 0)
+    shares = [parts(part, jnp.float32(0.5), **COUNTS, micro_batches=2) for part in split]
+    for name, value in parts(whole, jnp.float32(0.5), **COUNTS, micro_batches=1).items():
+        assert float(value) == sum(float(share[name]) for share in shares), name
 
 
-def test_combine_uses_this_micro_batchs_teacher_entropy():
-    objective = Objective(consistency=0.2, consistency_schedule="adaptive")
-    entropy_sum = 2 * math.log(10) / 2
-    loss, parts = combine(
-        objective,
-        terms(8, 8, 4, 0, 2, entropy_sum, 0),
-        weights(objective, 0, 1),
-        **COUNTS,
-        vocabulary=10,
-        micro_batches=2,
-    )
-    np.testing.assert_allclose(parts["lambda1"], 0.11, rtol=1e-6)
-    np.testing.assert_allclose(loss, 1 + 0.11, rtol=1e-6)
-
-
-def test_zero_counts_give_zero_loss_and_gradient():
-    objective = Objective(
-        consistency=0.2, diversity=0.1, spectral=0.1, consistency_schedule="adaptive"
-    )
-
-    def loss(values):
-        return combine(
-            objective,
-            HeadTerms(*values),
-            weights(objective, 0, 1),
-            task_count=jnp.float32(0),
-            term_count=jnp.float32(0),
-            vocabulary=10,
-            micro_batches=1,
-        )[0]
-
-    value, gradient = jax.value_and_grad(loss)([jnp.float32(0)] * 7)
-    assert value == 0
-    assert all(np.isfinite(g) for g in gradient)
+def test_zero_counts_give_zero_scales_and_parts():
+    zero = {"task_count": jnp.float32(0), "term_count": jnp.float32(0), "micro_batches": 1}
+    objective = Objective(consistency=0.2, diversity=0.1, spectral=0.1)
+    found = scales(weights(objective, 0, 1), **zero)
+    np.testing.assert_allclose(found, [0, 0, 0, 0.1], rtol=1e-6)
+    assert all(float(v) == 0 for v in parts(terms(*[0] * 8), jnp.float32(0), **zero).values())
 
 
 @pytest.mark.parametrize(
@@ -346,12 +301,5 @@ def test_bad_calls():
         weights(Objective(), 0, 0)
     with pytest.raises(InputError, match=r"^adaptive_weight: expected a vocabulary of at least 2"):
         adaptive_weight(Objective(), jnp.float32(0), 1)
-    with pytest.raises(InputError, match=r"^combine: expected micro_batches of at least 1, got 0"):
-        combine(
-            Objective(),
-            terms(*[0] * 7),
-            weights(Objective(), 0, 1),
-            **COUNTS,
-            vocabulary=9,
-            micro_batches=0,
-        )
+    with pytest.raises(InputError, match=r"^scales: expected micro_batches of at least 1, got 0"):
+        scales(weights(Objective(), 0, 1), **COUNTS, micro_batches=0)

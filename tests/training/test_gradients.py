@@ -127,7 +127,7 @@ def test_loss_and_gradient_of_every_factor(variant, ours, torch_models, ids):
         k=k,
         mask_alignment=case["alignment"],
     )
-    loss_of = causal.CausalLoss(student, plain, objective, chunk=5)
+    loss_of = causal.CausalLoss(student, plain, objective, causal.HeadPlan("fused", 5))
     batch = {
         "input_ids": ids,
         "positions": POSITIONS,

@@ -84,13 +84,23 @@ def _arrays(start):
 class Tiny:
     """Everything a step needs, for one objective."""
 
-    def __init__(self, *, start="pissa", dropout=0.0, training=None, total_steps=10, **objective):
+    def __init__(
+        self,
+        *,
+        start="pissa",
+        dropout=0.0,
+        training=None,
+        total_steps=10,
+        head="fused",
+        **objective,
+    ):
         self.objective = Objective(**objective)
         self.plain = structure(MODEL)
         shapes = adapter_shapes(_modules(), origin=start != "lora", dropout=dropout)
         self.student = structure(MODEL, adapters=shapes)
         self.start, self.adapters, self.constants = _arrays(start)
-        loss = causal.CausalLoss(self.student, self.plain, self.objective, CHUNK)
+        plan = causal.HeadPlan(head, CHUNK)
+        loss = causal.CausalLoss(self.student, self.plain, self.objective, plan)
         self.training = TrainingConfig(
             **{"max_steps": total_steps, "batch_size": 4, "optimizer": "sgd", "learning_rate": 0.1,
                "warmup": 0.0, **(training or {})}
