@@ -69,6 +69,7 @@ def from_width(
     >>> round(float(found.value), 4)
     -0.8
     """
+    factor = factor.astype(jnp.promote_types(hidden.dtype, jnp.float32))
     matrix = _through_factor(hidden, factor)
     rows = matrix.shape[0] * (jax.lax.axis_size(axes) if axes else 1)
     width = k + krylov.EXTRA_COLUMNS

@@ -91,7 +91,7 @@ def _of_blocks(logits: Array, k: int) -> Largest:
 
 
 def _top_k(rows: Array, k: int) -> tuple[Array, Array]:
-    # On CPU the compiler sorts whole rows where a slice of top_k's result is used; the barrier
-    # keeps the slice away from it.
-    values, columns = jax.lax.optimization_barrier(jax.lax.top_k(rows, k))
-    return values, columns
+    # On CPU the compiler sorts whole rows where a slice of top_k's result is used; the barriers
+    # keep the slice away from it. One around both results makes the compiler fail on some meshes.
+    values, columns = jax.lax.top_k(rows, k)
+    return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(columns)

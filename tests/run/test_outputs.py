@@ -26,7 +26,7 @@ from tests.tiny_run import (
 
 COLUMNS = {
     "step", "loss", "task_loss", "consistency", "diversity", "spectral", "lambda1", "lambda2",
-    "lambda3", "learning_rate", "grad_norm", "tokens", "tokens_per_second",
+    "lambda3", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "spectral_residual",
 }  # fmt: skip
 TERMS = ("task_loss", "consistency", "diversity", "spectral")
 SHARES = {f"gradient_{kind}_{term}" for kind in ("share", "norm") for term in TERMS}
