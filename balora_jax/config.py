@@ -167,7 +167,8 @@ class TrainingConfig(Section):
         head: ``fused``: logits exist for one chunk of tokens at a time; ``plain``: all of them at
             once, with automatic derivatives (a reference, large).
         head_chunk: tokens of a chunk on a device; by ``head_memory_mib`` where it is not given.
-        head_memory_mib: memory for the logits of a chunk on a device, in MiB.
+        head_memory_mib: memory for the logits of a chunk on a device, in MiB; 64 on a CPU and 1024
+            elsewhere where it is not given.
         log_every: steps between rows of ``metrics.jsonl``.
         log_gradient_share_every: steps between measurements of each term's gradient norm; 0 never.
         checkpoint_every: steps between checkpoints; 0 only at the end.
@@ -192,7 +193,7 @@ class TrainingConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     head: Literal["fused", "plain"] = "fused"
     head_chunk: Positive | None = None
-    head_memory_mib: Positive = 256
+    head_memory_mib: Positive | None = None
     log_every: Positive = 1
     log_gradient_share_every: Annotated[int, Field(ge=0)] = 0
     checkpoint_every: Annotated[int, Field(ge=0)] = 100

@@ -142,12 +142,12 @@ def chunk_rows(vocabulary: int, memory: int) -> int:
         memory: budget in bytes.
 
     Returns:
-        A multiple of 128 between 128 and 4096.
+        A multiple of 64 between 64 and 1024.
 
-    >>> chunk_rows(32000, 2**28), chunk_rows(256000, 2**28)
-    (512, 128)
+    >>> chunk_rows(32000, 2**26), chunk_rows(128256, 2**30), chunk_rows(256000, 2**30)
+    (128, 512, 256)
     """
-    return min(max(memory // (16 * vocabulary) // 128, 1), 32) * 128
+    return min(max(memory // (16 * vocabulary) // 64, 1), 16) * 64
 
 
 def plain_head_loss(

@@ -37,35 +37,25 @@ Arrays = dict[str, Array]
 
 
 @dataclass(frozen=True)
-class Setup:
-    """A checked run: shapes, layers, data and mesh, but no weights yet.
+class Program:
+    """What is computed, from shapes alone: no weights and no data.
 
     Attributes:
         config: the whole run.
-        base: the pretrained checkpoint.
-        tokenizer: its tokenizer.
+        decoder: the pretrained model's shape.
         plain: the model without adapters, which is the teacher.
         student: the same structure with adapters.
         modules: the adapted layers.
-        peft: the adapter to go on from, if the start names one.
         objective: weights, terms and schedules.
-        data: encoded training rows and what became of them.
-        validation: rows of the score, empty for none.
-        length: tokens of every row of a batch.
         mesh: the devices.
     """
 
     config: RunConfig
-    base: Base
-    tokenizer: Any
+    decoder: DecoderConfig
     plain: Structure
     student: Structure
     modules: tuple[AdaptedModule, ...]
-    peft: PeftAdapter | None
     objective: Objective
-    data: EncodedSet
-    validation: Sequence[Mapping[str, Any]]
-    length: int
     mesh: Mesh
 
     @property
@@ -74,16 +64,37 @@ class Setup:
         return trainable_parameters(self.modules)
 
     @property
+    def total(self) -> int:
+        """Parameters of the frozen model."""
+        return sum(math.prod(leaf.shape) for leaf in self.plain.frozen.values())
+
+
+@dataclass(frozen=True)
+class Setup(Program):
+    """A checked run: a program and its data, but no weights yet.
+
+    Attributes:
+        base: the pretrained checkpoint.
+        tokenizer: its tokenizer.
+        peft: the adapter to go on from, if the start names one.
+        data: encoded training rows and what became of them.
+        validation: rows of the score, empty for none.
+        length: tokens of every row of a batch.
+    """
+
+    base: Base
+    tokenizer: Any
+    peft: PeftAdapter | None
+    data: EncodedSet
+    validation: Sequence[Mapping[str, Any]]
+    length: int
+
+    @property
     def use_rslora(self) -> bool:
         """Whether the scales are alpha / √rank."""
         if self.peft is not None:
             return bool(self.peft.config.get("use_rslora"))
         return self.config.adapter.use_rslora
-
-    @property
-    def total(self) -> int:
-        """Parameters of the frozen model."""
-        return sum(math.prod(leaf.shape) for leaf in self.plain.frozen.values())
 
     def batches(self) -> BatchIterator:
         """The training batches, from the beginning."""
@@ -122,19 +133,9 @@ def check(config: RunConfig) -> Setup:
     Raises:
         InputError: whatever is wrong, as one sentence.
     """
-    objective = objective_of(config.regularizers)
+    objective_of(config.regularizers)  # before a checkpoint is looked for
     base = open_base(config.model.name_or_path, config.model.revision)
-    plain = model_structure(base.config, config.model, {})
-    peft, modules = plan(config.adapter, plain)
-    shapes = adapter_shapes(
-        modules,
-        origin=starts.start_has_origin(config.adapter.start),
-        dropout=config.adapter.dropout,
-    )
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.shardings(plain.frozen, mesh)
-    training = config.training
-    sharding.check_batch(training.batch_size // training.accumulation, mesh)
+    program, peft = program_of(config, base.config)
     tokenizer = base.tokenizer()
     settings = example_settings(config.data)
     rows = load_rows(config.data.train, split=config.data.split, limit=config.data.train_limit)
@@ -143,19 +144,43 @@ def check(config: RunConfig) -> Setup:
     validation = validation_rows(config)
     questions(validation, tokenizer, config)  # raises before anything is written
     return Setup(
-        config=config,
+        **vars(program),
         base=base,
         tokenizer=tokenizer,
-        plain=plain,
-        student=model_structure(base.config, config.model, shapes),
-        modules=modules,
         peft=peft,
-        objective=objective,
         data=data,
         validation=validation,
         length=_row_length(config.data, data, base),
-        mesh=mesh,
     )
+
+
+def program_of(
+    config: RunConfig, decoder: DecoderConfig, mesh: Mesh | None = None
+) -> tuple[Program, PeftAdapter | None]:
+    """The computation that a config asks for on a model, and the adapter it begins with if any.
+
+    Args:
+        config: the whole run.
+        decoder: the pretrained model's shape.
+        mesh: the devices; those of this machine as the config lays them out where not given.
+
+    Raises:
+        InputError: a setting that does not fit the model or the devices.
+    """
+    objective = objective_of(config.regularizers)
+    plain = model_structure(decoder, config.model, {})
+    peft, modules = plan(config.adapter, plain)
+    shapes = adapter_shapes(
+        modules,
+        origin=starts.start_has_origin(config.adapter.start),
+        dropout=config.adapter.dropout,
+    )
+    mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
+    sharding.shardings(plain.frozen, mesh)
+    training = config.training
+    sharding.check_batch(training.batch_size // training.accumulation, mesh)
+    student = model_structure(decoder, config.model, shapes)
+    return Program(config, decoder, plain, student, modules, objective, mesh), peft
 
 
 def model_structure(
@@ -242,26 +267,32 @@ def place(arrays: Arrays, mesh: Mesh) -> Arrays:
     }
 
 
-def constants_of(setup: Setup, loaded: Loaded) -> causal.Constants:
+def constants_of(program: Program, loaded: Loaded) -> causal.Constants:
     """What a step reads; the head is factorised once if the spectral term is on."""
     factor = None
-    spec = setup.objective.term_spec
-    if spec.spectral and setup.base.config.logit_map.soft_cap is None:
-        table = "embed_tokens" if setup.base.config.tie_word_embeddings else "lm_head"
-        head = np.asarray(loaded.frozen[f"{table}.embedding"]).astype(np.float32)
-        factor = jnp.asarray(linalg.head_factor(head, center=spec.center_rows))
-        factor = jax.device_put(factor, sharding.replicated(setup.mesh))
+    if needs_factor(program):
+        table = "embed_tokens" if program.decoder.tie_word_embeddings else "lm_head"
+        weights = np.asarray(loaded.frozen[f"{table}.embedding"]).astype(np.float32)
+        factor = linalg.head_factor(weights, center=program.objective.center_rows)
+        factor = jax.device_put(jnp.asarray(factor), sharding.replicated(program.mesh))
     return causal.Constants(loaded.frozen, loaded.origin, factor)
 
 
-def step_parts(setup: Setup, total_steps: int) -> steps.StepParts:
+def needs_factor(program: Program) -> bool:
+    """Whether the spectral term reads the factor of the head."""
+    fused = program.config.training.head == "fused"
+    linear = program.decoder.logit_map.soft_cap is None
+    return program.objective.term_spec.spectral and fused and linear
+
+
+def step_parts(program: Program, total_steps: int) -> steps.StepParts:
     """The pure functions of a training step."""
-    config, objective = setup.config, setup.objective
+    config, objective = program.config, program.objective
     loss = causal.CausalLoss(
-        student=setup.student,
-        teacher=setup.plain,
+        student=program.student,
+        teacher=program.plain,
         objective=objective,
-        head=head_plan(setup),
+        head=head_plan(program),
     )
     return steps.StepParts(
         loss=loss,
@@ -273,11 +304,12 @@ def step_parts(setup: Setup, total_steps: int) -> steps.StepParts:
     )
 
 
-def head_plan(setup: Setup) -> causal.HeadPlan:
+def head_plan(program: Program) -> causal.HeadPlan:
     """How the pass over the logits runs on the mesh."""
-    training, mesh, vocabulary = setup.config.training, setup.mesh, setup.base.config.vocab_size
-    chunk = training.head_chunk or head.chunk_rows(
-        vocabulary // mesh.shape["tensor"], training.head_memory_mib * 2**20
-    )
+    training, mesh, vocabulary = program.config.training, program.mesh, program.decoder.vocab_size
+    # A CPU computes from its caches; a matrix unit wants many rows.
+    memory = training.head_memory_mib or (64 if mesh.devices.flat[0].platform == "cpu" else 1024)
+    columns = vocabulary // mesh.shape["tensor"]
+    chunk = training.head_chunk or head.chunk_rows(columns, memory * 2**20)
     axes, across = sharding.head_axes(mesh), sharding.across_devices(mesh)
     return causal.HeadPlan(training.head, chunk, axes, across)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from balora_jax.array_types import Array, PRNGKeyArray, Scalar
 from balora_jax.numerics.logit_terms import TermScales
@@ -116,20 +116,30 @@ def initial_state(
     adapters: dict[str, Array], optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """Step 0, with the optimizer's moments laid out like the adapters they belong to."""
-    placed = shardings(
-        {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in adapters.items()}, mesh
-    )
-    abstract = jax.eval_shape(optimizer.init, adapters)
-    layout = optax.tree_utils.tree_map_params(
+    shapes = {path: jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in adapters.items()}
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(shapes, optimizer, mesh))
+    opt_state = jax.jit(optimizer.init, out_shardings=layout.opt_state)(adapters)
+    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), layout.step), adapters, opt_state)
+
+
+def abstract_state(
+    adapters: dict[str, jax.ShapeDtypeStruct], optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shapes and shardings of a state, from those of the adapters alone."""
+    placed = shardings(adapters, mesh)
+
+    def struct(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    opt_state = optax.tree_utils.tree_map_params(
         optimizer,
-        lambda _, sharding: sharding,
-        abstract,
+        struct,
+        jax.eval_shape(optimizer.init, adapters),
         placed,
-        transform_non_params=lambda _: replicated(mesh),
+        transform_non_params=lambda leaf: struct(leaf, replicated(mesh)),
     )
-    opt_state = jax.jit(optimizer.init, out_shardings=layout)(adapters)
-    step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
-    return TrainState(step, adapters, opt_state)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    return TrainState(step, jax.tree.map(struct, adapters, placed), opt_state)
 
 
 def gradient_shares(parts: StepParts) -> Callable[..., Metrics]:

@@ -1,0 +1,222 @@
+"""Which training steps does a benchmark compare, and with which arrays?
+
+Every case is the very step of :mod:`balora_jax.training`, with terms, start or head of the config
+changed. A checkpoint without weights (a ``config.json`` alone, such as those in ``shapes/``) gets
+random ones, and random tokens that all count.
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from balora_jax.array_types import Array
+from balora_jax.config import RunConfig, parse_config
+from balora_jax.io.hf_files import read_json_config
+from balora_jax.io.pretrained import Base
+from balora_jax.models import registry, starts
+from balora_jax.paths import resolve_path
+from balora_jax.training import assemble, sharding, steps
+from balora_jax.training.assemble import Loaded, Program
+
+TERMS = ("consistency", "diversity", "spectral")
+PUBLISHED = {"consistency": 0.025, "diversity": 0.005, "spectral": 0.005}
+"""Weights of a term that the config switches off; the time of a step does not depend on them."""
+
+Arrays = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    Attributes:
+        name: title.
+        start: of the adapters; None for the config's.
+        terms: regularizers that are on.
+        head: ``fused`` or ``plain``.
+    """
+
+    name: str
+    start: str | None
+    terms: tuple[str, ...]
+    head: str = "fused"
+
+
+CASES = (
+    Case("LoRA", "lora", ()),
+    Case("PiSSA", None, ()),
+    *(Case(f"+ {term}", None, (term,)) for term in TERMS),
+    Case("BA-LoRA", None, TERMS),
+    Case("LoRA, plain head", "lora", (), "plain"),
+    Case("BA-LoRA, plain head", None, TERMS, "plain"),
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The frozen arrays that all cases share.
+
+    Attributes:
+        frozen: by path.
+        random: whether they were drawn, for want of a checkpoint with weights.
+        batch: host arrays [micro-batches, B, T].
+    """
+
+    frozen: Arrays
+    random: bool
+    batch: dict[str, np.ndarray]
+
+
+def configured(config: RunConfig, case: Case) -> RunConfig:
+    """The config of a case; schedules are constant, so that every term is at work in every step."""
+    tree = config.model_dump(mode="json")
+    for term in TERMS:
+        weight = tree["regularizers"][term] or PUBLISHED[term]
+        tree["regularizers"][term] = weight if term in case.terms else 0.0
+        tree["regularizers"][f"{term}_schedule"] = "constant"
+    tree["regularizers"] |= {"adaptive_min": None, "adaptive_max": None}
+    if case.start is not None:
+        tree["adapter"]["start"] = case.start
+    elif tree["adapter"]["start"] == "lora":
+        tree["adapter"]["start"] = "pissa"
+    tree["training"] |= {"head": case.head, "schedule": "constant", "warmup": 0.0}
+    return parse_config(tree, case.name)
+
+
+def shapes_only(name_or_path: str) -> Base | None:
+    """A local folder that holds a ``config.json`` and no weights; None for anything else."""
+    folder = Path(resolve_path(name_or_path))
+    weights = (".safetensors", ".bin", ".index.json", ".pt", ".msgpack")
+    if not (folder / "config.json").is_file():
+        return None
+    if any(file.name.endswith(weights) for file in folder.iterdir()):
+        return None
+    raw = read_json_config(folder)
+    return Base(folder, registry.decoder_config(raw, str(folder / "config.json")))
+
+
+def weights_of(config: RunConfig) -> tuple[Base, Weights]:
+    """Open the checkpoint; load or draw its weights, take or draw a batch."""
+    base = shapes_only(config.model.name_or_path)
+    if base is None:
+        setup = assemble.check(config)
+        loaded = setup.base.load(setup.plain.frozen, setup.mesh)
+        return setup.base, Weights(loaded, False, next(setup.batches()))
+    program, _ = assemble.program_of(config, base.config)
+    frozen = random_arrays(program.plain.frozen, program)
+    return base, Weights(frozen, True, random_batch(config, base.config.vocab_size))
+
+
+def random_arrays(shapes: dict[str, jax.ShapeDtypeStruct], program: Program) -> Arrays:
+    """Normal weights of standard deviation 0.02, norms of 1, each made where it belongs."""
+
+    def draw(path: str, leaf: jax.ShapeDtypeStruct) -> Array:
+        key = jax.random.fold_in(jax.random.key(0), zlib.crc32(path.encode()))
+        if path.endswith(".scale"):
+            return jnp.ones(leaf.shape, leaf.dtype)
+        return 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+
+    layout = sharding.shardings(shapes, program.mesh)
+    return {
+        path: jax.jit(draw, static_argnums=(0, 1), out_shardings=layout[path])(
+            path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        )
+        for path, leaf in shapes.items()
+    }
+
+
+def random_batch(config: RunConfig, vocabulary: int) -> dict[str, np.ndarray]:
+    """Uniform tokens in full rows; every token but the first of a row is to be predicted."""
+    training = config.training
+    rows = training.batch_size // training.accumulation
+    shape = (training.accumulation, rows, config.data.max_length)
+    ids = np.random.default_rng(training.seed).integers(0, vocabulary, shape, dtype=np.int32)
+    positions = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
+    return {
+        "input_ids": ids,
+        "positions": np.ascontiguousarray(positions),
+        "segment_ids": np.ones(shape, np.int32),
+        "loss_mask": np.ones(shape, np.int32),
+    }
+
+
+def loaded_for(program: Program, weights: Weights) -> Loaded:
+    """Adapters of a case at their start, beside the shared weights.
+
+    Random weights get random factors of the size that a start would have: a decomposition of a 7B
+    model takes minutes and does not change the time of a step.
+    """
+    key = jax.random.key(program.config.training.seed)
+    start = program.config.adapter.start
+    if not weights.random or start == "lora":
+        adapters, origin = starts.start_adapters(
+            program.modules, weights.frozen, start=start, key=key
+        )
+    else:
+        origin = random_arrays(
+            {k: v for k, v in program.student.origin.items() if not k.endswith("lora_scale")},
+            program,
+        )
+        adapters = {
+            # A copy: the step is given this array for good.
+            path: jnp.array(origin[path.replace(".lora_", ".origin_")], jnp.float32)
+            for path in program.student.adapters
+        }
+        origin |= {
+            path: jnp.full(leaf.shape, program.modules[0].scale, leaf.dtype)
+            for path, leaf in program.student.origin.items()
+            if path.endswith("lora_scale")
+        }
+    place = assemble.place
+    return Loaded(weights.frozen, place(origin, program.mesh), place(adapters, program.mesh))
+
+
+def abstract_arguments(program: Program, total_steps: int) -> tuple[Any, ...]:
+    """Shapes and shardings of a step's arguments: (state, constants, batch, key)."""
+    mesh = program.mesh
+    parts = assemble.step_parts(program, total_steps)
+    state = steps.abstract_state(program.student.adapters, parts.optimizer, mesh)
+    frozen = sharding.with_shardings(program.plain.frozen, mesh)
+    origin = sharding.with_shardings(program.student.origin, mesh)
+    factor, width = None, program.decoder.hidden_size
+    if assemble.needs_factor(program):
+        factor = jax.ShapeDtypeStruct(
+            (width, width), jnp.float32, sharding=sharding.replicated(mesh)
+        )
+    batch = {
+        name: jax.ShapeDtypeStruct(value.shape, jnp.int32, sharding=sharding.batch_sharding(mesh))
+        for name, value in random_batch(program.config, program.decoder.vocab_size).items()
+    }
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
+    return state, assemble.causal.Constants(frozen, origin, factor), batch, key
+
+
+def model_flops(program: Program, tokens: int, counted: int) -> float:
+    """Floating point operations that a step cannot do without, as PERFORMANCE figures count them.
+
+    ``4·P·N + 6·P_A·N + 4·V·D·M + 3·attention``, and ``2·P·N + 2·V·D·M + attention`` for a teacher:
+    P parameters of the frozen linear layers, P_A of the adapters (twice with an origin), N tokens,
+    M counted tokens. Attention is causal, so half of the square. Rematerialisation is not counted.
+    """
+    decoder, length = program.decoder, program.config.data.max_length
+    linear = sum(leaf.size for path, leaf in program.plain.frozen.items() if "kernel" in path)
+    adapted = program.trainable * (2 if program.config.adapter.start != "lora" else 1)
+    head = decoder.vocab_size * decoder.hidden_size * counted
+    heads = decoder.num_layers * decoder.num_heads * decoder.head_dim
+    attention = 2 * 2 * heads * length * tokens / 2
+    flops = 4.0 * linear * tokens + 6.0 * adapted * tokens + 4.0 * head + 3 * attention
+    if program.objective.needs_teacher:
+        flops += 2.0 * linear * tokens + 2.0 * head + attention
+    return flops
+
+
+def cases_named(names: Sequence[str]) -> tuple[Case, ...]:
+    """The cases with these names, all without names."""
+    return tuple(case for case in CASES if not names or case.name in names)
