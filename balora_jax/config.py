@@ -167,7 +167,7 @@ class TrainingConfig(Section):
         head: ``fused``: logits exist for one chunk of tokens at a time; ``plain``: all of them at
             once, with automatic derivatives (a reference, large).
         head_chunk: tokens of a chunk on a device; by ``head_memory_mib`` where it is not given.
-        head_memory_mib: memory for the logits of a chunk on a device, in MiB; 64 on a CPU and 1024
+        head_memory_mib: memory for the logits of a chunk on a device, in MiB; 64 on a CPU and 768
             elsewhere where it is not given.
         log_every: steps between rows of ``metrics.jsonl``.
         log_gradient_share_every: steps between measurements of each term's gradient norm; 0 never.

@@ -134,6 +134,15 @@ def _with_gradient_bwd(gradient: Array, g: Array) -> tuple[None, Array, None]:
 _with_gradient.defvjp(_with_gradient_fwd, _with_gradient_bwd)
 
 
+def default_memory_mib(platform: str) -> int:
+    """MiB for a chunk: a CPU computes from its caches, a matrix unit wants many rows.
+
+    >>> default_memory_mib("cpu"), default_memory_mib("tpu")
+    (64, 768)
+    """
+    return 64 if platform == "cpu" else 768
+
+
 def chunk_rows(vocabulary: int, memory: int) -> int:
     """Rows whose logits fit a budget: about four arrays ``[rows, vocabulary]`` in float32 at once.
 
@@ -142,12 +151,12 @@ def chunk_rows(vocabulary: int, memory: int) -> int:
         memory: budget in bytes.
 
     Returns:
-        A multiple of 64 between 64 and 1024.
+        A multiple of 64 between 64 and 512.
 
-    >>> chunk_rows(32000, 2**26), chunk_rows(128256, 2**30), chunk_rows(256000, 2**30)
-    (128, 512, 256)
+    >>> [chunk_rows(vocabulary, 3 * 2**28) for vocabulary in (32000, 128256, 256000)]
+    [512, 384, 192]
     """
-    return min(max(memory // (16 * vocabulary) // 64, 1), 16) * 64
+    return min(max(memory // (16 * vocabulary) // 64, 1), 8) * 64
 
 
 def plain_head_loss(

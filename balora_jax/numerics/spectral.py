@@ -50,7 +50,7 @@ def from_width(
     norm: SpectralNorm,
     axes: tuple[str, ...] = (),
 ) -> SpectralGradient:
-    """Return the term from ``K = H Rᵀ``; rows that do not count must be zero.
+    """Return the term by ``K = H Rᵀ``; rows that do not count must be zero.
 
     Exact decomposition where one side of K is short or ``norm`` needs all singular values, block
     Lanczos otherwise.
@@ -70,20 +70,27 @@ def from_width(
     -0.8
     """
     factor = factor.astype(jnp.promote_types(hidden.dtype, jnp.float32))
-    matrix = _through_factor(hidden, factor)
-    rows = matrix.shape[0] * (jax.lax.axis_size(axes) if axes else 1)
     width = k + krylov.EXTRA_COLUMNS
-    thin = min(rows, matrix.shape[1])
-    if norm == "nuclear" or thin <= width * krylov.BLOCKS:
+    rows = hidden.shape[0] * (jax.lax.axis_size(axes) if axes else 1)
+    shape = (rows, hidden.shape[1])
+    if norm == "nuclear" or min(shape) <= width * krylov.BLOCKS:
+        matrix = _by(hidden, factor.T)
         image, small = krylov.tsqr(matrix, axes)
         left, s, right = jnp.linalg.svd(small, full_matrices=False)
         u, v, residual = _product(image, left), right.T, jnp.zeros((), s.dtype)
+        squares = _sum_over(jnp.sum(matrix * matrix), axes)
     else:
-        start = jax.random.normal(jax.random.key(0), (matrix.shape[1], width), matrix.dtype)
-        found = krylov.leading_triplets(krylov.operator_of(matrix, axes), start, k)
+        # K itself is never formed: each product goes through H and R in turn.
+        operator = krylov.Operator(
+            lambda x: _by(hidden, _product(factor.T, x)),
+            lambda y: _product(factor, _sum_over(_by(hidden.T, y), axes)),
+            axes,
+        )
+        start = jax.random.normal(jax.random.key(0), (shape[1], width), factor.dtype)
+        found = krylov.leading_triplets(operator, start, k)
         u, s, v, residual = found.image, found.s, found.basis, found.residual
-    squares = _sum_over(jnp.sum(matrix * matrix), axes)
-    return _gradient(u, s, _product(factor.T, v), squares, residual, k, norm, (rows, v.shape[0]))
+        squares = _sum_over(_squares(hidden, factor), axes)
+    return _gradient(u, s, _product(factor.T, v), squares, residual, k, norm, shape)
 
 
 def from_products(
@@ -180,17 +187,33 @@ def _gradient(
     )
 
 
-def _through_factor(hidden: Array, factor: Array) -> Array:
-    """``H Rᵀ`` in float32; a bfloat16 H is exact, so only R is split into two bfloat16 parts."""
-    if hidden.dtype != jnp.bfloat16 or jax.default_backend() == "cpu":
-        return jnp.einsum("nd,ed->ne", hidden.astype(factor.dtype), factor, precision=_HIGHEST)
-    high = factor.astype(jnp.bfloat16)
-    low = (factor - high.astype(factor.dtype)).astype(jnp.bfloat16)
-    parts = (
-        jnp.einsum("nd,ed->ne", hidden, part, preferred_element_type=factor.dtype)
-        for part in (high, low)
+def _by(hidden: Array, right: Array) -> Array:
+    """``hidden @ right`` in float32. A bfloat16 ``hidden`` is exact, so only ``right`` is split,
+    into three bfloat16 parts: one pass of a matrix unit, and no float32 copy of ``hidden``.
+    """
+    if hidden.dtype != jnp.bfloat16:
+        return _product(hidden.astype(right.dtype), right)
+    parts = []
+    for _ in range(3):
+        parts.append(right.astype(jnp.bfloat16))
+        right = right - parts[-1].astype(right.dtype)
+    products = jnp.matmul(
+        hidden, jnp.concatenate(parts, axis=1), preferred_element_type=right.dtype
     )
-    return sum(parts)
+    return sum(jnp.split(products, 3, axis=1)[::-1], jnp.zeros((), right.dtype))
+
+
+def _squares(hidden: Array, factor: Array) -> Array:
+    """``||H Rᵀ||_F²``, a block of columns at a time."""
+    width = hidden.shape[1]
+    block = next(size for size in range(min(width, 512), 0, -1) if width % size == 0)
+
+    def add(total: Array, rows: Array) -> tuple[Array, None]:
+        products = _by(hidden, rows.T)
+        return total + jnp.sum(products * products), None
+
+    blocks = factor.reshape(width // block, block, width)
+    return jax.lax.scan(add, jnp.zeros((), factor.dtype), blocks)[0]
 
 
 def _sum_over(array: Array, axes: tuple[str, ...]) -> Array:

@@ -307,8 +307,8 @@ def step_parts(program: Program, total_steps: int) -> steps.StepParts:
 def head_plan(program: Program) -> causal.HeadPlan:
     """How the pass over the logits runs on the mesh."""
     training, mesh, vocabulary = program.config.training, program.mesh, program.decoder.vocab_size
-    # A CPU computes from its caches; a matrix unit wants many rows.
-    memory = training.head_memory_mib or (64 if mesh.devices.flat[0].platform == "cpu" else 1024)
+    platform = mesh.devices.flat[0].platform
+    memory = training.head_memory_mib or head.default_memory_mib(platform)
     columns = vocabulary // mesh.shape["tensor"]
     chunk = training.head_chunk or head.chunk_rows(columns, memory * 2**20)
     axes, across = sharding.head_axes(mesh), sharding.across_devices(mesh)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,23 +43,25 @@ MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The device mesh with axes ``data``, ``fsdp``, ``tensor``.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh with axes ``data``, ``fsdp``, ``tensor`` over all devices here, or those given.
 
     Raises:
         InputError: sizes whose product is not the number of devices.
     """
-    devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     sizes = [config.data, config.fsdp, config.tensor]
     if -1 in sizes:
         rest = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = max(devices // rest, 1)
-    if math.prod(sizes) != devices:
+        sizes[sizes.index(-1)] = max(count // rest, 1)
+    if math.prod(sizes) != count:
         raise InputError(
-            f"mesh: expected data x fsdp x tensor to be the {devices} device(s) there are, got "
+            f"mesh: expected data x fsdp x tensor to be the {count} device(s) there are, got "
             f"{' x '.join(map(str, sizes))} = {math.prod(sizes)}. Change them; -1 fills one in."
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    auto = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
 
 
 def logical_axes(path: str) -> tuple[str | None, ...]:
