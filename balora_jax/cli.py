@@ -53,6 +53,14 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", action="append", required=True, help="may be repeated")
     generate.add_argument("--raw", action="store_true", help="do not apply data.template")
     generate.add_argument("--json", help="write prompts and texts to this file")
+
+    bench = _command(commands, "bench", run_bench, "time and memory of a training step")
+    bench.add_argument("--rounds", type=int, default=5, help="counted steps of each case")
+    bench.add_argument("--case", action="append", default=[], help="only this one; repeatable")
+    bench.add_argument("--against", choices=("torch",), help="run the torch reference beside ours")
+    bench.add_argument("--topology", help="compile for a TPU slice instead, such as v5e:4x4")
+    bench.add_argument("--picture", help="draw time and memory to this PNG")
+    bench.add_argument("--json", help="write the figures to this file")
     return parser
 
 
@@ -111,6 +119,26 @@ def run_export(options: argparse.Namespace) -> None:
         config, Path(options.workdir), Path(options.out), format=options.format, rank=options.rank
     )
     _report(figures, options.json)
+
+
+def run_bench(options: argparse.Namespace) -> None:
+    """``balora bench``."""
+    from balora_jax import load_config
+    from balora_jax.bench.run import bench
+    from balora_jax.errors import InputError
+
+    if options.rounds < 1:
+        raise InputError(f"--rounds: expected at least 1, got {options.rounds}. Raise it.")
+    figures = bench(
+        load_config(options.config, options.set),
+        rounds=options.rounds,
+        cases=options.case,
+        against_torch=options.against == "torch",
+        topology=options.topology,
+        picture=None if options.picture is None else Path(options.picture),
+    )
+    if options.json:
+        _report(figures, options.json)
 
 
 def _check_report(file: str | None) -> None:

@@ -45,10 +45,8 @@ def _print_table(rows: int, chunk: int | None, topology: str | None) -> None:
         size = chunk or head.chunk_rows(vocabulary, memory)
         found = [temporaries(f, rows, WIDTH, vocabulary, size, dtype, topology) for f in FORMS]
         cells = "  ".join(f"{size / 2**20:14.0f}" for size in found)
-        print(
-            f"{vocabulary:8d}  {size:5d}  {cells}  {found[3] / found[2]:11.3f}  {found[3] / found[1]:15.3f}",
-            flush=True,
-        )
+        shares = f"{found[3] / found[2]:11.3f}  {found[3] / found[1]:15.3f}"
+        print(f"{vocabulary:8d}  {size:5d}  {cells}  {shares}", flush=True)
 
 
 def temporaries(

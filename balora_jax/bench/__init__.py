@@ -1,0 +1,1 @@
+"""How fast and how large is a training step, and what would it cost elsewhere?"""

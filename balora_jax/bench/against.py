@@ -1,0 +1,137 @@
+"""How does the torch reference compare: same weights, batch and start, in a process beside ours?"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from balora_jax.bench.workload import Weights
+from balora_jax.errors import InputError
+from balora_jax.io.pretrained import Base
+from balora_jax.models import registry
+from balora_jax.training.assemble import Loaded, Program
+
+REFERENCE = Path(__file__).with_name("torch_reference.py")
+
+
+class TorchTrainer:
+    """The reference trainer in its own process; ask it for one step at a time."""
+
+    def __init__(self, process: subprocess.Popen):
+        self.process = process
+        self.setup = self._answer()
+
+    def step(self) -> dict[str, Any]:
+        """One optimizer step: seconds, losses before the update, growth of memory in bytes."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            code = self.process.wait()
+            raise InputError(
+                f"--against torch: expected the reference trainer to answer, it ended with exit "
+                f"code {code}; its message is above. Install it with pip install '.[test]'."
+            )
+        return json.loads(line)
+
+
+@contextmanager
+def torch_trainer(
+    folder: Path, program: Program, base: Base, weights: Weights, loaded: Loaded, threads: int
+) -> Iterator[TorchTrainer]:
+    """Write what the reference needs into ``folder`` and start it.
+
+    torch's allocator is pooled (``MALLOC_MMAP_MAX_=0``), which is faster than glibc's default.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = base.folder if not weights.random else folder.parent / "model"
+    if not model.exists():
+        write_model(model, base, weights)
+    np.savez(folder / "factors.npz", **factors_of(program, loaded))
+    rows = {name: value.reshape(-1, value.shape[-1]) for name, value in weights.batch.items()}
+    np.savez(folder / "batch.npz", **rows)
+    spec = folder / "spec.json"
+    spec.write_text(json.dumps(spec_of(program, model, folder, threads)), encoding="utf-8")
+    environment = os.environ | {"MALLOC_MMAP_MAX_": "0", "OMP_NUM_THREADS": str(threads)}
+    process = subprocess.Popen(
+        [sys.executable, str(REFERENCE), str(spec)], env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        yield TorchTrainer(process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def write_model(folder: Path, base: Base, weights: Weights) -> None:
+    """The shared weights as a folder that ``transformers`` reads."""
+    from safetensors.flax import save_file
+
+    folder.mkdir()
+    (folder / "config.json").write_text((base.folder / "config.json").read_text(), encoding="utf-8")
+    tensors = {}
+    for rule in registry.weight_rules(base.config):
+        array = weights.frozen[rule.path]
+        for i, layer in enumerate(array if rule.stacked else [array]):
+            tensors[rule.name.format(i=i)] = layer.T if rule.transpose else layer
+    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+
+
+def spec_of(program: Program, model: Path, folder: Path, threads: int) -> dict[str, Any]:
+    """What the reference reads: the settings of the step under their names."""
+    config, terms = program.config, program.objective.term_spec
+    training = config.training
+    ranks = {(module.rank, module.alpha) for module in program.modules}
+    if len(ranks) > 1 or training.optimizer != "adamw" or training.lora_plus_ratio != 1.0:
+        raise InputError(
+            "--against torch: expected one rank for all layers and plain AdamW, got other "
+            "settings. Remove rank_pattern, alpha_pattern, optimizer and lora_plus_ratio."
+        )
+    rank, alpha = ranks.pop()
+    return {
+        "model": str(model),
+        "dtype": config.model.dtype,
+        "device": "cuda" if jax.default_backend() == "gpu" else "cpu",
+        "threads": threads,
+        "batch": str(folder / "batch.npz"),
+        "factors": str(folder / "factors.npz"),
+        "origin": config.adapter.start != "lora",
+        "rank": rank,
+        "alpha": alpha,
+        "target_modules": sorted({module.name.rsplit(".", 1)[-1] for module in program.modules}),
+        "consistency": program.objective.consistency,
+        "diversity": program.objective.diversity,
+        "spectral": program.objective.spectral,
+        "temperature": terms.temperature,
+        "top_k": terms.top_k,
+        "k": terms.k,
+        "norm": terms.norm,
+        "learning_rate": training.learning_rate,
+        "betas": [training.beta1, training.beta2],
+        "epsilon": training.epsilon,
+        "weight_decay": training.weight_decay,
+        "clip_norm": training.clip_norm,
+    }
+
+
+def factors_of(program: Program, loaded: Loaded) -> dict[str, np.ndarray]:
+    """Each layer's factors in PEFT's orientation: A [r, in], B [out, r]."""
+    found = {}
+    for module in program.modules:
+        for side, leaf in (("A", "lora_a"), ("B", "lora_b")):
+            factor = np.asarray(loaded.adapters[f"{module.path}.{leaf}"][module.layer])
+            found[f"{module.name}.{side}"] = np.ascontiguousarray(factor.T)
+    return found

@@ -1,0 +1,146 @@
+"""How long does a step take, and how much memory, when cases alternate on one machine?
+
+Whole steps are timed, in turn, so that a machine whose speed drifts slows all of them alike; ratios
+are taken within a round.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from balora_jax.bench.ahead import memory_of
+from balora_jax.training import steps
+from balora_jax.training.assemble import Loaded, Program, constants_of, step_parts
+
+Step = Callable[[], Mapping[str, Any]]
+"""Runs one optimizer step; returns at least ``seconds`` and ``loss``."""
+
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+    "Tesla T4": 65e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+}
+"""Published dense bfloat16 (T4: float16) operations per second, by the start of a device's name."""
+
+
+@dataclass
+class Measured:
+    """What was seen of one case.
+
+    Attributes:
+        seconds: of each counted step.
+        losses: of every step, the first included.
+        memory: bytes per device by the compiler; of the reference, none.
+        compile_seconds: tracing and compilation.
+        rss_growth: most bytes by which a step raised the resident memory of its process; None where
+            the system does not tell.
+        device_peak: most bytes in use on a device, where the device tells.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    memory: dict[str, int] | None = None
+    compile_seconds: float | None = None
+    rss_growth: int | None = None
+    device_peak: int | None = None
+
+    @property
+    def median(self) -> float:
+        """Median seconds of a step."""
+        return statistics.median(self.seconds)
+
+
+class OurStep:
+    """A compiled training step of this package with its state."""
+
+    def __init__(self, program: Program, loaded: Loaded, batch: Mapping[str, Any]):
+        parts = step_parts(program, 10**6)
+        self.mesh, self.key = program.mesh, jax.random.key(program.config.training.seed)
+        with jax.set_mesh(self.mesh):
+            self.state = steps.initial_state(loaded.adapters, parts.optimizer, self.mesh)
+            self.constants = constants_of(program, loaded)
+            self.batch = steps.place_batch(dict(batch), self.mesh)
+            step = steps.compile_step(parts, self.state, self.mesh)
+            began = time.perf_counter()
+            arguments: tuple[Any, ...] = (self.state, self.constants, self.batch, self.key)
+            self.compiled = step.lower(*arguments).compile()
+        self.compile_seconds = time.perf_counter() - began
+        self.memory = memory_of(self.compiled)
+
+    def __call__(self) -> dict[str, Any]:
+        """One step."""
+        before = reset_peak()
+        began = time.perf_counter()
+        self.state, values = self.compiled(self.state, self.constants, self.batch, self.key)
+        jax.block_until_ready((self.state, values))
+        seconds = time.perf_counter() - began
+        peak = resident("VmHWM")
+        growth = None if before is None or peak is None else peak - before
+        statistics_of = jax.local_devices()[0].memory_stats() or {}
+        return {name: float(value) for name, value in values.items()} | {
+            "seconds": seconds,
+            "rss_growth": growth,
+            "device_peak": statistics_of.get("peak_bytes_in_use"),
+        }
+
+
+def alternate(
+    named: Mapping[str, Step], rounds: int, progress: Callable[[str], None]
+) -> dict[str, Measured]:
+    """Run all steps in turn: two rounds that do not count, then ``rounds`` that do."""
+    found = {name: Measured() for name in named}
+    for number in range(rounds + 2):
+        for name, step in named.items():
+            progress(f"round {number + 1} of {rounds + 2}: {name}")
+            values, seen = step(), found[name]
+            seen.losses.append(values["loss"])
+            seen.device_peak = values["device_peak"]
+            if values["rss_growth"] is not None:
+                seen.rss_growth = max(seen.rss_growth or 0, values["rss_growth"])
+            if number >= 2:
+                seen.seconds.append(values["seconds"])
+    for name, step in named.items():
+        if isinstance(step, OurStep):
+            found[name].memory, found[name].compile_seconds = step.memory, step.compile_seconds
+    return found
+
+
+def ratio(of: Measured, to: Measured) -> float:
+    """Median over rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(of.seconds, to.seconds, strict=True))
+
+
+def peak_flops(kind: str) -> float | None:
+    """Operations per second of a device; None for one that is not in the table."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)), None)
+
+
+def reset_peak() -> int | None:
+    """Let the peak of resident memory start from now; bytes resident, None where not possible."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return None
+    return resident("VmRSS")
+
+
+def resident(key: str) -> int | None:
+    """``VmRSS`` or ``VmHWM`` of this process in bytes; None where the system does not tell."""
+    file = Path("/proc/self/status")
+    if not file.is_file():
+        return None
+    for line in file.read_text(encoding="ascii").splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    return None

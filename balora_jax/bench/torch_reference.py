@@ -1,0 +1,223 @@
+"""What does the same training step cost in torch, written as a user of transformers and peft would?
+
+Two full models (the student with PEFT adapters, the frozen teacher), all logits of both, and the
+three terms of the paper on the rows that count. Not imported by the package: ``balora bench
+--against torch`` runs this file in a process of its own (torch comes with the extra ``test``),
+gives it a folder with weights, batch and adapter factors, and asks for one step at a time.
+
+Protocol: ``python torch_reference.py SPEC.json`` prints a JSON line when it is ready, then one for
+every line ``step`` on standard input, until ``quit``.
+"""
+
+import contextlib
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+IGNORED = -100
+
+
+def main(arguments: list[str]) -> int:
+    """Load what the spec names and answer steps; 0 when done, 2 for a spec that cannot be used."""
+    try:
+        spec = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+        import peft  # noqa: F401
+        import torch
+        import transformers
+    except (IndexError, OSError, ValueError, ImportError) as error:
+        print(f"torch_reference: expected SPEC.json and torch with peft, got {error}.",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    torch.set_num_threads(spec["threads"])
+    transformers.utils.logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
+    began = time.perf_counter()
+    with contextlib.redirect_stdout(sys.stderr):
+        trainer = Trainer(spec)
+    resident = memory("VmRSS")
+    say(ready=True, setup_seconds=time.perf_counter() - began, rss=resident,
+        trainable_parameters=sum(p.numel() for p in trainer.parameters))  # fmt: skip
+    for line in sys.stdin:
+        if line.strip() != "step":
+            break
+        with contextlib.redirect_stdout(sys.stderr):
+            found = trainer.step()
+        peak = memory("VmHWM")
+        growth = None if peak is None or resident is None else peak - resident
+        say(**found, rss_growth=growth, device_peak=trainer.device_peak())
+    return 0
+
+
+def say(**values: Any) -> None:
+    """One JSON line."""
+    print(json.dumps(values), flush=True)
+
+
+def memory(key: str) -> int | None:
+    """``VmRSS`` or ``VmHWM`` of this process in bytes; None where the system does not tell."""
+    file = Path("/proc/self/status")
+    if not file.is_file():
+        return None
+    for line in file.read_text(encoding="ascii").splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+class Trainer:
+    """Models, adapters, optimizer and the one batch."""
+
+    def __init__(self, spec: dict[str, Any]):
+        import numpy as np
+        import torch
+
+        self.spec, self.device = spec, torch.device(spec["device"])
+        self.student = self.load_student()
+        self.teacher = self.load_base().eval() if spec["consistency"] else None
+        batch = np.load(spec["batch"])
+        self.ids = torch.tensor(batch["input_ids"], dtype=torch.long, device=self.device)
+        segments = torch.tensor(batch["segment_ids"], device=self.device)
+        self.attention_mask = (segments > 0).long()
+        labels = torch.where(torch.tensor(batch["loss_mask"], device=self.device) > 0,
+                             self.ids, IGNORED)[:, 1:]  # fmt: skip
+        self.counted = (labels != IGNORED) & (segments[:, 1:] == segments[:, :-1])
+        self.labels = labels[self.counted]
+        self.parameters = [p for p in self.student.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=spec["learning_rate"], betas=tuple(spec["betas"]),
+            eps=spec["epsilon"], weight_decay=spec["weight_decay"],
+        )  # fmt: skip
+
+    def load_base(self) -> Any:
+        """The pretrained model, frozen."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(
+            self.spec["model"], dtype=getattr(torch, self.spec["dtype"]), use_safetensors=True,
+            local_files_only=True, trust_remote_code=False,
+        )  # fmt: skip
+        model.config.use_cache = False
+        return model.requires_grad_(False).to(self.device)
+
+    def load_student(self) -> Any:
+        """The model with PEFT adapters at the given factors, on the residual if they are a part."""
+        import numpy as np
+        import torch
+        from peft import LoraConfig, get_peft_model
+
+        spec, base = self.spec, self.load_base()
+        config = LoraConfig(
+            r=spec["rank"], lora_alpha=spec["alpha"], target_modules=spec["target_modules"],
+            lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+        )  # fmt: skip
+        student = get_peft_model(base, config)
+        factors = np.load(spec["factors"])
+        with torch.no_grad():
+            for name, module in student.base_model.model.named_modules():
+                if not hasattr(module, "lora_A"):
+                    continue
+                a, b = (torch.tensor(factors[f"{name}.{side}"]) for side in "AB")
+                adapter_a, adapter_b = module.lora_A["default"], module.lora_B["default"]
+                adapter_a.to(torch.float32).weight.copy_(a)
+                adapter_b.to(torch.float32).weight.copy_(b)
+                if spec["origin"]:
+                    weight = module.base_layer.weight
+                    start = module.scaling["default"] * (b.to(self.device) @ a.to(self.device))
+                    weight.copy_((weight.float() - start).to(weight.dtype))
+        return student.train()
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step; seconds of wall time and the losses before the update."""
+        import torch
+
+        self.synchronize()
+        began = time.perf_counter()
+        loss, parts = self.loss()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.parameters, self.spec["clip_norm"] or float("inf")
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        values = {"loss": loss.item(), "grad_norm": norm.item()}
+        values |= {name: part.item() for name, part in parts.items()}
+        self.synchronize()
+        return {"seconds": time.perf_counter() - began} | values
+
+    def loss(self) -> tuple[Any, dict[str, Any]]:
+        """The paper's objective on the rows that predict a counted token."""
+        import torch
+
+        spec = self.spec
+        logits = self.rows(self.student)
+        loss = torch.nn.functional.cross_entropy(logits, self.labels)
+        zero = loss.new_zeros(())
+        parts = {"task_loss": loss, "consistency": zero, "diversity": zero, "spectral": zero}
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher = self.rows(self.teacher)
+            parts["consistency"] = consistency(logits, teacher, spec["temperature"])
+        if spec["diversity"]:
+            parts["diversity"] = negative_entropy(logits, spec["top_k"])
+        if spec["spectral"]:
+            parts["spectral"] = negative_ratio(logits, spec["k"], spec["norm"])
+        for name in ("consistency", "diversity", "spectral"):
+            loss = loss + spec[name] * parts[name]
+        return loss, parts
+
+    def rows(self, model: Any) -> Any:
+        """Float32 logits [M, V] of the rows that count."""
+        logits = model(input_ids=self.ids, attention_mask=self.attention_mask).logits
+        return logits[:, :-1][self.counted].float()
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that the clock means something."""
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def device_peak(self) -> int | None:
+        """Most bytes of device memory so far."""
+        import torch
+
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+
+
+def consistency(student: Any, teacher: Any, temperature: float) -> Any:
+    """``T² · mean KL(softmax(z_T/T) ‖ softmax(z_S/T))``."""
+    from torch.nn.functional import kl_div, log_softmax
+
+    return temperature**2 * kl_div(
+        log_softmax(student / temperature, -1), log_softmax(teacher / temperature, -1),
+        reduction="batchmean", log_target=True,
+    )  # fmt: skip
+
+
+def negative_entropy(logits: Any, top_k: int) -> Any:
+    """Minus the mean entropy of the renormalised top-K softmax; 0 is the entire vocabulary."""
+    from torch.nn.functional import log_softmax
+
+    kept = logits.topk(top_k, -1).values if top_k else logits
+    log_p = log_softmax(kept, -1)
+    return (log_p.exp() * log_p).sum(-1).mean()
+
+
+def negative_ratio(logits: Any, k: int, norm: str) -> Any:
+    """Minus the share of the k leading singular values; estimated as published where V > 4096."""
+    import torch
+
+    if norm == "nuclear" or logits.shape[1] <= 4096:
+        values = torch.linalg.svdvals(logits)
+    else:
+        values = torch.svd_lowrank(logits, q=k + 5, niter=2)[1]
+    size = values.sum() if norm == "nuclear" else torch.linalg.matrix_norm(logits)
+    return -values[:k].sum() / size
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
