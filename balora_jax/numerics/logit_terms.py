@@ -86,15 +86,25 @@ class RowChoice(NamedTuple):
 
 
 class _Softmax(NamedTuple):
-    """``exp(z/T - max)`` of each row, with the sum over the entire vocabulary."""
+    """``softmax(z / T)`` by its row constants: ``log p = (z - largest) / T - log_total``.
 
-    shifted: Array
-    weight: Array
-    total: Array
+    Each use forms the probabilities again from the logits: an exponential costs less than an array
+    of ``[N, V]`` that is written and read back.
+    """
+
+    logits: Array
+    largest: Array
+    log_total: Array
+    temperature: float
+
+    @property
+    def log_p(self) -> Array:
+        # The row's maximum first keeps differences exact where a row has a large offset.
+        return (self.logits - self.largest) / self.temperature - self.log_total
 
     @property
     def probability(self) -> Array:
-        return self.weight / self.total
+        return jnp.exp(self.log_p)
 
 
 def terms_and_gradient(
@@ -154,13 +164,17 @@ def entropy_sum(
 
 
 def _softmax(logits: Array, temperature: float, axis: str | None) -> _Softmax:
-    # Subtracting the row's maximum first keeps differences exact where a row has a large offset.
-    largest = jnp.max(logits, axis=1, keepdims=True)
+    largest = _row_max(logits)
     if axis is not None:
         largest = jax.lax.pmax(largest, axis)
-    shifted = (logits - largest) / temperature
-    weight = jnp.exp(shifted)
-    return _Softmax(shifted, weight, _row_sum(weight, axis)[:, None])
+    total = _row_sum(jnp.exp((logits - largest) / temperature), axis)
+    return _Softmax(logits, largest, jnp.log(total)[:, None], temperature)
+
+
+def _row_max(logits: Array) -> Array:
+    # Not jnp.max: the CPU compiler would fuse that into the product which made the logits, and the
+    # product would take more than twice as long.
+    return -jnp.min(-logits, axis=1, keepdims=True)
 
 
 def _row_sum(entries: Array, axis: str | None) -> Array:
@@ -169,19 +183,18 @@ def _row_sum(entries: Array, axis: str | None) -> Array:
 
 
 def _entropy(softmax: _Softmax, axis: str | None) -> Array:
-    total = softmax.total[:, 0]
-    return jnp.log(total) - _row_sum(softmax.weight * softmax.shifted, axis) / total
+    return -_row_sum(softmax.probability * softmax.log_p, axis)
 
 
 def _cross_entropy(
     softmax: _Softmax, rows: RowChoice, scale: Array, axis: str | None
 ) -> tuple[Array, Array]:
-    columns = jax.lax.broadcasted_iota(jnp.int32, softmax.shifted.shape, 1)
+    columns = jax.lax.broadcasted_iota(jnp.int32, softmax.logits.shape, 1)
     if axis is not None:
         columns = columns + jax.lax.axis_index(axis).astype(jnp.int32) * columns.shape[1]
     is_label = columns == rows.labels[:, None]
-    chosen = _row_sum(jnp.where(is_label, softmax.shifted, 0), axis)
-    losses = jnp.where(rows.label_mask, jnp.log(softmax.total[:, 0]) - chosen, 0)
+    chosen = _row_sum(jnp.where(is_label, softmax.logits - softmax.largest, 0), axis)
+    losses = jnp.where(rows.label_mask, softmax.log_total[:, 0] - chosen, 0)
     factor = jnp.where(rows.label_mask, scale, 0)[:, None]
     return jnp.sum(losses), factor * (softmax.probability - is_label)
 
@@ -195,12 +208,15 @@ def _divergence(
     axis: str | None,
 ) -> tuple[Array, Array]:
     s, t = (_softmax(z, spec.temperature, axis) for z in (student, teacher))
-    cross = _row_sum(t.weight * (t.shifted - s.shifted), axis) / t.total[:, 0]
-    divergence = cross + jnp.log(s.total[:, 0]) - jnp.log(t.total[:, 0])
+    # Formed once and kept for both uses: the CPU compiler would rather keep three other arrays.
+    p = jax.lax.optimization_barrier(t.probability)
+    moved = (teacher - student) - (t.largest - s.largest)
+    mean_moved = _row_sum(p * moved, axis) / spec.temperature
+    divergence = mean_moved + s.log_total[:, 0] - t.log_total[:, 0]
     counted = rows.term_mask & ~rows.equal
     value = spec.temperature**2 * jnp.sum(jnp.where(counted, divergence, 0))
     factor = jnp.where(counted, spec.temperature * scale, 0)[:, None]
-    return value, factor * (s.probability - t.probability)
+    return value, factor * (s.probability - p)
 
 
 def _negative_entropy(
@@ -215,14 +231,14 @@ def _negative_entropy(
     factor = jnp.where(rows.term_mask, scale, 0)[:, None]
     if not 0 < spec.top_k < vocabulary:
         entropy = _entropy(softmax, axis)
-        inner = softmax.shifted - jnp.log(softmax.total) + entropy[:, None]
+        inner = softmax.log_p + entropy[:, None]
         gradient = factor * softmax.probability * inner
         return -jnp.sum(jnp.where(rows.term_mask, entropy, 0)), gradient
     found = top_k.largest(student, spec.top_k, axis)
     best = _softmax(found.values, 1.0, None)
     entropy = _entropy(best, None)
     # log p of any entry among the K best; the first of them is the row's maximum.
-    log_p = student - found.values[:, :1] - jnp.log(best.total)
+    log_p = student - found.values[:, :1] - best.log_total
     inner = jnp.exp(log_p) * (log_p + entropy[:, None])
     gradient = factor * jnp.where(top_k.chosen(student, found, axis), inner, 0)
     return -jnp.sum(jnp.where(rows.term_mask, entropy, 0)), gradient

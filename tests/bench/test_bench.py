@@ -1,0 +1,160 @@
+"""`balora bench`: its cases, figures, torch reference, errors and picture, on a tiny model."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from balora_jax import cli
+from balora_jax.bench import measure, report, workload
+from balora_jax.bench.run import bench
+from balora_jax.config import parse_config
+from balora_jax.training import assemble
+
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 151,
+    "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    "hidden_act": "silu", "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    (folder / "config.json").write_text(json.dumps(SHAPE))
+    return {
+        "model": {"name_or_path": str(folder)},
+        "adapter": {"start": "pissa", "rank": 4},
+        "regularizers": {"top_k": 5, "k": 3, "diversity": 0.0},
+        "data": {"train": "balora_jax:quickstart/train.jsonl", "max_length": 16},
+        "training": {"max_steps": 10, "batch_size": 3, "learning_rate": 1e-2},
+    }
+
+
+@pytest.fixture(scope="module")
+def figures(tree, tmp_path_factory):
+    picture = tmp_path_factory.mktemp("picture") / "bench.png"
+    found = bench(
+        parse_config(tree, "here"), rounds=2, cases=["BA-LoRA"], against_torch=True, picture=picture
+    )
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    return {row["case"]: row for row in found["rows"]} | {"all": found}
+
+
+def test_the_reference_does_the_same_work(figures):
+    """Ten steps of optimisation with all terms: an independent trainer has the same losses."""
+    for name in ("LoRA", "BA-LoRA"):
+        ours, torch = figures[name]["losses"], figures[f"torch {name}"]["losses"]
+        assert len(ours) == len(torch) == 10
+        np.testing.assert_allclose(ours, torch, rtol=2e-5)
+        assert ours[-1] < ours[0] - 0.01
+        assert figures[name]["largest_loss_difference"] < 2e-4
+    # The terms are in the loss: a different number from LoRA's.
+    assert abs(figures["BA-LoRA"]["losses"][0] - figures["LoRA"]["losses"][0]) > 1e-3
+
+
+def test_figures_of_a_case(figures):
+    row = figures["BA-LoRA"]
+    assert row["seconds_min"] <= row["seconds"] <= row["seconds_max"]
+    assert row["tokens_per_second"] == pytest.approx(3 * 16 / row["seconds"])
+    assert row["memory"]["total"] >= row["memory"]["arguments"] > 0
+    assert row["compile_seconds"] > 0
+    assert {"over_lora", "over_torch"} <= set(row)
+    assert figures["torch LoRA"]["memory"] is None
+    if sys.platform == "linux":
+        assert figures["torch BA-LoRA"]["rss_growth"] > 0
+    assert figures["all"]["counted_tokens"] == 3 * 15
+    assert figures["all"]["weights"] == "random"
+
+
+def test_the_table_has_a_line_for_each_case(figures):
+    lines = report.table(figures["all"]).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 2 + 4
+    assert len({line.count("|") for line in table}) == 1
+    assert "largest difference of the loss" in lines[-1]
+
+
+def test_cases_change_what_they_say(tree):
+    config = parse_config(tree, "here")
+    found = {case.name: workload.configured(config, case) for case in workload.CASES}
+    terms = {
+        name: [term for term in workload.TERMS if getattr(case.regularizers, term)]
+        for name, case in found.items()
+    }
+    assert terms["LoRA"] == terms["PiSSA"] == terms["LoRA, plain head"] == []
+    for term in workload.TERMS:
+        assert terms[f"+ {term}"] == [term]
+    assert terms["BA-LoRA"] == terms["BA-LoRA, plain head"] == list(workload.TERMS)
+    assert found["LoRA"].adapter.start == "lora"
+    assert found["BA-LoRA"].adapter.start == "pissa"
+    assert found["BA-LoRA"].regularizers.consistency_schedule == "constant"
+    assert found["BA-LoRA"].regularizers.diversity == 0.005  # off in the config: published weight
+    heads = {name: case.training.head for name, case in found.items()}
+    assert heads["LoRA"] == "fused"
+    assert heads["BA-LoRA, plain head"] == "plain"
+
+
+def test_model_flops_by_hand(tree):
+    config = parse_config(tree, "here")
+    by_name = {case.name: case for case in workload.CASES}
+    decoder = workload.shapes_only(config.model.name_or_path).config
+    tokens, counted = 48, 45
+    linear = 2 * (24 * 24 * 2 + 2 * 24 * 12 + 3 * 24 * 40)
+    adapters = 2 * 4 * (2 * (24 + 24) + 2 * (24 + 12) + 3 * (24 + 40))
+    head = 151 * 24 * counted
+    attention = 2 * 2 * (2 * 24) * 16 * tokens / 2
+    expected = {
+        "LoRA": 4 * linear * tokens + 6 * adapters * tokens + 4 * head + 3 * attention,
+        "BA-LoRA": 6 * linear * tokens + 12 * adapters * tokens + 6 * head + 4 * attention,
+    }
+    for name, flops in expected.items():
+        program, _ = assemble.program_of(workload.configured(config, by_name[name]), decoder)
+        assert workload.model_flops(program, tokens, counted) == flops
+
+
+def test_a_checkpoint_with_weights_gives_its_own_batch():
+    config = parse_config(
+        {
+            "model": {"name_or_path": "balora_jax:quickstart/model"},
+            "data": {"train": "balora_jax:quickstart/train.jsonl", "train_limit": 20},
+            "training": {"max_steps": 5, "batch_size": 4},
+        },
+        "here",
+    )
+    base, weights = workload.weights_of(config)
+    assert not weights.random
+    assert (base.folder / "model.safetensors").is_file()
+    assert 0 < weights.batch["loss_mask"].mean() < 1
+
+
+def test_ratio_is_within_rounds():
+    slow, fast = measure.Measured([2.0, 9.0, 3.0]), measure.Measured([1.0, 3.0, 3.0])
+    assert measure.ratio(slow, fast) == 2.0
+    assert measure.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert measure.peak_flops("cpu") is None
+
+
+def test_command_line_and_messages(tree, tmp_path, capsys):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(json.dumps(tree))
+    out = tmp_path / "out.json"
+    arguments = ["bench", str(config), "--rounds", "1", "--case", "LoRA", "--json", str(out)]
+    assert cli.main(arguments) == 0
+    found = json.loads(out.read_text())
+    assert [row["case"] for row in found["rows"]] == ["LoRA"]
+    assert found["machine"]["device"] == f"{jax.device_count()} x cpu"
+    capsys.readouterr()
+    for extra, message in {
+        ("--case", "DoRA"): "--case: expected one of LoRA, PiSSA, + consistency, + diversity, "
+        "+ spectral, BA-LoRA, LoRA, plain head, BA-LoRA, plain head, got 'DoRA'. Choose among "
+        "them.",
+        ("--rounds", "0"): "--rounds: expected at least 1, got 0. Raise it.",
+        ("--topology", "v5e"): "--topology: expected v4, v5e, v5p, v6e and a shape, such as "
+        "v5e:4x4 or v5p:2x2x1, got 'v5e'. Correct it.",
+    }.items():
+        assert cli.main(["bench", str(config), *extra]) == 2
+        assert capsys.readouterr().err == f"balora: {message}\n"
