@@ -31,14 +31,16 @@ class ModelConfig(Section):
             folder inside this package.
         revision: hub revision.
         dtype: of the frozen weights and activations.
-        remat: what the backward recomputes: ``none``, ``dots`` (all but matrix products), ``full``.
+        remat: what the backward recomputes: ``none``, ``dots`` (all but matrix products), ``full``
+            (each layer), or ``offload`` (as ``dots``, with the products kept in the host's memory;
+            GPU and TPU).
         attention: kernel; ``auto`` takes cuDNN's where the device and dtype allow it.
     """
 
     name_or_path: str
     revision: str | None = None
     dtype: Dtype = "float32"
-    remat: Literal["none", "dots", "full"] = "full"
+    remat: Literal["none", "dots", "full", "offload"] = "full"
     attention: Literal["auto", "xla", "cudnn"] = "auto"
 
 

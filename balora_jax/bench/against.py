@@ -59,8 +59,9 @@ def torch_trainer(
     model = base.folder if not weights.random else folder.parent / "model"
     if not model.exists():
         write_model(model, base, weights)
-    np.savez(folder / "factors.npz", **factors_of(program, loaded))
-    rows = {name: value.reshape(-1, value.shape[-1]) for name, value in weights.batch.items()}
+    factors: dict[str, Any] = factors_of(program, loaded)
+    np.savez(folder / "factors.npz", **factors)
+    rows: dict[str, Any] = {k: v.reshape(-1, v.shape[-1]) for k, v in weights.batch.items()}
     np.savez(folder / "batch.npz", **rows)
     spec = folder / "spec.json"
     spec.write_text(json.dumps(spec_of(program, model, folder, threads)), encoding="utf-8")
@@ -99,6 +100,11 @@ def spec_of(program: Program, model: Path, folder: Path, threads: int) -> dict[s
         raise InputError(
             "--against torch: expected one rank for all layers and plain AdamW, got other "
             "settings. Remove rank_pattern, alpha_pattern, optimizer and lora_plus_ratio."
+        )
+    if config.data.packing:
+        raise InputError(
+            "--against torch: expected one example a row, got data.packing, which a padding mask "
+            "cannot express. Switch packing off."
         )
     rank, alpha = ranks.pop()
     return {

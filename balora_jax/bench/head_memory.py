@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from balora_jax.bench.ahead import ENVIRONMENT
+from balora_jax.bench.ahead import ENVIRONMENT, memory_of
 
 ROWS, WIDTH = 4096, 4096
 VOCABULARIES = (32000, 128256, 256000)
@@ -103,7 +103,7 @@ def temporaries(
         shape(width, width, kind=jnp.float32),
     )
     compiled = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    return memory_of(compiled)["temporaries"]
 
 
 def _published_spectral(logits: Any) -> Any:

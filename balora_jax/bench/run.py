@@ -54,12 +54,12 @@ def bench(
             raise InputError(
                 f"--case: expected one of {', '.join(known)}, got {name!r}. Choose among them."
             )
-    figures: dict[str, Any] = {"versions": metrics.versions(), "machine": _machine()}
+    figures: dict[str, Any] = {"versions": metrics.versions()}
     if topology is not None:
         figures |= {"topology": topology, "rows": ahead.compiled_for(topology, config, cases)}
         print(report.ahead_table(figures))
         return figures
-    figures |= _measured(config, rounds, cases, against_torch)
+    figures |= {"machine": _machine()} | _measured(config, rounds, cases, against_torch)
     print(report.table(figures))
     if picture is not None and report.draw(figures, picture):
         print(f"picture: {picture}")

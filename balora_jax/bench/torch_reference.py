@@ -24,21 +24,28 @@ def main(arguments: list[str]) -> int:
     """Load what the spec names and answer steps; 0 when done, 2 for a spec that cannot be used."""
     try:
         spec = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
-        import peft  # noqa: F401
+        import peft
         import torch
         import transformers
     except (IndexError, OSError, ValueError, ImportError) as error:
         print(f"torch_reference: expected SPEC.json and torch with peft, got {error}.",
               file=sys.stderr)  # fmt: skip
         return 2
-    torch.set_num_threads(spec["threads"])
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
     began = time.perf_counter()
-    with contextlib.redirect_stdout(sys.stderr):
-        trainer = Trainer(spec)
+    try:
+        torch.set_num_threads(spec["threads"])
+        with contextlib.redirect_stdout(sys.stderr):
+            trainer = Trainer(spec)
+    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+        print(f"torch_reference: expected a spec that can be set up, got {reason}.",
+              file=sys.stderr)  # fmt: skip
+        return 2
     resident = memory("VmRSS")
-    say(ready=True, setup_seconds=time.perf_counter() - began, rss=resident,
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
+    say(ready=True, setup_seconds=time.perf_counter() - began, rss=resident, versions=versions,
         trainable_parameters=sum(p.numel() for p in trainer.parameters))  # fmt: skip
     for line in sys.stdin:
         if line.strip() != "step":
@@ -80,6 +87,8 @@ class Trainer:
         batch = np.load(spec["batch"])
         self.ids = torch.tensor(batch["input_ids"], dtype=torch.long, device=self.device)
         segments = torch.tensor(batch["segment_ids"], device=self.device)
+        if segments.max() > 1:  # a padding mask cannot keep packed examples apart
+            raise ValueError("rows with several segments; switch packing off")
         self.attention_mask = (segments > 0).long()
         labels = torch.where(torch.tensor(batch["loss_mask"], device=self.device) > 0,
                              self.ids, IGNORED)[:, 1:]  # fmt: skip
@@ -96,7 +105,7 @@ class Trainer:
         import torch
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             self.spec["model"], dtype=getattr(torch, self.spec["dtype"]), use_safetensors=True,
             local_files_only=True, trust_remote_code=False,
         )  # fmt: skip
@@ -117,7 +126,8 @@ class Trainer:
         student = get_peft_model(base, config)
         factors = np.load(spec["factors"])
         with torch.no_grad():
-            for name, module in student.base_model.model.named_modules():
+            modules: Any = student.base_model.model
+            for name, module in modules.named_modules():
                 if not hasattr(module, "lora_A"):
                     continue
                 a, b = (torch.tensor(factors[f"{name}.{side}"]) for side in "AB")

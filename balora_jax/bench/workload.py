@@ -182,9 +182,10 @@ def abstract_arguments(program: Program, total_steps: int) -> tuple[Any, ...]:
     mesh = program.mesh
     parts = assemble.step_parts(program, total_steps)
     state = steps.abstract_state(program.student.adapters, parts.optimizer, mesh)
-    frozen = sharding.with_shardings(program.plain.frozen, mesh)
-    origin = sharding.with_shardings(program.student.origin, mesh)
-    factor, width = None, program.decoder.hidden_size
+    frozen: Any = sharding.with_shardings(program.plain.frozen, mesh)
+    origin: Any = sharding.with_shardings(program.student.origin, mesh)
+    factor: Any = None
+    width = program.decoder.hidden_size
     if assemble.needs_factor(program):
         factor = jax.ShapeDtypeStruct(
             (width, width), jnp.float32, sharding=sharding.replicated(mesh)

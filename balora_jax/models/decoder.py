@@ -27,7 +27,7 @@ from balora_jax.models.layers import (
 )
 from balora_jax.numerics.head import LINEAR, LogitMap
 
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "full", "offload"]
 Cache = dict[str, Array]
 
 
@@ -269,13 +269,18 @@ class Decoder(nnx.Module):
 
 
 def checkpointed(body, remat: Remat):
-    """Rematerialise a layer in the backward: nothing, all but matrix products, or all of it."""
+    """Rematerialise a layer in the backward: nothing, all but matrix products, or all of it.
+
+    ``offload`` is ``dots`` with the products kept in the host's memory.
+    """
     if remat == "none":
         return body
     policies = jax.checkpoint_policies
-    policy = (
-        policies.nothing_saveable if remat == "full" else policies.dots_with_no_batch_dims_saveable
-    )
+    policy = {
+        "full": policies.nothing_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    }[remat]
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 

@@ -142,7 +142,9 @@ def _all_triplets(
 ) -> tuple[Array, Array, Array]:
     """Every triplet of a Z with few rows or few columns: a product with an identity is Z itself."""
     if shape[0] > shape[1]:
-        v, s, u = _all_triplets(transpose, apply, own[::-1], shape[::-1], column_axes, row_axes)
+        v, s, u = _all_triplets(
+            transpose, apply, (own[1], own[0]), (shape[1], shape[0]), column_axes, row_axes
+        )
         return u, s, v
     first = jax.lax.axis_index(row_axes) * own[0] if row_axes else 0
     identity = jnp.equal(first + jnp.arange(own[0])[:, None], jnp.arange(shape[0]))

@@ -176,6 +176,11 @@ def program_of(
         dropout=config.adapter.dropout,
     )
     mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
+    if config.model.remat == "offload" and mesh.devices.flat[0].platform == "cpu":
+        raise InputError(
+            "model.remat: expected none, dots or full on a CPU, got offload: there is no other "
+            "memory to move to. Choose one of them."
+        )
     sharding.shardings(plain.frozen, mesh)
     training = config.training
     sharding.check_batch(training.batch_size // training.accumulation, mesh)

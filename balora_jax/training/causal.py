@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from balora_jax.array_types import Array, Bool, Float, Int, PRNGKeyArray, Scalar
 from balora_jax.models.decoder import Decoder, Structure
 from balora_jax.numerics import head, objective
-from balora_jax.numerics.head import HeadAxes, Rows
+from balora_jax.numerics.head import Adapt, HeadAxes, HeadTerms, Rows
 from balora_jax.numerics.logit_terms import TermScales
 from balora_jax.numerics.objective import Objective, adaptive_weight
 
@@ -163,8 +163,8 @@ class CausalLoss:
         constants: Constants,
         scales: TermScales,
         emphasis: TermScales | None,
-        adapt: head.Adapt,
-    ) -> tuple[Scalar, head.HeadTerms]:
+        adapt: Adapt,
+    ) -> tuple[Scalar, HeadTerms]:
         def emphasised(scales: TermScales, mean_entropy: Scalar | None = None) -> TermScales:
             if mean_entropy is not None:
                 scales = adapt(scales, mean_entropy)

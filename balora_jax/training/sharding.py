@@ -43,7 +43,7 @@ MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh with axes ``data``, ``fsdp``, ``tensor`` over all devices here, or those given.
 
     Raises:

@@ -138,7 +138,7 @@ def abstract_state(
         placed,
         transform_non_params=lambda leaf: struct(leaf, replicated(mesh)),
     )
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     return TrainState(step, jax.tree.map(struct, adapters, placed), opt_state)
 
 
