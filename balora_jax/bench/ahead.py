@@ -36,7 +36,8 @@ def compiled_for(topology: str, config: RunConfig, names: Sequence[str]) -> list
     """Compile cases of a config for a TPU slice such as ``v5e:4x4``; figures of each.
 
     Returns:
-        A row per case: ``case``, ``bytes_per_device`` (arguments, temporaries, output, total),
+        A row per case: ``case``, ``bytes_per_device`` (arguments, temporaries, output, total; None
+        where the step does not fit, and ``does_not_fit`` then says what it needs),
         ``flops_per_device`` (model FLOPs over devices), ``compile_seconds``.
 
     Raises:
@@ -104,12 +105,21 @@ def compile_case(config: RunConfig, name: str, decoder: Any, mesh: Any) -> dict[
     began = time.monotonic()
     with jax.set_mesh(mesh):
         step = steps.compile_step(assemble.step_parts(program, 10), arguments[0], mesh)
-        compiled = step.lower(*arguments).compile()
+        lowered = step.lower(*arguments)
+        try:
+            compiled, needed = lowered.compile(), None
+        except jax.errors.JaxRuntimeError as error:
+            # A step that is too large is a result; whatever else the compiler refuses is not.
+            found = re.search(r"[Uu]sed (\S+) of (\S+) hbm", str(error))
+            if found is None:
+                raise
+            compiled, needed = None, f"{found[1]} of {found[2]}"
     tokens = config.training.batch_size * config.data.max_length
     counted = tokens - config.training.batch_size
     return {
         "case": name,
-        "bytes_per_device": memory_of(compiled),
+        "bytes_per_device": None if compiled is None else memory_of(compiled),
+        "does_not_fit": needed,
         "flops_per_device": workload.model_flops(program, tokens, counted) / mesh.size,
         "compile_seconds": round(time.monotonic() - began, 1),
     }

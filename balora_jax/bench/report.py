@@ -65,7 +65,10 @@ def ahead_table(figures: Mapping[str, Any]) -> str:
     rows = []
     for row in figures["rows"]:
         size = row["bytes_per_device"]
-        gib = [f"{size[part] / 2**30:.2f}" for part in ("arguments", "temporaries", "total")]
+        if size is None:
+            gib = ["–", "–", f"does not fit: {row['does_not_fit']}"]
+        else:
+            gib = [f"{size[part] / 2**30:.2f}" for part in ("arguments", "temporaries", "total")]
         flops = f"{row['flops_per_device'] / 1e12:.1f}"
         rows.append([row["case"], *gib, flops, f"{row['compile_seconds']:.0f}"])
     title = f"per device of {figures['topology']}, compiled ahead; jax {figures['versions']['jax']}"

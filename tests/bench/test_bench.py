@@ -158,3 +158,17 @@ def test_command_line_and_messages(tree, tmp_path, capsys):
     }.items():
         assert cli.main(["bench", str(config), *extra]) == 2
         assert capsys.readouterr().err == f"balora: {message}\n"
+
+
+def test_table_of_steps_compiled_ahead():
+    size = {"arguments": 2**30, "temporaries": 2**29, "total": 3 * 2**29, "output": 0}
+    common = {"flops_per_device": 2e12, "compile_seconds": 31.4}
+    rows = [
+        {"case": "LoRA", "bytes_per_device": size, "does_not_fit": None, **common},
+        {"case": "BA-LoRA", "bytes_per_device": None, "does_not_fit": "25.9G of 15.8G", **common},
+    ]
+    shown = report.ahead_table({"topology": "v5e:4x4", "versions": {"jax": "0"}, "rows": rows})
+    assert shown.splitlines()[-2:] == [
+        "| LoRA | 1.00 | 0.50 | 1.50 | 2.0 | 31 |",
+        "| BA-LoRA | – | – | does not fit: 25.9G of 15.8G | 2.0 | 31 |",
+    ]
