@@ -110,7 +110,7 @@ def compile_case(config: RunConfig, name: str, decoder: Any, mesh: Any) -> dict[
             compiled, needed = lowered.compile(), None
         except jax.errors.JaxRuntimeError as error:
             # A step that is too large is a result; whatever else the compiler refuses is not.
-            found = re.search(r"[Uu]sed (\S+) of (\S+) hbm", str(error))
+            found = re.search(r"temporaries \((\S+)\) exceeds available HBM \((\S+)\)", str(error))
             if found is None:
                 raise
             compiled, needed = None, f"{found[1]} of {found[2]}"
