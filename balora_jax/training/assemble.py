@@ -316,5 +316,10 @@ def head_plan(program: Program) -> causal.HeadPlan:
     memory = training.head_memory_mib or head.default_memory_mib(platform)
     columns = vocabulary // mesh.shape["tensor"]
     chunk = training.head_chunk or head.chunk_rows(columns, memory * 2**20)
-    axes, across = sharding.head_axes(mesh), sharding.across_devices(mesh)
-    return causal.HeadPlan(training.head, chunk, axes, across)
+    return causal.HeadPlan(
+        training.head,
+        chunk,
+        sharding.head_axes(mesh),
+        sharding.across_devices(mesh),
+        sharding.head_layout(mesh),
+    )

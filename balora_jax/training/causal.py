@@ -85,12 +85,14 @@ class HeadPlan:
         chunk: rows per chunk on a device; not read by ``plain``.
         axes: mesh axes that are manual inside ``across``.
         across: runs the pass on every device's own rows and vocabulary.
+        layout: lays rows and head out for ``plain``.
     """
 
     kind: Literal["fused", "plain"]
     chunk: int
     axes: HeadAxes = head.ONE_DEVICE
     across: Callable[[Callable[..., Any]], Callable[..., Any]] = head.unwrapped
+    layout: Callable[[Rows, Array], tuple[Rows, Array]] = lambda rows, table: (rows, table)
 
 
 @dataclass(frozen=True)
@@ -173,8 +175,9 @@ class CausalLoss:
         spec = self.objective.term_spec
         scales = scales if spec.teacher_entropy else emphasised(scales)
         if self.head.kind == "plain":
+            rows, table = self.head.layout(rows, module.head)
             return head.plain_head_loss(
-                rows, module.head, scales, spec, logit_map=module.logit_map, adapt=emphasised
+                rows, table, scales, spec, logit_map=module.logit_map, adapt=emphasised
             )
         return head.head_loss(
             rows,

@@ -152,6 +152,19 @@ def across_devices(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., A
     return lambda compute: jax.shard_map(compute, mesh=mesh, check_vma=False, **specs)
 
 
+def head_layout(mesh: Mesh) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """Lay out rows over the batch's axes and the head over ``tensor``, for the plain head.
+
+    Left alone the partitioner may hold the logits of all rows on every device.
+    """
+    rows, vocabulary = NamedSharding(mesh, P(BATCH_AXES)), NamedSharding(mesh, P("tensor", None))
+    constrain = jax.lax.with_sharding_constraint
+    return lambda parts, table: (
+        jax.tree.map(lambda part: constrain(part, rows), parts),
+        constrain(table, vocabulary),
+    )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, P())
