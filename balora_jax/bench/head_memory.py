@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from balora_jax.bench.ahead import ENVIRONMENT, memory_of
+from balora_jax.bench.ahead import ENVIRONMENT, KINDS, memory_of
 
 ROWS, WIDTH = 4096, 4096
 VOCABULARIES = (32000, 128256, 256000)
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=ROWS, help="tokens N")
     options = parser.parse_args(arguments)
     if options.topology:
-        kind = {"v5e": "v5litepod"}.get(options.topology[:3], options.topology[:3])
+        kind = KINDS[options.topology.partition(":")[0]]
         os.environ.update(ENVIRONMENT | {"TPU_ACCELERATOR_TYPE": f"{kind}-1"})
     _print_table(options.rows, options.chunk, options.topology)
 
