@@ -114,13 +114,13 @@ def compile_case(config: RunConfig, name: str, decoder: Any, mesh: Any) -> dict[
             if found is None:
                 raise
             compiled, needed = None, f"{found[1]} of {found[2]}"
-    tokens = config.training.batch_size * config.data.max_length
-    counted = tokens - config.training.batch_size
+    rows, length = config.training.batch_size, config.data.max_length
+    counted = rows * (length - 1)
     return {
         "case": name,
         "bytes_per_device": None if compiled is None else memory_of(compiled),
         "does_not_fit": needed,
-        "flops_per_device": workload.model_flops(program, tokens, counted) / mesh.size,
+        "flops_per_device": workload.model_flops(program, (1, rows, length), counted) / mesh.size,
         "compile_seconds": round(time.monotonic() - began, 1),
     }
 

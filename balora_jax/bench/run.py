@@ -1,6 +1,7 @@
 """``balora bench``: measure the cases of a config, beside the torch reference if asked."""
 
 import contextlib
+import math
 import os
 import platform
 import sys
@@ -86,8 +87,9 @@ def _measured(
                 named[f"torch {name}"] = _torch_step(stack, program, base, weights, name)
         found = measure.alternate(named, rounds, bar.set_description_str)
     counted = int(weights.batch["loss_mask"][..., 1:].sum())
+    shape = weights.batch["input_ids"].shape
     rows = [
-        _row(name, seen, programs.get(name.removeprefix("torch ")), found, counted)
+        _row(name, seen, programs.get(name.removeprefix("torch ")), found, shape, counted)
         for name, seen in found.items()
     ]
     return {
@@ -96,7 +98,7 @@ def _measured(
         "dtype": config.model.dtype,
         "remat": config.model.remat,
         "rank": config.adapter.rank,
-        "batch": list(weights.batch["input_ids"].shape),
+        "batch": list(shape),
         "counted_tokens": counted,
         "rounds": rounds,
         "rows": rows,
@@ -124,13 +126,13 @@ def _row(
     seen: Measured,
     program: Program | None,
     found: dict[str, Measured],
+    shape: Sequence[int],
     counted: int,
 ) -> dict[str, Any]:
     """Figures of one case; ratios to LoRA, and to the reference's same case, within rounds."""
     assert program is not None
-    training = program.config.training
-    tokens = training.batch_size * program.config.data.max_length
-    flops = workload.model_flops(program, tokens, counted)
+    tokens = math.prod(shape)
+    flops = workload.model_flops(program, shape, counted)
     peak = measure.peak_flops(jax.devices()[0].device_kind)
     row: dict[str, Any] = {
         "case": name,

@@ -5,6 +5,7 @@ changed. A checkpoint without weights (a ``config.json`` alone, such as those in
 random ones, and random tokens that all count.
 """
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -199,14 +200,19 @@ def abstract_arguments(program: Program, total_steps: int) -> tuple[Any, ...]:
     return state, assemble.causal.Constants(frozen, origin, factor), batch, key
 
 
-def model_flops(program: Program, tokens: int, counted: int) -> float:
+def model_flops(program: Program, shape: Sequence[int], counted: int) -> float:
     """Floating point operations that a step cannot do without, as PERFORMANCE figures count them.
 
     ``4·P·N + 6·P_A·N + 4·V·D·M + 3·attention``, and ``2·P·N + 2·V·D·M + attention`` for a teacher:
     P parameters of the frozen linear layers, P_A of the adapters (twice with an origin), N tokens,
     M counted tokens. Attention is causal, so half of the square. Rematerialisation is not counted.
+
+    Args:
+        program: the step.
+        shape: of the batch, ``[micro-batches, B, T]``.
+        counted: M.
     """
-    decoder, length = program.decoder, program.config.data.max_length
+    decoder, length, tokens = program.decoder, shape[-1], math.prod(shape)
     linear = sum(leaf.size for path, leaf in program.plain.frozen.items() if "kernel" in path)
     adapted = program.trainable * (2 if program.config.adapter.start != "lora" else 1)
     head = decoder.vocab_size * decoder.hidden_size * counted

@@ -113,7 +113,7 @@ def test_model_flops_by_hand(tree):
     }
     for name, flops in expected.items():
         program, _ = assemble.program_of(workload.configured(config, by_name[name]), decoder)
-        assert workload.model_flops(program, tokens, counted) == flops
+        assert workload.model_flops(program, (1, 3, 16), counted) == flops
 
 
 def test_a_checkpoint_with_weights_gives_its_own_batch():
@@ -129,6 +129,13 @@ def test_a_checkpoint_with_weights_gives_its_own_batch():
     assert not weights.random
     assert (base.folder / "model.safetensors").is_file()
     assert 0 < weights.batch["loss_mask"].mean() < 1
+    found = bench(config, rounds=1, cases=["PiSSA"])
+    # Rows are as long as the data needs, not data.max_length: 4 x that is what a step computes.
+    assert found["batch"] == list(weights.batch["input_ids"].shape)
+    row = found["rows"][0]
+    tokens = weights.batch["input_ids"].size
+    assert tokens < 4 * config.data.max_length
+    assert row["tokens_per_second"] == pytest.approx(tokens / row["seconds"])
 
 
 def test_ratio_is_within_rounds():
