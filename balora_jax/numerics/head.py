@@ -151,7 +151,8 @@ def chunk_rows(vocabulary: int, memory: int) -> int:
         memory: budget in bytes.
 
     Returns:
-        A multiple of 64 between 64 and 256: more keeps a matrix unit no busier.
+        A multiple of 64 between 64 and 256, which holds the head below a fifteenth of the plain
+        one; larger chunks are the caller's choice.
 
     >>> [chunk_rows(vocabulary, 3 * 2**28) for vocabulary in (32000, 128256, 256000)]
     [256, 256, 192]

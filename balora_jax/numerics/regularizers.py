@@ -289,7 +289,7 @@ def entropy_rows(
     if 0 < top_k < logits.shape[-1]:
         # On CPU the compiler sorts whole rows where a slice of top_k's result is used; the barrier
         # keeps the slice away from it.
-        logits = jax.lax.optimization_barrier(jax.lax.top_k(logits, top_k))[0]
+        logits = jax.lax.optimization_barrier(jax.lax.top_k(logits, top_k)[0])
     shifted = _shifted(logits) / temperature
     weight = jnp.exp(shifted)
     total = jnp.sum(weight, axis=-1)
