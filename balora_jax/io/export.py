@@ -11,7 +11,8 @@ from balora_jax.io.hf_export import export_merged, module_deltas
 from balora_jax.io.peft_adapter import ExportReport, export_peft, read_peft
 from balora_jax.io.pretrained import Base, host_copy, open_base, peft_modules
 from balora_jax.models.adapters import AdaptedModule
-from balora_jax.models.decoder import linear_shapes, structure
+from balora_jax.models.decoder import structure
+from balora_jax.models.registry import linear_shapes
 from balora_jax.models.starts import start_from_factors
 from balora_jax.paths import PACKAGE_PREFIX
 
@@ -29,7 +30,7 @@ def write_adapter(
     overwrite: bool = False,
 ) -> ExportReport:
     """Write adapters as a PEFT folder on the original base."""
-    linears = linear_shapes(structure(base.config).frozen)
+    linears = linear_shapes(base.config, structure(base.config).frozen)
     packaged = name_or_path.startswith(PACKAGE_PREFIX)
     return export_peft(
         folder,
@@ -40,7 +41,7 @@ def write_adapter(
         base_name=str(base.folder) if packaged else name_or_path,
         rank=rank,
         use_rslora=use_rslora,
-        base_modules=[shape.name.format(i=i) for shape in linears for i in range(shape.layers)],
+        base_modules=[name for shape in linears for name in shape.names],
         overwrite=overwrite,
     )
 
@@ -71,7 +72,7 @@ def export_run(
     base = open_base(config.model.name_or_path, config.model.revision)
     shapes = structure(base.config).frozen
     peft = read_peft(source)
-    modules = peft_modules(peft, linear_shapes(shapes), str(source))
+    modules = peft_modules(peft, linear_shapes(base.config, shapes), str(source))
     adapters, _ = start_from_factors(modules, shapes, peft.tensors)
     if format == "merged":
         deltas = module_deltas(modules, host_copy(adapters), {})

@@ -19,7 +19,7 @@ from balora_jax.io.hf_weights import load_weights
 from balora_jax.io.peft_adapter import PeftAdapter, read_peft
 from balora_jax.models import registry
 from balora_jax.models.adapters import AdaptedModule, LinearShape, adapter_shapes
-from balora_jax.models.decoder import DecoderConfig, Structure, linear_shapes, structure
+from balora_jax.models.decoder import DecoderConfig, Structure, structure
 from balora_jax.models.starts import start_from_factors
 from balora_jax.paths import resolve_path
 from balora_jax.training.sharding import with_shardings
@@ -86,7 +86,7 @@ def peft_modules(
     Raises:
         InputError: a layer that the base does not have, or one of another size.
     """
-    known = {shape.name.format(i=i): (shape, i) for shape in linears for i in range(shape.layers)}
+    known = {name: (shape, i) for shape in linears for i, name in enumerate(shape.names)}
     modules = []
     for name, (a, b) in peft.tensors.items():
         if name not in known:
@@ -201,7 +201,7 @@ def load_pretrained(
     if adapter is None:
         return PretrainedModel(base, plain, [base.load(plain.frozen)])
     peft = read_peft(adapter)
-    modules = peft_modules(peft, linear_shapes(plain.frozen), adapter)
+    modules = peft_modules(peft, registry.linear_shapes(base.config, plain.frozen), adapter)
     skeleton = structure(base.config, adapters=adapter_shapes(modules, origin=False), dtype=dtype)
     frozen = base.load(plain.frozen)
     adapters, constants = start_from_factors(modules, frozen, peft.tensors)

@@ -165,11 +165,10 @@ def delta_factors(
 
 @dataclass(frozen=True)
 class LinearShape:
-    """A stacked linear layer as the planner sees it: ``name`` has ``{i}`` for the layer index."""
+    """A stack of linear layers as the planner sees it: our path, and each one's checkpoint name."""
 
     path: str
-    name: str
-    layers: int
+    names: tuple[str, ...]
     in_features: int
     out_features: int
 
@@ -197,13 +196,12 @@ def plan_adapters(
     modules = []
     used: dict[str, bool] = {key: False for key in (rank_pattern or {})}
     used |= {key: False for key in (alpha_pattern or {})}
-    names = [shape.name.format(i=i) for shape in linears for i in range(shape.layers)]
+    names = [name for shape in linears for name in shape.names]
     _check_targets(names, target_modules)
     _check_expressions("exclude_modules", [exclude_modules])
     _check_expressions("rank_pattern/alpha_pattern", list(used))
     for shape in linears:
-        for i in range(shape.layers):
-            name = shape.name.format(i=i)
+        for i, name in enumerate(shape.names):
             if not _matches(name, target_modules) or _matches(name, exclude_modules):
                 continue
             r = int(_pattern_value(name, rank_pattern or {}, rank, used))

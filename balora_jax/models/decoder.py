@@ -5,7 +5,7 @@ The module defines parameters and the forward. Everything else holds its weights
 training is plain ``jax.jit``/``grad``/``scan`` over pytrees.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from balora_jax.array_types import Array, Float, Int, PRNGKeyArray
-from balora_jax.models.adapters import AdapterShape, LinearShape, Origin
+from balora_jax.models.adapters import AdapterShape, Origin
 from balora_jax.models.layers import (
     Attention,
     AttentionKernel,
@@ -341,14 +341,3 @@ def _flat(state: nnx.State) -> dict[str, jax.ShapeDtypeStruct]:
         ".".join(str(part) for part in path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         for path, leaf in nnx.to_flat_state(state)
     }
-
-
-def linear_shapes(frozen: Mapping[str, jax.ShapeDtypeStruct]) -> Sequence[LinearShape]:
-    """The stacked linear layers that may be adapted (the head and embeddings stay frozen)."""
-    shapes = []
-    for path, leaf in frozen.items():
-        if path.startswith("layers.") and path.endswith(".kernel"):
-            stem = path.removesuffix(".kernel")
-            name = "model.layers.{i}." + stem.removeprefix("layers.")
-            shapes.append(LinearShape(stem, name, *leaf.shape))
-    return shapes

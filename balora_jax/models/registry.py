@@ -5,7 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+
 from balora_jax.errors import InputError
+from balora_jax.models.adapters import LinearShape
 from balora_jax.models.decoder import DecoderConfig
 from balora_jax.models.layers import ACTIVATIONS, RopeConfig
 
@@ -28,6 +31,10 @@ class WeightRule:
     def stacked(self) -> bool:
         """Whether our array stacks one checkpoint tensor per layer on its leading axis."""
         return "{i}" in self.name
+
+    def names(self, count: int) -> tuple[str, ...]:
+        """Names of the checkpoint's tensors, in the order of our array's leading axis."""
+        return tuple(self.name.format(i=i) for i in range(count)) if self.stacked else (self.name,)
 
 
 SUPPORTED = ("llama", "mistral")
@@ -191,3 +198,16 @@ def ignored_weights(config: DecoderConfig) -> tuple[str, ...]:
     """Patterns of checkpoint names that may be left over; a tied head may be stored as well."""
     tied = (r"lm_head\.weight",) if config.tie_word_embeddings else ()
     return IGNORED_WEIGHTS + tied
+
+
+def linear_shapes(
+    config: DecoderConfig, frozen: Mapping[str, jax.ShapeDtypeStruct]
+) -> tuple[LinearShape, ...]:
+    """The stacked linear layers that may be adapted (the head and embeddings stay frozen)."""
+    shapes = []
+    for rule in weight_rules(config):
+        if rule.path.startswith("layers.") and rule.path.endswith(".kernel"):
+            layers, d_in, d_out = frozen[rule.path].shape
+            names = tuple(name.removesuffix(".weight") for name in rule.names(layers))
+            shapes.append(LinearShape(rule.path.removesuffix(".kernel"), names, d_in, d_out))
+    return tuple(shapes)

@@ -24,11 +24,13 @@ from balora_jax.models import starts
 from balora_jax.models.adapters import (
     AdaptedModule,
     AdapterShape,
+    LinearShape,
     adapter_shapes,
     plan_adapters,
     trainable_parameters,
 )
-from balora_jax.models.decoder import DecoderConfig, Structure, linear_shapes, structure
+from balora_jax.models.decoder import DecoderConfig, Structure, structure
+from balora_jax.models.registry import linear_shapes
 from balora_jax.numerics import head, linalg
 from balora_jax.numerics.objective import Objective, weights
 from balora_jax.training import causal, optim, sharding, steps
@@ -169,7 +171,7 @@ def program_of(
     """
     objective = objective_of(config.regularizers)
     plain = model_structure(decoder, config.model, {})
-    peft, modules = plan(config.adapter, plain)
+    peft, modules = plan(config.adapter, linear_shapes(decoder, plain.frozen))
     shapes = adapter_shapes(
         modules,
         origin=starts.start_has_origin(config.adapter.start),
@@ -207,10 +209,9 @@ def objective_of(config: RegularizersConfig) -> Objective:
 
 
 def plan(
-    config: AdapterConfig, plain: Structure
+    config: AdapterConfig, linears: Sequence[LinearShape]
 ) -> tuple[PeftAdapter | None, tuple[AdaptedModule, ...]]:
     """The adapted layers, and the PEFT adapter they begin with if the start names a folder."""
-    linears = linear_shapes(plain.frozen)
     if Path(config.start).is_dir():
         peft = read_peft(config.start)
         return peft, peft_modules(peft, linears, config.start)

@@ -16,7 +16,8 @@ from balora_jax.errors import InputError
 from balora_jax.io.export import export_run, write_adapter
 from balora_jax.io.pretrained import open_base
 from balora_jax.models.adapters import adapter_shapes, plan_adapters
-from balora_jax.models.decoder import linear_shapes, structure
+from balora_jax.models.decoder import structure
+from balora_jax.models.registry import linear_shapes
 from balora_jax.models.starts import start_adapters
 from tests import quick, tiny_run
 
@@ -37,7 +38,9 @@ class Finished:
         base = open_base(self.config.model.name_or_path)
         plain = structure(base.config)
         options = {"rank": 2, "alpha": 5.0, "target_modules": ["q_proj", "o_proj", "up_proj"]}
-        modules = plan_adapters(linear_shapes(plain.frozen), **options, **STARTS[start])
+        modules = plan_adapters(
+            linear_shapes(base.config, plain.frozen), **options, **STARTS[start]
+        )
         frozen = base.load(plain.frozen)
         adapters, origin = start_adapters(modules, frozen, start=start, key=jax.random.key(0))
         rng = np.random.default_rng(5)

@@ -19,7 +19,8 @@ from balora_jax.models.adapters import (
     plan_adapters,
     trainable_parameters,
 )
-from balora_jax.models.decoder import linear_shapes, structure
+from balora_jax.models.decoder import structure
+from balora_jax.models.registry import linear_shapes
 from balora_jax.models.starts import start_adapters, start_from_factors
 from tests.models import tiny
 
@@ -28,8 +29,8 @@ SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 @pytest.fixture(scope="module")
 def linears():
-    raw = tiny.llama().config.to_dict()
-    return linear_shapes(structure(registry.decoder_config(raw, "config.json")).frozen)
+    config = registry.decoder_config(tiny.llama().config.to_dict(), "config.json")
+    return linear_shapes(config, structure(config).frozen)
 
 
 def peft_choice(settings):
@@ -132,9 +133,10 @@ MISTRAL_7B = {
     ids=["llama2-7b", "mistral-7b"],
 )
 def test_published_counts_from_shapes_alone(raw, rank, trainable, total):
-    plain = structure(registry.decoder_config(raw, "config.json"), dtype="bfloat16")
+    config = registry.decoder_config(raw, "config.json")
+    plain = structure(config, dtype="bfloat16")
     modules = plan_adapters(
-        linear_shapes(plain.frozen), rank=rank, alpha=rank, target_modules=SEVEN
+        linear_shapes(config, plain.frozen), rank=rank, alpha=rank, target_modules=SEVEN
     )
     assert trainable_parameters(modules) == trainable
     shapes = adapter_shapes(modules, origin=True)
@@ -233,7 +235,11 @@ def stack(start, dtype=jnp.float32, rank=3, **patterns):
     rng = np.random.default_rng(3)
     kernels = {"layers.fc.kernel": jnp.asarray(rng.standard_normal((LAYERS, D_IN, D_OUT)), dtype)}
     modules = plan_adapters(
-        [LinearShape("layers.fc", "model.layers.{i}.fc", LAYERS, D_IN, D_OUT)],
+        [
+            LinearShape(
+                "layers.fc", tuple(f"model.layers.{i}.fc" for i in range(LAYERS)), D_IN, D_OUT
+            )
+        ],
         rank=rank,
         alpha=7.0,
         target_modules=["fc"],

@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 
 from balora_jax.models import starts
 from balora_jax.models.adapters import adapter_shapes, plan_adapters
-from balora_jax.models.decoder import linear_shapes, structure
+from balora_jax.models.decoder import structure
+from balora_jax.models.registry import linear_shapes
 from balora_jax.numerics import linalg
 from balora_jax.numerics.objective import Objective
 from balora_jax.training import causal
@@ -43,8 +44,9 @@ def ids():
 def ours():
     """Structures, frozen weights, PiSSA's start, and trained factors some way off it."""
     plain, frozen = tiny.ours(tiny.llama())
+    config = plain.bind(frozen).config
     modules = plan_adapters(
-        linear_shapes(plain.frozen), rank=RANK, alpha=ALPHA, target_modules=TARGETS
+        linear_shapes(config, plain.frozen), rank=RANK, alpha=ALPHA, target_modules=TARGETS
     )
     start, origin = quick.jit(
         lambda frozen: starts.start_adapters(modules, frozen, start="pissa", key=jax.random.key(0))
@@ -54,7 +56,6 @@ def ours():
         path: jnp.asarray(value + 0.1 * rng.standard_normal(value.shape), jnp.float32)
         for path, value in start.items()
     }
-    config = plain.bind(frozen).config
     student = structure(config, adapters=adapter_shapes(modules, origin=True))
     factor = jnp.asarray(linalg.head_factor(np.asarray(frozen["lm_head.embedding"])))
     return plain, student, modules, adapters, causal.Constants(frozen, origin, factor)

@@ -9,8 +9,9 @@ import numpy as np
 from balora_jax.config import TrainingConfig
 from balora_jax.models import starts
 from balora_jax.models.adapters import adapter_shapes, plan_adapters
-from balora_jax.models.decoder import DecoderConfig, linear_shapes, structure
+from balora_jax.models.decoder import DecoderConfig, structure
 from balora_jax.models.layers import RopeConfig
+from balora_jax.models.registry import linear_shapes
 from balora_jax.numerics import linalg
 from balora_jax.numerics.objective import Objective, weights
 from balora_jax.training import causal, optim, steps
@@ -57,7 +58,7 @@ def batch(micro_batches=1, seed=0):
 
 
 def _modules():
-    linears = linear_shapes(structure(MODEL).frozen)
+    linears = linear_shapes(MODEL, structure(MODEL).frozen)
     targets = ["q_proj", "v_proj", "down_proj"]
     return plan_adapters(linears, rank=2, alpha=3.0, target_modules=targets)
 
