@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "data": ("errors", "paths", "data"),
     "evals.answers": BASICS,
     "evals.score": (*BASICS, "evals.answers"),
+    "evals.classification": BASICS,
     "evals.generation": (*BASICS, "models"),
     "io": (*COMPUTE, *STEP, "paths", "io", "evals.generation"),
     "evals": (*COMPUTE, *STEP, "paths", "io", "data", "evals"),

@@ -1,0 +1,325 @@
+"""What does a labelled row hold? GLUE's tasks, tasks of one's own, and the texts and the label.
+
+The order of the label names is the official one, so that ids agree with the hub's data sets and
+with the published checkpoints: an entailment is class 0 in MNLI, QNLI and RTE, but 1 in WNLI.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from balora_jax.data.templates import Row, cell_text
+from balora_jax.errors import InputError
+
+Label = int | np.float32
+
+_NAMES_IN_A_MESSAGE = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledTask:
+    """A task of classification, or of regression where there are no label names.
+
+    Attributes:
+        name: What messages and metrics call it.
+        text_columns: The column of the text, or the two of a pair.
+        label_columns: The column of the label and, if files differ, its other names; the first
+            that a row has is read.
+        labels: The names of the classes in the order of their ids; empty for regression.
+        metrics: Names that `evals.classification.score_labels` knows, the main one first.
+        hub: Name and configuration of the hub data set; None for files of one's own.
+        train_split: The hub's split to train on.
+        validation_splits: Title of a validation set -> the hub's split.
+        score_range: Least and greatest score of a regression; None if any number will do.
+    """
+
+    name: str
+    text_columns: tuple[str, ...]
+    label_columns: tuple[str, ...]
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...]
+    hub: tuple[str, str] | None = None
+    train_split: str = "train"
+    validation_splits: Mapping[str, str] = dataclasses.field(
+        default_factory=lambda: {"validation": "validation"}, hash=False
+    )
+    score_range: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.text_columns) not in (1, 2):
+            raise InputError(
+                f"text_columns: expected one column or two, got {len(self.text_columns)}. "
+                "Name the column of the text, or the two of a pair."
+            )
+        shown = [column for column in self.text_columns if column in self.label_columns]
+        if shown:
+            raise InputError(
+                f"text_columns: expected columns of the input, got the label column {shown[0]!r}, "
+                "which would show the answer. Take it out."
+            )
+        names = {name.strip() for name in self.labels}
+        if self.labels and (len(self.labels) < 2 or len(names) < len(self.labels) or "" in names):
+            raise InputError(
+                f"labels: expected at least two different names, got {list(self.labels)}. "
+                "Name each class once."
+            )
+
+    @property
+    def regression(self) -> bool:
+        """Whether the label is a score rather than a class."""
+        return not self.labels
+
+    @property
+    def outputs(self) -> int:
+        """Logits that a head for this task has: one a class, or one score."""
+        return len(self.labels) or 1
+
+    @property
+    def hub_spec(self) -> str | None:
+        """The hub data set as `load_rows` takes it.
+
+        >>> GLUE["sst2"].hub_spec
+        'nyu-mll/glue:sst2'
+        """
+        return None if self.hub is None else ":".join(self.hub)
+
+
+def _glue(
+    name: str,
+    text_columns: tuple[str, ...],
+    labels: tuple[str, ...],
+    *metrics: str,
+    **others: Any,
+) -> LabelledTask:
+    hub = ("nyu-mll/glue", name)
+    options = {"label_columns": ("label",), "hub": hub} | others
+    return LabelledTask(name, text_columns, labels=labels, metrics=metrics, **options)
+
+
+_PAIR = ("sentence1", "sentence2")
+_DUPLICATE = ("not_duplicate", "duplicate")
+_ENTAILMENT = ("entailment", "not_entailment")
+
+GLUE: dict[str, LabelledTask] = {
+    task.name: task
+    for task in (
+        _glue("cola", ("sentence",), ("unacceptable", "acceptable"), "matthews"),
+        _glue("sst2", ("sentence",), ("negative", "positive"), "accuracy"),
+        _glue("mrpc", _PAIR, ("not_equivalent", "equivalent"), "accuracy", "f1"),
+        _glue(
+            "stsb",
+            _PAIR,
+            (),
+            "pearson",
+            "spearman",
+            label_columns=("label", "score"),
+            score_range=(0.0, 5.0),
+        ),
+        _glue("qqp", ("question1", "question2"), _DUPLICATE, "accuracy", "f1"),
+        _glue(
+            "mnli",
+            ("premise", "hypothesis"),
+            ("entailment", "neutral", "contradiction"),
+            "accuracy",
+            validation_splits={
+                "validation_matched": "validation_matched",
+                "validation_mismatched": "validation_mismatched",
+            },
+        ),
+        _glue("qnli", ("question", "sentence"), _ENTAILMENT, "accuracy"),
+        _glue("rte", _PAIR, _ENTAILMENT, "accuracy"),
+        _glue("wnli", _PAIR, ("not_entailment", "entailment"), "accuracy"),
+    )
+}
+"""The nine tasks by their hub names. **Source:** Wang et al., GLUE, and the hub's `nyu-mll/glue`
+for columns, splits and the order of the labels."""
+
+
+def glue_task(name: str) -> LabelledTask:
+    """The GLUE task of that name.
+
+    Raises:
+        InputError: There is none.
+
+    >>> glue_task("rte").labels
+    ('entailment', 'not_entailment')
+    """
+    if name not in GLUE:
+        raise InputError(
+            f"task: expected one of {', '.join(GLUE)}, got {name!r}.{did_you_mean(name, GLUE)} "
+            "Choose one of these."
+        )
+    return GLUE[name]
+
+
+def custom_task(
+    text_columns: str | Sequence[str],
+    label_column: str,
+    labels: Sequence[str] = (),
+    *,
+    regression: bool = False,
+) -> LabelledTask:
+    """A task for files of one's own.
+
+    Args:
+        text_columns: The column of the text, or the two of a pair.
+        label_column: The column of the label.
+        labels: The names of the classes in the order of their ids; none for regression.
+        regression: Whether the label is a number to predict.
+
+    Returns:
+        A task without a hub data set. Its metrics are Pearson's and Spearman's correlation,
+        accuracy and F1 of class 1 for two classes, or accuracy for more.
+
+    Raises:
+        InputError: Both or neither of `labels` and `regression` are given, a name occurs twice,
+            or the columns are not one or two, or the label's own.
+
+    >>> custom_task("review", "stars", ["bad", "fair", "good"]).metrics
+    ('accuracy',)
+    """
+    if regression and labels:
+        raise InputError(
+            f"labels: expected none for regression, got {', '.join(labels)}. "
+            "Leave them out or set regression to false."
+        )
+    if not regression and not labels:
+        raise InputError(
+            "labels: expected the names of the classes, got none. "
+            "Name them in the order of their ids, or set regression to true."
+        )
+    columns = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns)
+    if regression:
+        metrics = ("pearson", "spearman")
+    else:
+        metrics = ("accuracy", "f1") if len(labels) == 2 else ("accuracy",)
+    return LabelledTask("custom", columns, (label_column,), tuple(labels), metrics)
+
+
+def texts_of(row: Row, task: LabelledTask, where: str) -> list[str]:
+    """The one or two texts of a row. One of a pair may be empty (a few of QQP's are), not both.
+
+    Raises:
+        InputError: A column is missing or holds no text, or all texts are blank.
+
+    >>> texts_of({"sentence1": "a", "sentence2": "b", "label": 1}, GLUE["mrpc"], "row 1")
+    ['a', 'b']
+    """
+    texts = []
+    for column in task.text_columns:
+        cell = row.get(column)
+        texts.append(cell if isinstance(cell, str) else cell_text(row, column, where))
+    if not any(text.strip() for text in texts):
+        raise InputError(
+            f"{where}: expected text in {' or '.join(map(repr, task.text_columns))}, got an empty "
+            "cell. Fill the cell or leave the row out."
+        )
+    return texts
+
+
+def label_cell(row: Row, task: LabelledTask, where: str) -> Any:
+    """The cell of the label, as it stands in the row.
+
+    Raises:
+        InputError: The row has no column for it.
+    """
+    for column in task.label_columns:
+        if column in row:
+            return row[column]
+    raise InputError(
+        f"{where}: expected a column {' or '.join(map(repr, task.label_columns))} with the label, "
+        f"got the columns {', '.join(row)}.{did_you_mean(task.label_columns[0], row)} "
+        "Name the column of your data."
+    )
+
+
+def label_of(cell: Any, task: LabelledTask, where: str) -> Label | None:
+    """The label that a cell spells: a class id, a score, or None if it says that there is none.
+
+    A class may be given by its name or its id, the id as a number or as text. Where the names are
+    numbers themselves (stars from "1" to "5"), a number is always a name. No label is an empty
+    cell, NaN, or the -1 of GLUE's test sets (unless -1 is a name or a possible score).
+
+    Args:
+        cell: The content of the label's column.
+        task: The task.
+        where: What to call the row in an error, such as ``row 3``.
+
+    Raises:
+        InputError: The cell spells no label of the task.
+
+    >>> [label_of(cell, GLUE["rte"], "row 1") for cell in ("not_entailment", 1, "0", -1)]
+    [1, 1, 0, None]
+    """
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)) or str(cell).strip() == "":
+        return None
+    return _score(cell, task, where) if task.regression else _class_id(cell, task, where)
+
+
+def _score(cell: Any, task: LabelledTask, where: str) -> np.float32 | None:
+    number = _number(cell)
+    low, high = task.score_range or (-math.inf, math.inf)
+    if number is not None and low <= number <= high:
+        return np.float32(number)
+    if number == -1:
+        return None
+    wanted = "a number" if task.score_range is None else f"a score from {low:g} to {high:g}"
+    raise InputError(f"{where}: expected {wanted} as label, got {cell!r}. Mend the row.")
+
+
+def _class_id(cell: Any, task: LabelledTask, where: str) -> int | None:
+    names = [name.strip() for name in task.labels]
+    spelled, number = _spelling(cell), _number(cell)
+    if spelled in names:
+        return names.index(spelled)
+    if number == -1:
+        return None
+    ids_count = all(_number(name) is None for name in names)
+    if ids_count and number is not None and number in range(len(names)):
+        return int(number)
+    listed = ", ".join(names[:_NAMES_IN_A_MESSAGE]) + (
+        ", …" if len(names) > _NAMES_IN_A_MESSAGE else ""
+    )
+    ids = f" or an id from 0 to {len(names) - 1}" if ids_count else ""
+    raise InputError(
+        f"{where}: expected a label of {task.name} ({listed}){ids}, got {cell!r}."
+        f"{did_you_mean(spelled, names)} Mend the row or the list of labels."
+    )
+
+
+def _spelling(cell: Any) -> str:
+    """A cell as a label's name: true, 1 and 1.0 as JSON, CSV and parquet files may hold them."""
+    if isinstance(cell, bool):
+        return str(cell).lower()
+    if isinstance(cell, float) and cell.is_integer():
+        return str(int(cell))
+    return str(cell).strip()
+
+
+def _number(cell: Any) -> float | None:
+    """The finite number that a cell holds or spells; a truth value is none.
+
+    >>> _number(" 3.5 "), _number("positive"), _number(True), _number("nan")
+    (3.5, None, None, None)
+    """
+    if isinstance(cell, bool) or not isinstance(cell, str | int | float | np.number):
+        return None
+    try:
+        number = float(cell)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def did_you_mean(text: str, choices: Iterable[str]) -> str:
+    """A hint at the nearest of the choices, with a space before it, or nothing.
+
+    >>> did_you_mean("SST-2", GLUE)
+    " Did you mean 'sst2'?"
+    """
+    near = difflib.get_close_matches(text.lower(), list(choices), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,398 @@
+"""How do labelled rows become batches of one shape, in an order that can be resumed exactly?
+
+Rows are tokenised as the tokenizer itself does it for its model, so that ids, special tokens and
+token types are those of `transformers`. Only the padding is ours: on the right, to one length.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import grain
+import numpy as np
+from tqdm import tqdm
+
+from balora_jax.data.batches import Batch
+from balora_jax.data.glue import Label, LabelledTask, label_cell, label_of, texts_of
+from balora_jax.data.templates import Row
+from balora_jax.errors import InputError
+
+Unlabelled = Literal["refuse", "keep"]
+
+_CHUNK = 1000
+_SHOW_PROGRESS_ABOVE = 2000
+_LENGTH_MULTIPLE = 8
+_NO_THREADS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LabelledExample:
+    """One row as the model sees it.
+
+    Attributes:
+        input_ids: int32 [T], special tokens included.
+        token_type_ids: int32 [T], zero throughout if the tokenizer makes none.
+        label: The class id as int, or the score as float32; -1 or NaN where the row has none.
+    """
+
+    input_ids: np.ndarray
+    token_type_ids: np.ndarray
+    label: Label
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the row came with a label."""
+        if isinstance(self.label, np.floating):
+            return not np.isnan(self.label)
+        return self.label >= 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledReport:
+    """What became of the rows; none is ever left out.
+
+    Attributes:
+        rows: Rows read.
+        kept: Examples made.
+        truncated: Those that lost the end of a text.
+        without_label: Those without a label, kept by choice.
+        tokens: Tokens of all examples.
+    """
+
+    rows: int
+    kept: int
+    truncated: int
+    without_label: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kept} of {self.rows} rows kept ({self.truncated} truncated, "
+            f"{self.without_label} without label), {self.tokens} tokens"
+        )
+
+
+class LabelledSet(NamedTuple):
+    """The examples, in the order of their rows, and what became of the rows."""
+
+    examples: list[LabelledExample]
+    report: LabelledReport
+
+
+def encode_labelled(
+    rows: Any,
+    tokenizer: Any,
+    task: LabelledTask,
+    max_length: int,
+    *,
+    unlabelled: Unlabelled = "refuse",
+) -> LabelledSet:
+    """Tokenise rows of one text or two, and read their labels.
+
+    Args:
+        rows: A sized collection of rows (mappings from column to cell).
+        tokenizer: A `transformers` tokenizer; a pair is cut from its longer text first.
+        task: Columns and labels.
+        max_length: Most tokens of an example, special tokens included.
+        unlabelled: ``refuse`` a row without a label, or ``keep`` it, to be predicted only.
+
+    Returns:
+        As many examples as rows, in their order, and the report.
+
+    Raises:
+        InputError: No rows, a row without its text or its label, a label outside the task, or a
+            `max_length` that leaves no room for text.
+    """
+    if unlabelled not in get_args(Unlabelled):
+        raise InputError(
+            f"unlabelled: expected one of {', '.join(get_args(Unlabelled))}, got {unlabelled!r}. "
+            "Choose one."
+        )
+    if len(rows) == 0:
+        raise InputError("data: expected at least one row, got none. Add rows.")
+    _check_max_length(tokenizer, task, max_length)
+    examples: list[LabelledExample] = []
+    truncated = 0
+    with tqdm(
+        total=len(rows), desc="tokenising", unit="row", disable=len(rows) <= _SHOW_PROGRESS_ABOVE
+    ) as bar:
+        numbered = enumerate(rows, start=1)
+        while chunk := list(itertools.islice(numbered, _CHUNK)):
+            # Labels first: they are refused sooner than texts are tokenised.
+            labels = [_label(row, task, f"row {n}", unlabelled) for n, row in chunk]
+            texts = [texts_of(row, task, f"row {n}") for n, row in chunk]
+            made = _tokenise(texts, tokenizer, max_length)
+            truncated += _count_truncated(texts, made["input_ids"], tokenizer, max_length)
+            examples.extend(_examples(made, labels, first=chunk[0][0]))
+            bar.update(len(chunk))
+    return LabelledSet(examples, _report(examples, truncated))
+
+
+def _report(examples: Sequence[LabelledExample], truncated: int) -> LabelledReport:
+    return LabelledReport(
+        rows=len(examples),
+        kept=len(examples),
+        truncated=truncated,
+        without_label=sum(not example.labelled for example in examples),
+        tokens=sum(len(example.input_ids) for example in examples),
+    )
+
+
+def _check_max_length(tokenizer: Any, task: LabelledTask, max_length: int) -> None:
+    texts = len(task.text_columns)
+    special = tokenizer.num_special_tokens_to_add(pair=texts == 2)
+    if max_length < special + texts:
+        raise InputError(
+            f"max_length: expected at least {special + texts} ({special} special tokens and one of "
+            f"each text), got {max_length}. Raise it."
+        )
+
+
+def _label(row: Row, task: LabelledTask, where: str, unlabelled: Unlabelled) -> Label:
+    keep = unlabelled == "keep"
+    if keep and not any(column in row for column in task.label_columns):
+        cell = None
+    else:
+        cell = label_cell(row, task, where)
+    label = label_of(cell, task, where)
+    if label is not None:
+        return label
+    if keep:
+        return np.float32(np.nan) if task.regression else -1
+    got = "an empty cell" if cell is None or str(cell).strip() == "" else repr(cell)
+    raise InputError(
+        f"{where}: expected a label, got {got}. Label the row or leave it out; the labels of "
+        "GLUE's test sets are not public (they read -1), so take a validation split instead."
+    )
+
+
+def _tokenise(texts: Sequence[list[str]], tokenizer: Any, max_length: int | None) -> Any:
+    first, *second = (list(column) for column in zip(*texts, strict=True))
+    # verbose=False: what is too long is counted here, against our own limit.
+    limit = {} if max_length is None else {"truncation": "longest_first", "max_length": max_length}
+    return tokenizer(first, *second, verbose=False, **limit)
+
+
+def _count_truncated(
+    texts: Sequence[list[str]], ids: Sequence[Sequence[int]], tokenizer: Any, max_length: int
+) -> int:
+    """How many texts did not fit: only those that fill the limit can be, so only they are asked."""
+    full = [text for text, made in zip(texts, ids, strict=True) if len(made) >= max_length]
+    if not full:
+        return 0
+    return sum(len(whole) > max_length for whole in _tokenise(full, tokenizer, None)["input_ids"])
+
+
+def _examples(made: Any, labels: Sequence[Label], first: int) -> Iterator[LabelledExample]:
+    types = made.get("token_type_ids") or [[0] * len(ids) for ids in made["input_ids"]]
+    rows = zip(made["input_ids"], types, labels, strict=True)
+    for number, (ids, kinds, label) in enumerate(rows, start=first):
+        if not ids:
+            raise InputError(
+                f"row {number}: expected at least one token, got none from the tokenizer. "
+                "Leave the row out."
+            )
+        yield LabelledExample(np.asarray(ids, np.int32), np.asarray(kinds, np.int32), label)
+
+
+def describe_labelled(example: LabelledExample, tokenizer: Any, task: LabelledTask) -> str:
+    """One example as a line for a person to check, special tokens included.
+
+    Args:
+        example: The example.
+        tokenizer: The tokenizer that made it.
+        task: The task, for the name of the label.
+
+    Returns:
+        Tokens, label and the decoded text, whose line breaks are written as blanks.
+    """
+    if not example.labelled:
+        said = "no label"
+    elif task.regression:
+        said = f"score {example.label:g}"
+    else:
+        said = f"label {example.label} ({task.labels[int(example.label)]})"
+    text = tokenizer.decode(example.input_ids.tolist(), skip_special_tokens=False)
+    return f"{len(example.input_ids)} tokens, {said}: {' '.join(text.split())}"
+
+
+class LabelledBatches:
+    """Batches without end, each a dict of arrays.
+
+    ================  ==============  =======================  =====================================
+    key               dtype           shape                    meaning
+    ================  ==============  =======================  =====================================
+    `input_ids`       int32           [accumulation, B, T]     tokens; `pad_id` where there is none
+    `token_type_ids`  int32           [accumulation, B, T]     first or second text; 0 for padding
+    `attention_mask`  int32           [accumulation, B, T]     1 where there is a token
+    `labels`          int32, float32  [accumulation, B]        class ids; float32 for regression
+    `row`             int32           [accumulation, B]        the example's place in the set
+    ================  ==============  =======================  =====================================
+
+    Every epoch takes each example once, in an order of its own; a batch may hold the end of one
+    epoch and the start of the next. With several hosts, each builds the same iterator and places
+    its own part of the batch.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[LabelledExample],
+        *,
+        batch_size: int,
+        accumulation: int,
+        length: int,
+        seed: int,
+        pad_id: int,
+    ) -> None:
+        """Set up the order; nothing is read yet.
+
+        Args:
+            examples: At least one, each with a label, none longer than `length`.
+            batch_size: Rows of a micro-batch (B).
+            accumulation: Micro-batches of a step.
+            length: Tokens of a row (T), as `padded_length` gives it.
+            seed: Of the order.
+            pad_id: The token for empty places.
+
+        Raises:
+            InputError: A number below 1, no examples, one too long or one without a label.
+        """
+        for name, value in (("batch_size", batch_size), ("accumulation", accumulation)):
+            if value < 1:
+                raise InputError(f"{name}: expected at least 1, got {value}. Raise it.")
+        _check(examples, length)
+        for number, example in enumerate(examples, start=1):
+            if not example.labelled:
+                raise InputError(
+                    f"row {number}: expected a label to train on, got none. Leave the row out."
+                )
+        self._rows, self._accumulation = batch_size * accumulation, accumulation
+        # What must be the same for a saved position to mean the same batches.
+        self._identity: dict[str, Any] = {
+            "examples": _digest(examples),
+            "batch_size": batch_size,
+            "accumulation": accumulation,
+            "length": length,
+            "seed": seed,
+        }
+        self._count = len(examples)
+        order = grain.MapDataset.range(self._count).seed(seed).shuffle().repeat(None)
+        padded = order.map(lambda index: _padded(examples[index], int(index), length, pad_id))
+        self._iterator = iter(padded.to_iter_dataset(_NO_THREADS).batch(self._rows))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._iterator)
+        return {
+            key: value.reshape(self._accumulation, -1, *value.shape[1:])
+            for key, value in batch.items()
+        }
+
+    def get_state(self) -> dict[str, Any]:
+        """The position after the last batch given out, as plain JSON values."""
+        return {**self._identity, "position": self._iterator.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go to a saved position: the next batches are bit for bit those that came after it.
+
+        Args:
+            state: What `get_state` of an iterator over the same examples gave.
+
+        Raises:
+            InputError: The state belongs to other examples or another setting.
+        """
+        for key, mine in self._identity.items():
+            if state.get(key) != mine:
+                raise InputError(
+                    f"data position: expected {key} = {mine}, got {state.get(key)} in the "
+                    "checkpoint. Resume with the data and the settings of the first run."
+                )
+        self._iterator.set_state(state["position"])
+
+    def batches_per_epoch(self) -> int:
+        """Batches that one epoch fills, the last perhaps not wholly."""
+        return math.ceil(self._count / self._rows)
+
+
+def labelled_epoch(
+    examples: Sequence[LabelledExample], batch_size: int, length: int, pad_id: int
+) -> Iterator[Batch]:
+    """Each example once, in order, for evaluation: arrays [B, T] and [B].
+
+    Args:
+        examples: At least one, none longer than `length`; they need no labels.
+        batch_size: Rows of a batch (B).
+        length: Tokens of a row (T).
+        pad_id: The token for empty places.
+
+    Yields:
+        The keys of `LabelledBatches`, without the axis of accumulation. A missing label is -1 or
+        NaN. The last batch is filled up with rows whose `row` is -1: one visible padding token,
+        so that no attention is over nothing, and label 0.
+
+    Raises:
+        InputError: A batch size below 1, no examples, or one too long.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size: expected at least 1, got {batch_size}. Raise it.")
+    _check(examples, length)
+    zero = np.float32(0) if isinstance(examples[0].label, np.floating) else 0
+    nothing = LabelledExample(np.full(1, pad_id, np.int32), np.zeros(1, np.int32), zero)
+    for start in range(0, len(examples), batch_size):
+        part = examples[start : start + batch_size]
+        rows = [_padded(e, i, length, pad_id) for i, e in enumerate(part, start=start)]
+        rows.extend([_padded(nothing, -1, length, pad_id)] * (batch_size - len(rows)))
+        yield {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def padded_length(examples: Sequence[LabelledExample], max_length: int) -> int:
+    """One row length for a whole run: the longest example, rounded up to 8, at most `max_length`.
+
+    >>> ids = np.zeros(13, np.int32)
+    >>> padded_length([LabelledExample(ids, ids, 1)], max_length=128)
+    16
+    """
+    longest = max(len(example.input_ids) for example in examples)
+    return min(max_length, math.ceil(longest / _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE)
+
+
+def _padded(example: LabelledExample, index: int, length: int, pad_id: int) -> Batch:
+    """The arrays of one row: [length] for those of tokens, and no axis for label and place."""
+    used = len(example.input_ids)
+    names = ("token_type_ids", "attention_mask")
+    row: Batch = {name: np.zeros(length, np.int32) for name in names}
+    row["input_ids"] = np.full(length, pad_id, np.int32)
+    row["input_ids"][:used] = example.input_ids
+    row["token_type_ids"][:used] = example.token_type_ids
+    row["attention_mask"][:used] = 1
+    dtype = np.float32 if isinstance(example.label, np.floating) else np.int32
+    row["labels"] = np.asarray(example.label, dtype)
+    row["row"] = np.asarray(index, np.int32)
+    return row
+
+
+def _check(examples: Sequence[LabelledExample], length: int) -> None:
+    if not examples:
+        raise InputError("data: expected at least one example, got none. Add rows.")
+    longest = max(len(example.input_ids) for example in examples)
+    if longest > length:
+        raise InputError(
+            f"data: expected examples of at most {length} tokens, got one of {longest}. "
+            "Encode with a max_length of that size."
+        )
+
+
+def _digest(examples: Sequence[LabelledExample]) -> str:
+    """A name for the examples and their order, to tell other data from the same on resume."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(len(example.input_ids).to_bytes(8, "little"))
+        digest.update(example.input_ids.astype("<i4").tobytes())
+        digest.update(example.token_type_ids.astype("<i4").tobytes())
+        digest.update(np.asarray(example.label, "<f8").tobytes())
+    return digest.hexdigest()
