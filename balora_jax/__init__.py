@@ -16,13 +16,18 @@ absl_logging.get_absl_logger().addFilter(
 
 from balora_jax.config import RunConfig, load_config  # noqa: E402
 from balora_jax.errors import InputError, RunStoppedError  # noqa: E402
-from balora_jax.io.pretrained import PretrainedModel, load_pretrained  # noqa: E402
+from balora_jax.io.pretrained import (  # noqa: E402
+    PretrainedEncoder,
+    PretrainedModel,
+    load_pretrained,
+)
 from balora_jax.training.loop import fit  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
     "InputError",
+    "PretrainedEncoder",
     "PretrainedModel",
     "RunConfig",
     "RunStoppedError",

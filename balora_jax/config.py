@@ -35,6 +35,8 @@ class ModelConfig(Section):
             (each layer), or ``offload`` (as ``dots``, with the products kept in the host's memory;
             GPU and TPU).
         attention: kernel; ``auto`` takes cuDNN's where the device and dtype allow it.
+        quantization: of the frozen linear layers: ``int8`` (absmax by output) or ``nf4`` (4 bits,
+            by block); needs the extra ``quant``.
     """
 
     name_or_path: str
@@ -42,14 +44,18 @@ class ModelConfig(Section):
     dtype: Dtype = "float32"
     remat: Literal["none", "dots", "full", "offload"] = "full"
     attention: Literal["auto", "xla", "cudnn"] = "auto"
+    quantization: Literal["none", "int8", "nf4"] = "none"
 
 
 class AdapterConfig(Section):
     """The adapters that train.
 
     Attributes:
-        start: ``pissa``, ``pissa_niter_N`` (randomized SVD, N power iterations), ``lora``, or the
-            folder of a PEFT adapter to go on from (its own rank, alpha and targets then hold).
+        start: ``pissa``, ``pissa_niter_N`` (randomized SVD, N power iterations), ``lora``,
+            ``olora``, ``milora``, ``orthogonal``, or the folder of a PEFT adapter to go on from
+            (its own method, rank, alpha and targets then hold).
+        method: ``lora``; ``dora``, with a trained magnitude for every output; ``lora_fa``, where A
+            stays as it started; or ``full``, no adapters: every weight of the model trains.
         rank: columns of A.
         alpha: numerator of the scale; the rank where it is not given.
         target_modules: as in PEFT: name suffixes, a regular expression, or ``all-linear``.
@@ -60,6 +66,7 @@ class AdapterConfig(Section):
     """
 
     start: str = "pissa"
+    method: Literal["lora", "dora", "lora_fa", "full"] = "lora"
     rank: Positive = 8
     alpha: Annotated[float, Field(gt=0)] | None = None
     target_modules: tuple[str, ...] | str = (
@@ -73,10 +80,16 @@ class AdapterConfig(Section):
 
     @model_validator(mode="after")
     def _dropout_needs_lora(self) -> "AdapterConfig":
-        if self.dropout > 0.0 and self.start.startswith("pissa"):
+        given = self.start.startswith(("pissa", "olora", "milora", "orthogonal"))
+        if self.dropout > 0.0 and given:
             raise ValueError(
                 f"adapter.dropout: expected 0 with start {self.start!r}, got {self.dropout}: the "
                 "delta from the start would no longer be zero. Set it to 0, or start from 'lora'."
+            )
+        if self.dropout > 0.0 and self.method in ("dora", "full"):
+            raise ValueError(
+                f"adapter.dropout: expected 0 with method {self.method!r}, got {self.dropout}. "
+                "Set it to 0, or use method 'lora' or 'lora_fa'."
             )
         return self
 
@@ -98,6 +111,11 @@ class RegularizersConfig(Section):
         adaptive_min, adaptive_max: range of an ``adaptive`` λ1 (0.1 λ1 and λ1 by default).
         mask_alignment: ``shifted`` as the cross-entropy, or ``official`` as the authors' code.
         center_rows: subtract each logit row's mean before the spectral term.
+        teacher_head: of ``task: nlu``, the frozen head behind the frozen encoder:
+            ``student_init``, the student's own first head, or ``probe``, a head fitted on the
+            frozen features before the run; the student begins with the same head either way.
+        teacher_cache: of ``task: nlu``, compute the teacher's logits of every row once, before
+            the first step, instead of in each step.
     """
 
     variant: Literal["iclr2026", "arxiv_v1"] = "iclr2026"
@@ -116,13 +134,19 @@ class RegularizersConfig(Section):
     adaptive_max: NonNegative | None = None
     mask_alignment: Literal["shifted", "official"] = "shifted"
     center_rows: bool = False
+    teacher_head: Literal["student_init", "probe"] = "student_init"
+    teacher_cache: bool = True
 
 
 class DataConfig(Section):
     """Rows, and how each becomes tokens.
 
     Attributes:
-        train, validation: a JSON-lines, CSV or parquet file, or a hub data-set name.
+        train, validation: a JSON-lines, CSV or parquet file, or a hub data-set name. With
+            ``glue`` the hub's splits where not given.
+        glue: name of a GLUE task (``task: nlu``): columns, labels and metrics follow from it.
+        text_columns, label_column, labels, regression: the same for data of one's own: one text
+            or two, names of the classes in the order of their ids, or a score instead.
         split, validation_split: of hub data sets.
         train_limit, validation_limit: use the first rows only.
         template: ``alpaca``, ``plain``, ``chat`` (the tokenizer's), or a text with ``{column}``.
@@ -133,8 +157,13 @@ class DataConfig(Section):
         packing: put several rows in one, each attending to itself only.
     """
 
-    train: str
+    train: str | None = None
     validation: str | None = None
+    glue: str | None = None
+    text_columns: tuple[str, ...] = ()
+    label_column: str = "label"
+    labels: tuple[str, ...] = ()
+    regression: bool = False
     split: str = "train"
     validation_split: str = "validation"
     train_limit: Positive | None = None
@@ -244,7 +273,8 @@ class EvalConfig(Section):
     """The score before and after training on ``data.validation``.
 
     Attributes:
-        task: how answers are compared: a number after the marker, or none to skip the score.
+        task: ``exact_match`` compares the number after the marker; ``labels`` scores classes and
+            regressions by their task's own metrics (``task: nlu`` always does); ``none`` skips.
         marker: text before the answer.
         limit: use the first rows only.
         batch_size: prompts decoded together.
@@ -255,7 +285,7 @@ class EvalConfig(Section):
         gold_column: column of the right answer; ``data.response_column`` where not given.
     """
 
-    task: Literal["exact_match", "none"] = "exact_match"
+    task: Literal["exact_match", "labels", "none"] = "exact_match"
     marker: str = "The answer is:"
     limit: Positive | None = None
     batch_size: Positive = 32
@@ -266,9 +296,29 @@ class EvalConfig(Section):
     gold_column: str | None = None
 
 
-class RunConfig(Section):
-    """One run: one file in ``configs/``."""
+class StudyConfig(Section):
+    """Many runs of one config: every dataset by every variant by every seed.
 
+    Attributes:
+        datasets: name → settings (``key.path: value``) of a row of the table.
+        variants: name → settings of a column, applied after those of the row.
+        seeds: of ``training.seed``.
+    """
+
+    datasets: dict[str, dict[str, Any]] = {"all": {}}
+    variants: dict[str, dict[str, Any]]
+    seeds: tuple[int, ...] = (42, 1024, 2024)
+
+
+class RunConfig(Section):
+    """One run: one file in ``configs/``.
+
+    Attributes:
+        task: ``nlg`` trains a causal language model on text, ``nlu`` an encoder with a head on
+            labels.
+    """
+
+    task: Literal["nlg", "nlu"] = "nlg"
     model: ModelConfig
     adapter: AdapterConfig = AdapterConfig()
     regularizers: RegularizersConfig = RegularizersConfig()
@@ -276,6 +326,24 @@ class RunConfig(Section):
     training: TrainingConfig
     mesh: MeshConfig = MeshConfig()
     eval: EvalConfig = EvalConfig()
+    study: StudyConfig | None = None
+
+    @model_validator(mode="after")
+    def _fits_the_task(self) -> "RunConfig":
+        data, nlu = self.data, self.task == "nlu"
+        if not nlu and data.train is None:
+            raise ValueError("data.train: expected a value, got none. Add the key.")
+        if not nlu and (data.glue or data.text_columns or data.labels or data.regression):
+            raise ValueError(
+                "task: expected nlu with data.glue, data.text_columns, data.labels or "
+                "data.regression, got nlg. Set task: nlu, or remove them."
+            )
+        if nlu and data.glue is None and (data.train is None or not data.text_columns):
+            raise ValueError(
+                "data: expected data.glue, or data.train with data.text_columns, for task nlu, got "
+                "neither. Name a GLUE task, or the file and its columns."
+            )
+        return self
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

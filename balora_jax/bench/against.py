@@ -14,8 +14,8 @@ import numpy as np
 
 from balora_jax.bench.workload import Weights
 from balora_jax.errors import InputError
-from balora_jax.io.pretrained import Base
-from balora_jax.models import registry
+from balora_jax.io.base import Base
+from balora_jax.models import weight_names
 from balora_jax.training.assemble import Loaded, Program
 
 REFERENCE = Path(__file__).with_name("torch_reference.py")
@@ -84,10 +84,11 @@ def write_model(folder: Path, base: Base, weights: Weights) -> None:
     folder.mkdir()
     (folder / "config.json").write_text((base.folder / "config.json").read_text(), encoding="utf-8")
     tensors = {}
-    for rule in registry.weight_rules(base.config):
+    for rule in weight_names.weight_rules(base.config):
         array = weights.frozen[rule.path]
-        for i, layer in enumerate(array if rule.stacked else [array]):
-            tensors[rule.name.format(i=i)] = layer.T if rule.transpose else layer
+        rows = array if rule.stacked else [array]
+        for name, layer in zip(rule.names(len(array)), rows, strict=True):
+            tensors[name] = layer.T if rule.transpose else layer
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
 
@@ -138,6 +139,6 @@ def factors_of(program: Program, loaded: Loaded) -> dict[str, np.ndarray]:
     found = {}
     for module in program.modules:
         for side, leaf in (("A", "lora_a"), ("B", "lora_b")):
-            factor = np.asarray(loaded.adapters[f"{module.path}.{leaf}"][module.layer])
+            factor = np.asarray(loaded.trainable[f"{module.path}.{leaf}"][module.layer])
             found[f"{module.name}.{side}"] = np.ascontiguousarray(factor.T)
     return found

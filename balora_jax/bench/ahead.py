@@ -80,7 +80,7 @@ def _rows(topology: str, config: RunConfig, names: Sequence[str]) -> list[dict[s
     from jax.experimental import topologies
 
     from balora_jax.bench import workload
-    from balora_jax.io.pretrained import open_base
+    from balora_jax.io.base import open_base
     from balora_jax.training import sharding
 
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology)

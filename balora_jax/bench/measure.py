@@ -68,7 +68,7 @@ class OurStep:
         parts = step_parts(program, 10**6)
         self.mesh, self.key = program.mesh, jax.random.key(program.config.training.seed)
         with jax.set_mesh(self.mesh):
-            self.state = steps.initial_state(loaded.adapters, parts.optimizer, self.mesh)
+            self.state = steps.initial_state(loaded.trainable, parts.optimizer, self.mesh)
             self.constants = constants_of(program, loaded)
             self.batch = steps.place_batch(dict(batch), self.mesh)
             step = steps.compile_step(parts, self.state, self.mesh)

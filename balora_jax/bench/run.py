@@ -19,7 +19,7 @@ from balora_jax.bench.workload import Case, Weights
 from balora_jax.config import RunConfig
 from balora_jax.errors import InputError
 from balora_jax.io import metrics
-from balora_jax.io.pretrained import Base
+from balora_jax.io.base import Base
 from balora_jax.training import assemble
 from balora_jax.training.assemble import Program
 

@@ -18,11 +18,11 @@ import numpy as np
 
 from balora_jax.array_types import Array
 from balora_jax.config import RunConfig, parse_config
+from balora_jax.io.base import Base, base_of
 from balora_jax.io.hf_files import read_json_config
-from balora_jax.io.pretrained import Base
-from balora_jax.models import registry, starts
+from balora_jax.models import starts
 from balora_jax.paths import resolve_path
-from balora_jax.training import assemble, sharding, steps
+from balora_jax.training import assemble, sharding, steps, text_run
 from balora_jax.training.assemble import Loaded, Program
 
 TERMS = ("consistency", "diversity", "spectral")
@@ -99,15 +99,15 @@ def shapes_only(name_or_path: str) -> Base | None:
     if any(file.name.endswith(weights) for file in folder.iterdir()):
         return None
     raw = read_json_config(folder)
-    return Base(folder, registry.decoder_config(raw, str(folder / "config.json")))
+    return base_of(folder, raw)
 
 
 def weights_of(config: RunConfig) -> tuple[Base, Weights]:
     """Open the checkpoint; load or draw its weights, take or draw a batch."""
     base = shapes_only(config.model.name_or_path)
     if base is None:
-        setup = assemble.check(config)
-        loaded = setup.base.load(setup.plain.frozen, setup.mesh)
+        setup = text_run.check(config)
+        loaded = setup.base.load_for(setup.plain, setup.mesh)
         return setup.base, Weights(loaded, False, next(setup.batches()))
     program, _ = assemble.program_of(config, base.config)
     frozen = random_arrays(program.plain.frozen, program)
@@ -174,7 +174,7 @@ def loaded_for(program: Program, weights: Weights) -> Loaded:
             for path, leaf in program.student.origin.items()
             if path.endswith("lora_scale")
         }
-    place = assemble.place
+    place = sharding.placed
     return Loaded(weights.frozen, place(origin, program.mesh), place(adapters, program.mesh))
 
 
@@ -213,7 +213,7 @@ def model_flops(program: Program, shape: Sequence[int], counted: int) -> float:
         counted: M.
     """
     decoder, length, tokens = program.decoder, shape[-1], math.prod(shape)
-    linear = sum(leaf.size for path, leaf in program.plain.frozen.items() if "kernel" in path)
+    linear = sum(leaf.size for path, leaf in program.plain.parameters.items() if "kernel" in path)
     adapted = program.trainable * (2 if program.config.adapter.start != "lora" else 1)
     head = decoder.vocab_size * decoder.hidden_size * counted
     heads = decoder.num_layers * decoder.num_heads * decoder.head_dim

@@ -15,7 +15,8 @@ from balora_jax.data.templates import ExampleSettings
 from balora_jax.errors import InputError
 from balora_jax.evals.generation import Sampling, generate, make_decoder
 from balora_jax.evals.score import gold_answer, score_answers
-from balora_jax.io.pretrained import Base, load_pretrained, sampling_for
+from balora_jax.io.base import Base
+from balora_jax.io.pretrained import load_decoder, sampling_for
 from balora_jax.models.decoder import Decoder
 
 Rows = Sequence[Mapping[str, Any]]
@@ -136,7 +137,7 @@ def evaluate(config: RunConfig, *, adapter: str | None) -> dict[str, Any]:
             "data.validation: expected rows to score, got none. Name a file with --set "
             "data.validation=FILE."
         )
-    model = load_pretrained(config.model.name_or_path, adapter=adapter, dtype=config.model.dtype)
+    model = load_decoder(config.model.name_or_path, adapter=adapter, dtype=config.model.dtype)
     answerer = Answerer(model.bind, model.base, config.eval)
     key = jax.random.key(config.training.seed)
     return score_rows(answerer, model.parts, rows, config, key=key, title="score")
@@ -146,7 +147,7 @@ def continue_prompts(
     config: RunConfig, prompts: Sequence[str], *, adapter: str | None, raw: bool
 ) -> list[str]:
     """Texts after prompts; each is put in ``data.template`` first unless ``raw``."""
-    model = load_pretrained(config.model.name_or_path, adapter=adapter, dtype=config.model.dtype)
+    model = load_decoder(config.model.name_or_path, adapter=adapter, dtype=config.model.dtype)
     settings = example_settings(config.data)
     if raw:
         ids = [model.tokenizer(prompt)["input_ids"] for prompt in prompts]

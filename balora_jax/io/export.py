@@ -4,45 +4,132 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from balora_jax.array_types import Array
 from balora_jax.config import RunConfig
 from balora_jax.errors import InputError
-from balora_jax.io.hf_export import export_merged, module_deltas
-from balora_jax.io.peft_adapter import ExportReport, export_peft, read_peft
-from balora_jax.io.pretrained import Base, host_copy, open_base, peft_modules
+from balora_jax.io.base import Base, EncoderBase, open_base, open_encoder, peft_modules
+from balora_jax.io.hf_export import MergeReport, export_merged, module_deltas
+from balora_jax.io.peft_adapter import ExportReport, PeftAdapter, export_peft, read_peft
+from balora_jax.io.pretrained import host_copy
 from balora_jax.models.adapters import AdaptedModule
 from balora_jax.models.decoder import structure
-from balora_jax.models.registry import linear_shapes
-from balora_jax.models.starts import start_from_factors
+from balora_jax.models.encoder import encoder_structure
+from balora_jax.models.starts import given_factors
+from balora_jax.models.weight_names import WeightRule
 from balora_jax.paths import PACKAGE_PREFIX
+
+CLASSES = {
+    "bert": "BertForSequenceClassification",
+    "roberta": "RobertaForSequenceClassification",
+    "deberta-v2": "DebertaV2ForSequenceClassification",
+}
+
+ADAPTER, MODEL = "adapter", "model"
+"""Folders of a run: its PEFT adapter, or the checkpoint of a full fine-tuning."""
 
 
 def write_adapter(
     folder: Path,
-    base: Base,
+    base: Base | EncoderBase,
     name_or_path: str,
     modules: tuple[AdaptedModule, ...],
-    adapters: Mapping[str, Array],
+    trainable: Mapping[str, Array],
     origin: Mapping[str, Array],
     *,
     use_rslora: bool,
     rank: int | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Write adapters as a PEFT folder on the original base."""
-    linears = linear_shapes(base.config, structure(base.config).frozen)
-    packaged = name_or_path.startswith(PACKAGE_PREFIX)
+    """Write adapters as a PEFT folder on the original base, with the head if there is one."""
+    saved = saved_head(base, trainable)
     return export_peft(
         folder,
         modules=modules,
-        adapters=host_copy(adapters),
-        origin=host_copy({path: value for path, value in origin.items() if ".origin_" in path}),
-        # Other tools know nothing of paths inside this package.
-        base_name=str(base.folder) if packaged else name_or_path,
+        adapters=host_copy({p: v for p, v in trainable.items() if not p.startswith("head.")}),
+        origin=host_copy(
+            {p: v for p, v in origin.items() if ".origin_" in p or p.endswith(".lora_a")}
+        ),
+        base_name=_base_name(base, name_or_path),
         rank=rank,
+        task_type="SEQ_CLS" if isinstance(base, EncoderBase) else "CAUSAL_LM",
         use_rslora=use_rslora,
-        base_modules=[name for shape in linears for name in shape.names],
+        base_modules=[name for shape in base.linears(_frozen(base)) for name in shape.names],
+        fan_in_fan_out=base.stores_transposed,
+        saved=saved,
+        modules_to_save=sorted({_module_to_save(name) for name in saved}),
         overwrite=overwrite,
+    )
+
+
+def _base_name(base: Base | EncoderBase, name_or_path: str) -> str:
+    """Other tools know nothing of paths inside this package."""
+    packaged = name_or_path.startswith(PACKAGE_PREFIX)
+    return str(base.folder) if packaged else name_or_path
+
+
+def _frozen(base: Base | EncoderBase) -> dict[str, Any]:
+    """Shapes of the frozen weights."""
+    if isinstance(base, EncoderBase):
+        return encoder_structure(base.config).frozen
+    return structure(base.config).frozen
+
+
+def saved_head(base: Base | EncoderBase, trainable: Mapping[str, Array]) -> dict[str, np.ndarray]:
+    """The trained head by checkpoint name, as stored there; empty where there is none."""
+    if not isinstance(base, EncoderBase):
+        return {}
+    return {rule.name: _stored(rule, trainable[rule.path]) for rule in base.head_rules}
+
+
+def _stored(rule: WeightRule, value: Array) -> np.ndarray:
+    """An array that is not stacked, in the checkpoint's orientation."""
+    host = np.asarray(value)
+    return np.ascontiguousarray(host.T if rule.transpose else host)
+
+
+def _module_to_save(name: str) -> str:
+    """What PEFT calls the module of a head's tensor: ``pooler`` or ``classifier``."""
+    return next(part for part in ("pooler", "classifier") if part in name.split("."))
+
+
+def head_settings(base: Base | EncoderBase) -> dict[str, Any]:
+    """What a ``config.json`` says of the head of an encoder: its class and its labels."""
+    if not isinstance(base, EncoderBase):
+        return {}
+    labels = {str(i): f"LABEL_{i}" for i in range(base.config.num_labels)}
+    return {
+        "architectures": [CLASSES[base.config.model_type]],
+        "id2label": labels,
+        "label2id": {name: int(i) for i, name in labels.items()},
+        **({"problem_type": "regression"} if len(labels) == 1 else {}),
+    }
+
+
+def write_model(
+    folder: Path,
+    base: Base | EncoderBase,
+    trainable: Mapping[str, Array],
+    dtype: str,
+) -> MergeReport:
+    """Write the weights of a full fine-tuning as a checkpoint of the base's layout."""
+    changed: dict[str, np.ndarray] = {}
+    for rule in base.rules:
+        if rule.path not in trainable:
+            continue
+        value = np.asarray(trainable[rule.path], np.float32)
+        layers = value if rule.stacked else [value]
+        for name, layer in zip(rule.names(len(value)), layers, strict=True):
+            changed[name] = layer.T if rule.transpose else layer
+    return export_merged(
+        folder,
+        source=base.folder,
+        deltas=lambda name, _: changed.get(name),
+        dtype=dtype,
+        rules=base.rules,
+        added=saved_head(base, trainable),
+        settings=head_settings(base),
     )
 
 
@@ -61,7 +148,7 @@ def export_run(
     Raises:
         InputError: no finished adapter there, or an output folder that cannot be written.
     """
-    source = workdir / "adapter"
+    source = workdir / ADAPTER
     if not source.is_dir():
         raise InputError(
             f"{workdir}: expected the folder of a finished run with adapter/ in it, got none. "
@@ -69,14 +156,22 @@ def export_run(
         )
     if rank is not None and format == "merged":
         raise InputError("--rank: expected --format peft, got merged. Leave one of them out.")
-    base = open_base(config.model.name_or_path, config.model.revision)
-    shapes = structure(base.config).frozen
     peft = read_peft(source)
-    modules = peft_modules(peft, linear_shapes(base.config, shapes), str(source))
-    adapters, _ = start_from_factors(modules, shapes, peft.tensors)
+    base = _base_of(config, peft)
+    frozen = _frozen(base)
+    modules = peft_modules(peft, base.linears(frozen), str(source))
+    adapters = given_factors(modules, frozen, peft.tensors, peft.magnitudes)
     if format == "merged":
-        deltas = module_deltas(modules, host_copy(adapters), {})
-        merged = export_merged(out, source=base.folder, deltas=deltas, dtype=config.model.dtype)
+        stored = {module.name for module in modules} if base.stores_transposed else ()
+        merged = export_merged(
+            out,
+            source=base.folder,
+            deltas=module_deltas(modules, host_copy(adapters), {}, transposed=stored),
+            dtype=config.model.dtype,
+            rules=base.rules,
+            added=peft.saved,
+            settings=head_settings(base),
+        )
         return {
             "folder": str(out),
             "format": format,
@@ -84,10 +179,20 @@ def export_run(
             "files": merged.files,
             "merged_weights": merged.merged,
         }
-    report = write_adapter(
-        out, base, config.model.name_or_path, modules, adapters, {},
-        use_rslora=bool(peft.config.get("use_rslora")), rank=rank,
-    )  # fmt: skip
+    report = export_peft(
+        out,
+        modules=modules,
+        adapters=host_copy(adapters),
+        origin={},
+        base_name=_base_name(base, config.model.name_or_path),
+        rank=rank,
+        task_type=str(peft.config.get("task_type") or "CAUSAL_LM"),
+        use_rslora=bool(peft.config.get("use_rslora")),
+        base_modules=[name for shape in base.linears(frozen) for name in shape.names],
+        fan_in_fan_out=base.stores_transposed,
+        saved=peft.saved,
+        modules_to_save=peft.config.get("modules_to_save") or (),
+    )
     return {
         "folder": str(out),
         "format": format,
@@ -95,3 +200,11 @@ def export_run(
         "parameters": report.parameters,
         "relative_error": report.error,
     }
+
+
+def _base_of(config: RunConfig, peft: PeftAdapter) -> Base | EncoderBase:
+    name, revision = config.model.name_or_path, config.model.revision
+    if config.task == "nlg":
+        return open_base(name, revision)
+    outputs = [len(value) for key, value in peft.saved.items() if key.endswith(".bias")]
+    return open_encoder(name, revision, num_labels=min(outputs, default=None))

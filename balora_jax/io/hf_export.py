@@ -3,9 +3,10 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -23,8 +24,9 @@ from balora_jax.io.hf_files import (
     read_json_config,
     shortened,
 )
-from balora_jax.io.peft_adapter import delta_pair
+from balora_jax.io.peft_adapter import delta_pair, magnitude_of
 from balora_jax.models.adapters import AdaptedModule
+from balora_jax.models.weight_names import WeightRule, stored_names
 
 MAX_SHARD_BYTES = 4 * 2**30
 
@@ -48,7 +50,8 @@ _COMPANIONS = (
     "chat_template.json",
 )
 
-Deltas = Callable[[str], np.ndarray | None]
+# From a checkpoint tensor's name and its stored value to the new value, None for no change.
+Deltas = Callable[[str, np.ndarray], np.ndarray | None]
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,22 @@ class MergeReport:
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """One tensor to be written, with the code of its dtype in the new file."""
+class _Held:
+    """A tensor in memory, read as one of an open checkpoint is."""
 
+    value: np.ndarray
+
+    def get_tensor(self, name: str) -> np.ndarray:
+        """The tensor, whatever its name."""
+        del name
+        return self.value
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor to be written, with its name and the code of its dtype in the new file."""
+
+    name: str
     source: StoredTensor
     dtype: str
     itemsize: int
@@ -83,20 +99,66 @@ def merged_delta(
     return np.float32(module.scale) * (down @ up).T
 
 
-def module_deltas(
-    modules: Sequence[AdaptedModule], adapters: Mapping[str, Any], origin: Mapping[str, Any]
-) -> Deltas:
-    """Function from a checkpoint weight's name to its change, None where it has none.
+def merged_weight(
+    module: AdaptedModule,
+    adapters: Mapping[str, Any],
+    origin: Mapping[str, Any],
+    weight: np.ndarray,
+) -> np.ndarray:
+    """The fine-tuned weight, ``W + s·Δ``, for DoRA ``m · (W + s·Δ) / ‖W + s·Δ‖`` per output.
 
-    Each change is computed when asked for, so that one at a time is in memory.
+    Args:
+        module: the adapted layer.
+        adapters: stacks by path, as :func:`~balora_jax.io.peft_adapter.export_peft` takes them.
+        origin: likewise.
+        weight: as stored, [out, in], of any float dtype.
+
+    Returns:
+        [out, in] float32. An output whose weights are all zero keeps them.
+
+    Raises:
+        ValueError: a weight of another shape than the adapter.
+    """
+    delta = merged_delta(module, adapters, origin)
+    if delta.shape != weight.shape:
+        raise ValueError(f"{module.name}: delta is {delta.shape}, weight is {weight.shape}")
+    tuned = weight.astype(np.float32) + delta
+    magnitude = magnitude_of(module, adapters)
+    if magnitude is None:
+        return tuned
+    norm = np.linalg.norm(tuned, axis=1)
+    gain = np.divide(magnitude, norm, out=np.ones_like(norm), where=norm > 0)
+    return tuned * gain[:, None]
+
+
+def module_deltas(
+    modules: Sequence[AdaptedModule],
+    adapters: Mapping[str, Any],
+    origin: Mapping[str, Any],
+    *,
+    transposed: Collection[str] = (),
+) -> Deltas:
+    """Function from a checkpoint weight's name and value to its new value, None where unchanged.
+
+    Each weight is computed when asked for, so that one at a time is in memory.
+
+    Args:
+        modules: the adapted layers.
+        adapters: stacks by path.
+        origin: likewise.
+        transposed: names of the modules whose weight is stored [in, out], as GPT-2's are.
     """
     by_weight = {f"{module.name}.weight": module for module in modules}
 
-    def delta(name: str) -> np.ndarray | None:
+    def merge(name: str, weight: np.ndarray) -> np.ndarray | None:
         module = by_weight.get(name)
-        return None if module is None else merged_delta(module, adapters, origin)
+        if module is None:
+            return None
+        if module.name in transposed:
+            return merged_weight(module, adapters, origin, weight.T).T
+        return merged_weight(module, adapters, origin, weight)
 
-    return delta
+    return merge
 
 
 def export_merged(
@@ -105,24 +167,31 @@ def export_merged(
     source: str | Path,
     deltas: Deltas,
     dtype: str,
+    rules: Sequence[WeightRule] = (),
+    added: Mapping[str, np.ndarray] = MappingProxyType({}),
+    settings: Mapping[str, Any] = MappingProxyType({}),
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> MergeReport:
-    """Write the source checkpoint with ``deltas`` added, as sharded safetensors.
+    """Write the source checkpoint with the weights of ``deltas``, as sharded safetensors.
 
-    Tensors are streamed one at a time: read, added to in float32, cast, written. Config (with the
+    Tensors are streamed one at a time: read, changed in float32, cast, written. Config (with the
     new dtype), generation config and tokenizer are copied; code and pickles are not.
 
     Args:
         folder: new or empty folder; it appears complete or not at all.
         source: folder of the original checkpoint.
-        deltas: change [out, in] of a checkpoint weight by its name, None for no change.
+        deltas: from a tensor's name and stored value to the new value, None for no change.
         dtype: of all floating-point tensors: ``float32``, ``bfloat16`` or ``float16``.
+        rules: the weight-name table; with it a tensor is written (and its change looked up) under
+            the table's name, whatever older one the source has.
+        added: whole tensors by name, in place of those of the source or beside them.
+        settings: of the new ``config.json``, in place of the source's.
         max_shard_bytes: largest size of a weight file, unless a single tensor is larger.
 
     Raises:
         InputError: an unknown dtype, a source that is broken or quantised, a folder that may not
             be written, or deltas that match no tensor of the source.
-        ValueError: a delta of another shape than its weight.
+        ValueError: a delta or a new value of another shape than its weight.
     """
     if dtype not in _DTYPES:
         raise InputError(
@@ -130,14 +199,17 @@ def export_merged(
         )
     source, target = Path(source), Path(folder)
     with open_tensors(source) as tensors, replaced_folder(target) as draft:
-        shards = _plan(source, tensors, _DTYPES[dtype], max_shard_bytes)
+        named = {new: tensors[old] for new, old in stored_names(tensors, rules).items()}
+        for name, value in added.items():
+            named[name] = StoredTensor(name, source, value.shape, "F32", _Held(value))
+        shards = _plan(source, named, _DTYPES[dtype], max_shard_bytes)
         merged = _write_shards(draft, shards, deltas, np.dtype(dtype))
         if not merged:
             raise InputError(
                 f"{source}: expected the weights that were adapted, got none of their names. "
                 "Name the checkpoint that was trained."
             )
-        _write_config(draft, source, dtype)
+        _write_config(draft, source, dtype, settings)
         for name in _COMPANIONS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, draft / name)
@@ -162,10 +234,10 @@ def _plan(
         )
     shards: list[list[_Entry]] = [[]]
     size = 0
-    for tensor in tensors.values():
+    for name, tensor in tensors.items():
         code = dtype if tensor.dtype in FLOAT_DTYPES else tensor.dtype
         itemsize = {"F32": 4, "BF16": 2, "F16": 2}.get(code, tensor.itemsize)
-        entry = _Entry(tensor, code, itemsize)
+        entry = _Entry(name, tensor, code, itemsize)
         if shards[-1] and size + entry.nbytes > limit:
             shards.append([])
             size = 0
@@ -197,7 +269,7 @@ def _write_shards(
                     merged += _write_tensor(stream, entry, deltas, dtype)
                     bar.update(entry.nbytes)
     if count > 1:
-        where = {e.source.name: n for n, s in zip(names, shards, strict=True) for e in s}
+        where = {e.name: n for n, s in zip(names, shards, strict=True) for e in s}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return merged
@@ -211,7 +283,7 @@ def _write_header(stream: BinaryIO, entries: Sequence[_Entry]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in entries:
-        header[entry.source.name] = {
+        header[entry.name] = {
             "dtype": entry.dtype,
             "shape": list(entry.source.shape),
             "data_offsets": [offset, offset + entry.nbytes],
@@ -225,21 +297,21 @@ def _write_header(stream: BinaryIO, entries: Sequence[_Entry]) -> None:
 
 def _write_tensor(stream: BinaryIO, entry: _Entry, deltas: Deltas, dtype: np.dtype) -> bool:
     """Append one tensor; returns whether a delta changed it."""
-    name = entry.source.name
-    value = entry.source.handle.get_tensor(name)
-    delta = deltas(name)
-    if delta is not None:
-        if delta.shape != value.shape:
-            raise ValueError(f"{name}: delta is {delta.shape}, weight is {value.shape}")
-        value = value.astype(np.float32) + delta
+    name = entry.name
+    value = entry.source.handle.get_tensor(entry.source.name)
+    changed = deltas(name, value)
+    if changed is not None:
+        if changed.shape != value.shape:
+            raise ValueError(f"{name}: new value is {changed.shape}, weight is {value.shape}")
+        value = changed
     if entry.source.dtype in FLOAT_DTYPES:
         value = value.astype(dtype, copy=False)
     stream.write(value.tobytes())
-    return delta is not None
+    return changed is not None
 
 
-def _write_config(folder: Path, source: Path, dtype: str) -> None:
-    config = read_json_config(source)
+def _write_config(folder: Path, source: Path, dtype: str, settings: Mapping[str, Any]) -> None:
+    config = {**read_json_config(source), **settings}
     config.pop("auto_map", None)  # names code files, which are not copied
     if "torch_dtype" in config:  # the name before transformers 4.56
         config["torch_dtype"] = dtype

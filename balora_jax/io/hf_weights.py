@@ -30,7 +30,7 @@ from balora_jax.io.hf_files import (
     read_json_config,
     shortened,
 )
-from balora_jax.models.registry import WeightRule
+from balora_jax.models.weight_names import WeightRule, stored_names
 
 __all__ = ["find_checkpoint", "fingerprint", "load_weights", "read_json_config"]
 
@@ -83,7 +83,8 @@ def load_weights(
     if unnamed:
         raise ValueError(f"no weight rule names these parameters: {shortened(unnamed)}")
     parameters = {path: _parameter(by_path[path], struct) for path, struct in targets.items()}
-    with open_tensors(folder) as tensors:
+    with open_tensors(folder) as stored:
+        tensors = {ours: stored[name] for ours, name in stored_names(stored, rules).items()}
         _check_fit(Path(folder), parameters.values(), tensors, ignore)
         size = sum(_bytes_to_read(p, tensors) for p in parameters.values())
         quiet = size < _PROGRESS_FROM_BYTES or jax.process_index() != 0
@@ -94,8 +95,7 @@ def load_weights(
 
 
 def _parameter(rule: WeightRule, struct: jax.ShapeDtypeStruct) -> _Parameter:
-    layers = range(struct.shape[0]) if rule.stacked else range(1)
-    return _Parameter(rule, struct, tuple(rule.name.replace("{i}", str(i)) for i in layers))
+    return _Parameter(rule, struct, rule.names(struct.shape[0]))
 
 
 def _check_fit(folder: Path, parameters, tensors: Mapping[str, StoredTensor], ignore) -> None:
@@ -104,13 +104,13 @@ def _check_fit(folder: Path, parameters, tensors: Mapping[str, StoredTensor], ig
     missing = sorted(set(wanted) - set(tensors), key=_natural)
     extra = sorted(set(tensors) - set(wanted), key=_natural)
     extra = [name for name in extra if not any(re.search(pattern, name) for pattern in ignore)]
-    present = [tensors[name] for name in wanted if name in tensors]
+    present = {name: tensors[name] for name in wanted if name in tensors}
     misshaped = [
-        f"{t.name} is {list(t.shape)}, expected {list(wanted[t.name])}"
-        for t in present
-        if t.shape != wanted[t.name]
+        f"{name} is {list(t.shape)}, expected {list(wanted[name])}"
+        for name, t in present.items()
+        if t.shape != wanted[name]
     ]
-    unusable = [f"{t.name} is {t.dtype}" for t in present if t.dtype not in FLOAT_DTYPES]
+    unusable = [f"{name} is {t.dtype}" for name, t in present.items() if t.dtype not in FLOAT_DTYPES]
     kinds = {
         "missing": missing,
         "unexpected": extra,

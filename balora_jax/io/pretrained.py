@@ -1,112 +1,30 @@
 """From a checkpoint's name to a model that computes: open, plan, load, call."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from balora_jax.array_types import Array, Float, Int
 from balora_jax.errors import InputError
 from balora_jax.evals.generation import Sampling, generate, make_decoder
-from balora_jax.io.hf_files import find_checkpoint, fingerprint, read_json, read_json_config
-from balora_jax.io.hf_weights import load_weights
+from balora_jax.io.base import (
+    Base,
+    EncoderBase,
+    head_from_peft,
+    is_encoder,
+    open_base,
+    open_encoder,
+    peft_modules,
+)
 from balora_jax.io.peft_adapter import PeftAdapter, read_peft
-from balora_jax.models import registry
-from balora_jax.models.adapters import AdaptedModule, LinearShape, adapter_shapes
-from balora_jax.models.decoder import DecoderConfig, Structure, structure
+from balora_jax.models.adapters import adapter_shapes
+from balora_jax.models.decoder import Structure, structure
+from balora_jax.models.encoder import Encoder, encoder_structure
 from balora_jax.models.starts import start_from_factors
-from balora_jax.paths import resolve_path
-from balora_jax.training.sharding import with_shardings
-
-
-@dataclass(frozen=True)
-class Base:
-    """A pretrained checkpoint that was opened but not loaded.
-
-    Attributes:
-        folder: where it lies.
-        config: what it is.
-    """
-
-    folder: Path
-    config: DecoderConfig
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Identity of config and weights, kept with checkpoints."""
-        return fingerprint(self.folder)
-
-    def load(
-        self, shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh | None = None
-    ) -> dict[str, Array]:
-        """The frozen weights; each device reads its own slices."""
-        targets = dict(shapes) if mesh is None else with_shardings(shapes, mesh)
-        rules = registry.weight_rules(self.config)
-        ignore = registry.ignored_weights(self.config)
-        return load_weights(self.folder, targets, rules, ignore=ignore)
-
-    def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text besides the tokenizer's EOS: Llama 3 names several."""
-        file = self.folder / "generation_config.json"
-        named = read_json(file).get("eos_token_id") if file.is_file() else None
-        return tuple(named) if isinstance(named, list) else () if named is None else (int(named),)
-
-    def tokenizer(self) -> Any:
-        """The checkpoint's own tokenizer (``transformers``), never with remote code."""
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            line = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"{self.folder}: expected a tokenizer (tokenizer.json), got: {line} Save the "
-                "tokenizer beside the weights."
-            ) from error
-
-
-def open_base(name_or_path: str, revision: str | None = None) -> Base:
-    """Find a checkpoint and read its config; nothing is loaded yet."""
-    folder = find_checkpoint(resolve_path(name_or_path), revision)
-    raw = read_json_config(folder)
-    return Base(folder, registry.decoder_config(raw, str(folder / "config.json")))
-
-
-def peft_modules(
-    peft: PeftAdapter, linears: Sequence[LinearShape], where: str
-) -> tuple[AdaptedModule, ...]:
-    """The adapted layers of a PEFT adapter on this base.
-
-    Raises:
-        InputError: a layer that the base does not have, or one of another size.
-    """
-    known = {name: (shape, i) for shape in linears for i, name in enumerate(shape.names)}
-    modules = []
-    for name, (a, b) in peft.tensors.items():
-        if name not in known:
-            raise InputError(
-                f"{where}: expected adapters for this base model, got one for {name!r}, which it "
-                "does not have. Name the base the adapter was trained on."
-            )
-        shape, layer = known[name]
-        if (a.shape[0], b.shape[1]) != (shape.in_features, shape.out_features):
-            raise InputError(
-                f"{where}: expected {shape.in_features} -> {shape.out_features} features at "
-                f"{name}, got {a.shape[0]} -> {b.shape[1]}. Name the base it was trained on."
-            )
-        modules.append(
-            AdaptedModule(
-                name, shape.path, layer, peft.ranks[name], peft.alphas[name], peft.scales[name],
-                shape.in_features, shape.out_features,
-            )
-        )  # fmt: skip
-    return tuple(modules)
 
 
 class PretrainedModel:
@@ -178,15 +96,53 @@ def sampling_for(
     return Sampling(max_new_tokens, stops, int(pad or 0), temperature, top_p)
 
 
+class PretrainedEncoder:
+    """A loaded encoder with its head: call it for the logits of whole rows.
+
+    Attributes:
+        base: the checkpoint it came from.
+        config: what it is.
+        parts: its arrays by path: frozen weights and head, then adapters and their constants.
+    """
+
+    def __init__(
+        self, base: EncoderBase, bind: Callable[..., Encoder], parts: Sequence[dict[str, Array]]
+    ):
+        self.config = base.config
+        self.parts = tuple(parts)
+        self.base = base
+        self._logits = jax.jit(lambda parts, *arrays: bind(*parts)(*arrays))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer."""
+        return self.base.tokenizer()
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        attention_mask: Int[Array, "B T"] | None = None,
+        token_type_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B C"]:
+        """Logits of every row, float32, or its score; pad on the right."""
+        ids = jnp.asarray(input_ids, jnp.int32)
+        mask = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(attention_mask)
+        types = jnp.zeros_like(ids) if token_type_ids is None else jnp.asarray(token_type_ids)
+        return self._logits(self.parts, ids, mask.astype(jnp.int32), types.astype(jnp.int32))
+
+
 def load_pretrained(
     path: str, *, adapter: str | None = None, dtype: str = "float32"
-) -> PretrainedModel:
+) -> PretrainedModel | PretrainedEncoder:
     """Load a checkpoint in Hugging Face layout, optionally with a PEFT adapter on it.
 
     Args:
         path: a folder, a hub name, or ``balora_jax:quickstart/model``.
         adapter: folder of a PEFT LoRA adapter.
         dtype: of weights and activations, ``float32`` or ``bfloat16``.
+
+    Returns:
+        A causal language model, or an encoder with its head, by the checkpoint's family.
 
     Raises:
         InputError: a checkpoint or adapter that is missing, broken or unsupported.
@@ -196,16 +152,49 @@ def load_pretrained(
     """
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype: expected 'float32' or 'bfloat16', got {dtype!r}. Choose one.")
+    peft = None if adapter is None else read_peft(adapter)
+    if is_encoder(path):
+        return _load_encoder(path, peft, str(adapter), dtype)
+    return load_decoder(path, adapter=adapter, dtype=dtype)
+
+
+def load_decoder(
+    path: str, *, adapter: str | None = None, dtype: str = "float32"
+) -> PretrainedModel:
+    """As :func:`load_pretrained`, for a checkpoint that must be a causal language model."""
+    peft = None if adapter is None else read_peft(adapter)
     base = open_base(path)
     plain = structure(base.config, dtype=dtype)
-    if adapter is None:
+    if peft is None:
         return PretrainedModel(base, plain, [base.load(plain.frozen)])
-    peft = read_peft(adapter)
-    modules = peft_modules(peft, registry.linear_shapes(base.config, plain.frozen), adapter)
+    modules = peft_modules(peft, base.linears(plain.frozen), str(adapter))
     skeleton = structure(base.config, adapters=adapter_shapes(modules, origin=False), dtype=dtype)
     frozen = base.load(plain.frozen)
-    adapters, constants = start_from_factors(modules, frozen, peft.tensors)
+    adapters, constants = start_from_factors(modules, frozen, peft.tensors, peft.magnitudes)
     return PretrainedModel(base, skeleton, [frozen, constants, adapters])
+
+
+def _load_encoder(path: str, peft: PeftAdapter | None, where: str, dtype: str) -> PretrainedEncoder:
+    base = open_encoder(path)
+    brought = {} if peft is None else head_from_peft(peft, base.head_rules)
+    if "head.out.bias" in brought:
+        base = open_encoder(path, num_labels=len(brought["head.out.bias"]))
+    missing = {rule.path for rule in base.head_rules} - set(brought) - set(base.stored_head())
+    if missing:
+        raise InputError(
+            f"{path}: expected a head for classes or scores, in the checkpoint or in an adapter, "
+            f"got none with {', '.join(sorted(missing))}. Fine-tune it first (task: nlu)."
+        )
+    head = base.load_head(jax.random.key(0)) | {k: jnp.asarray(v) for k, v in brought.items()}
+    plain = encoder_structure(base.config, dtype=dtype)
+    frozen = base.load(plain.frozen)
+    if peft is None:
+        return PretrainedEncoder(base, plain.bind, [frozen, head])
+    modules = peft_modules(peft, base.linears(plain.frozen), where)
+    shapes = adapter_shapes(modules, origin=False)
+    skeleton = encoder_structure(base.config, adapters=shapes, dtype=dtype)
+    adapters, constants = start_from_factors(modules, frozen, peft.tensors, peft.magnitudes)
+    return PretrainedEncoder(base, skeleton.bind, [frozen, head, constants, adapters])
 
 
 def host_copy(arrays: Mapping[str, Array]) -> dict[str, np.ndarray]:

@@ -7,6 +7,9 @@ Every adapter is measured from its own start (``origin``):
 ``W`` is the checkpoint's weight and is never modified, so the frozen model *is* the teacher.
 Starts that begin at zero (plain LoRA) have no origin. Source: PiSSA (arXiv 2404.02948) as BA-LoRA
 uses it; with ``W_res = W − s·A₀B₀`` this is algebraically PiSSA's ``W_res + s·A B``.
+
+What trains depends on the method: A and B (``lora``), B alone (``lora_fa``), or A, B and the
+length of every output's weights (``dora``).
 """
 
 import difflib
@@ -14,6 +17,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +25,18 @@ from flax import nnx
 
 from balora_jax.array_types import Array, Float, PRNGKeyArray
 from balora_jax.errors import InputError
+from balora_jax.models.quantized import (
+    Quantization,
+    dequantize_kernel,
+    quantized_matmul,
+    quantized_shapes,
+)
+
+Method = Literal["lora", "dora", "lora_fa"]
 
 
 class Origin(nnx.Variable):
-    """A frozen constant of an adapter: the start it is measured from, and its scale."""
+    """A frozen constant of an adapter: the start it is measured from, its scale, norms of W."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,7 @@ class AdaptedModule:
         scale: ``alpha / rank``, or ``alpha / sqrt(rank)`` with rank-stabilised scaling.
         in_features: rows of A.
         out_features: columns of B.
+        method: which of its parts train.
     """
 
     name: str
@@ -50,11 +63,15 @@ class AdaptedModule:
     scale: float
     in_features: int
     out_features: int
+    method: Method = "lora"
 
     @property
     def parameters(self) -> int:
         """Trainable numbers of this layer's adapter."""
-        return self.rank * (self.in_features + self.out_features)
+        if self.method == "lora_fa":
+            return self.rank * self.out_features
+        magnitude = self.out_features if self.method == "dora" else 0
+        return self.rank * (self.in_features + self.out_features) + magnitude
 
 
 @dataclass(frozen=True)
@@ -64,6 +81,7 @@ class AdapterShape:
     rank: int
     origin: bool
     dropout: float = 0.0
+    method: Method = "lora"
 
 
 class Linear(nnx.Module):
@@ -76,6 +94,10 @@ class Linear(nnx.Module):
     ``s·(x [A − A₀, A₀]) [B; B − B₀]``, before they are cast to the activations' dtype: it is the
     same sum, exactly zero at the start whatever the order of summation, and small updates survive
     bfloat16, where the difference of two rounded products would lose them.
+
+    LoRA-FA (arXiv 2308.03303) freezes A, so the delta is ``s·(x A)(B − B₀)`` at half the rank.
+    DoRA (arXiv 2402.09353) multiplies ``W + s·Δ`` by ``m / ‖W + s·Δ‖`` per output, the norm a
+    constant for the gradient (its section 4.3, and PEFT); the bias is added afterwards.
     """
 
     def __init__(
@@ -87,45 +109,84 @@ class Linear(nnx.Module):
         use_bias: bool = False,
         adapter: AdapterShape | None = None,
         dtype: jnp.dtype = jnp.float32,
+        quantization: Quantization = "none",
+        name: str = "kernel",
     ):
-        self.kernel = nnx.Param(jnp.zeros((layers, in_features, out_features), dtype))
+        self.quantization: Quantization = quantization
+        kernel = jax.ShapeDtypeStruct((layers, in_features, out_features), dtype)
+        stored = quantized_shapes(kernel, quantization, name=name)
+        self.kernel = nnx.Param(jnp.zeros(stored["kernel"].shape, stored["kernel"].dtype))
+        if quantization != "none":
+            scale = stored["kernel_scale"]
+            self.kernel_scale = nnx.Param(jnp.zeros(scale.shape, scale.dtype))
         self.bias = nnx.Param(jnp.zeros((layers, out_features), dtype)) if use_bias else None
         self.adapter = adapter
         if adapter is not None:
             down, up = (layers, in_features, adapter.rank), (layers, adapter.rank, out_features)
-            self.lora_a = nnx.LoRAParam(jnp.zeros(down, jnp.float32))
+            kind = Origin if adapter.method == "lora_fa" else nnx.LoRAParam
+            self.lora_a = kind(jnp.zeros(down, jnp.float32))
             self.lora_b = nnx.LoRAParam(jnp.zeros(up, jnp.float32))
             self.lora_scale = Origin(jnp.zeros((layers,), jnp.float32))
-            if adapter.origin:
+            if adapter.origin and adapter.method != "lora_fa":
                 self.origin_a = Origin(jnp.zeros(down, dtype))
+            if adapter.origin:
                 self.origin_b = Origin(jnp.zeros(up, dtype))
+            if adapter.method == "dora":
+                self.lora_magnitude = nnx.LoRAParam(jnp.zeros((layers, out_features), jnp.float32))
+                self.origin_norm = Origin(jnp.zeros((layers, out_features), jnp.float32))
 
     def __call__(
         self, x: Float[Array, "... D_in"], dropout_key: PRNGKeyArray | None = None
     ) -> Float[Array, "... D_out"]:
         """Apply the layer; ``dropout_key`` switches LoRA dropout on (training only)."""
-        y = matmul(x, self.kernel[...])
+        y = self._frozen(x)
+        if self.adapter is not None and self.adapter.method == "dora":
+            down, up = self._factors()
+            y = rescaled(y + low_rank(x, down, up), self._gain(down, up))
         if self.bias is not None:
             y = y + self.bias[...]
-        if self.adapter is not None:
-            y = y + self._delta(x, dropout_key)
+        if self.adapter is not None and self.adapter.method != "dora":
+            y = y + low_rank(self._dropped(x, dropout_key), *self._factors())
         return y
 
-    def _delta(self, x: Array, dropout_key: PRNGKeyArray | None) -> Array:
+    def _frozen(self, x: Array) -> Array:
+        """``x W``, W dequantised here if need be."""
+        if self.quantization == "none":
+            return matmul(x, self.kernel[...])
+        values = {"kernel": self.kernel[...], "kernel_scale": self.kernel_scale[...]}
+        return quantized_matmul(x, values, self.quantization)
+
+    def _factors(self) -> tuple[Float[Array, "*E D_in R"], Float[Array, "*E R D_out"]]:
+        """Float32 factors of s·Δ, the scale in the first one; of one layer or of several."""
         assert self.adapter is not None
-        if dropout_key is not None and self.adapter.dropout > 0.0:
-            keep = 1.0 - self.adapter.dropout
-            kept = jax.random.bernoulli(dropout_key, keep, x.shape)
-            x = jnp.where(kept, x / keep, jnp.zeros((), x.dtype)).astype(x.dtype)
+        start_a = self.adapter.origin and self.adapter.method != "lora_fa"
         down, up = delta_factors(
             self.lora_a[...],
             self.lora_b[...],
-            self.origin_a[...] if self.adapter.origin else None,
+            self.origin_a[...] if start_a else None,
             self.origin_b[...] if self.adapter.origin else None,
         )
         # Scaled while still float32: a scale such as 1/√2 is not a bfloat16 number.
-        down = (down * self.lora_scale[...]).astype(x.dtype)
-        return matmul(matmul(x, down), up.astype(x.dtype))
+        return down * self.lora_scale[...][..., None, None], up
+
+    def _dropped(self, x: Array, key: PRNGKeyArray | None) -> Array:
+        assert self.adapter is not None
+        if key is None or self.adapter.dropout == 0.0:
+            return x
+        keep = 1.0 - self.adapter.dropout
+        kept = jax.random.bernoulli(key, keep, x.shape)
+        return jnp.where(kept, x / keep, jnp.zeros((), x.dtype)).astype(x.dtype)
+
+    def _gain(self, down: Array, up: Array) -> Float[Array, "*E D_out"]:
+        """DoRA's factor m / ‖W + s·Δ‖ of every output, float32."""
+        kernel = self.kernel[...]
+        if self.quantization != "none":
+            values = {"kernel": kernel, "kernel_scale": self.kernel_scale[...]}
+            kernel = dequantize_kernel(values, self.quantization, jnp.float32)
+        norm = column_norms(kernel, self.origin_norm[...], down, up)
+        gain = magnitude_gain(self.lora_magnitude[...], norm)
+        # A layer of the stack that is not adapted has the scale 0 and stays as it is.
+        return jnp.where(self.lora_scale[...][..., None] == 0.0, 1.0, gain)
 
 
 def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D F"]) -> Float[Array, "... F"]:
@@ -138,6 +199,65 @@ def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D F"]) -> Float[Array
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
+def low_rank(
+    x: Float[Array, "... D"], down: Float[Array, "D R"], up: Float[Array, "R F"]
+) -> Float[Array, "... F"]:
+    """``(x down) up`` in the dtype of ``x``."""
+    return matmul(matmul(x, down.astype(x.dtype)), up.astype(x.dtype))
+
+
+def rescaled(y: Float[Array, "... F"], gain: Float[Array, "... F"]) -> Float[Array, "... F"]:
+    """``y * gain`` rounded once: a bfloat16 gain could only be 1 or differ from it by 2⁻⁷."""
+    return (y.astype(jnp.float32) * gain).astype(y.dtype)
+
+
+def column_norms(
+    kernel: Float[Array, "*L D F"],
+    squares: Float[Array, "*L F"],
+    down: Float[Array, "*L D R"],
+    up: Float[Array, "*L R F"],
+) -> Float[Array, "*L F"]:
+    """Length of every column of ``W + down up``, float32, a constant for the gradient.
+
+    ``‖W_j‖² + 2 (downᵀ W)_j · up_j + up_jᵀ (downᵀ down) up_j``: nothing of the size of W is formed,
+    and where the product of the factors is exactly zero the norm is exactly that of W.
+
+    Args:
+        kernel: W in its dtype; the factor it meets is rounded to it, as in the forward.
+        squares: ``‖W_j‖²`` of every column, float32.
+        down: float32, the first factor of ``s·Δ``, scale included.
+        up: float32, the second one.
+    """
+    down, up = jax.lax.stop_gradient(down), jax.lax.stop_gradient(up)
+    across, highest = jnp.swapaxes(down, -1, -2), jax.lax.Precision.HIGHEST
+    cross = jnp.matmul(
+        across.astype(kernel.dtype),
+        kernel,
+        precision=highest if kernel.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    gram = jnp.matmul(across, down, precision=highest)
+    inner = 2.0 * cross + jnp.matmul(gram, up, precision=highest)
+    total = squares + jnp.sum(inner * up, axis=-2)
+    # A column that the delta cancels may come out below zero by rounding.
+    return jnp.sqrt(jnp.maximum(total, jnp.finfo(jnp.float32).eps * squares))
+
+
+def magnitude_gain(
+    magnitude: Float[Array, "*L F"], norm: Float[Array, "*L F"]
+) -> Float[Array, "*L F"]:
+    """``magnitude / norm``, exactly 1 where they are equal, and 1 where the norm is 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> magnitude_gain(jnp.array([3.0, 0.1, 0.0]), jnp.array([2.0, 0.1, 0.0])).tolist()
+        [1.5, 1.0, 1.0]
+    """
+    # Not the quotient itself: division is approximate on some devices, a difference of 0 is not.
+    nothing = norm == 0.0
+    return 1.0 + jnp.where(nothing, 0.0, (magnitude - norm) / jnp.where(nothing, 1.0, norm))
+
+
 def delta_factors(
     lora_a: Float[Array, "*L D R"],
     lora_b: Float[Array, "*L R F"],
@@ -147,7 +267,8 @@ def delta_factors(
     """The two factors whose product is ``A B − A₀ B₀`` (or ``A B`` without an origin), float32.
 
     Returns:
-        ``[A − A₀, A₀]`` [*L, D, 2R] and ``[B; B − B₀]`` [*L, 2R, F].
+        ``[A − A₀, A₀]`` [*L, D, 2R] and ``[B; B − B₀]`` [*L, 2R, F]; with ``origin_b`` alone, A is
+        its own start and ``A`` [*L, D, R], ``B − B₀`` [*L, R, F] are the whole of it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -156,11 +277,14 @@ def delta_factors(
         >>> float(jnp.abs(down @ up).max())  # measured from itself: exactly nothing
         0.0
     """
-    if origin_a is None or origin_b is None:
+    if origin_b is None:
         return lora_a, lora_b
-    origin_a, origin_b = origin_a.astype(jnp.float32), origin_b.astype(jnp.float32)
+    moved = lora_b - origin_b.astype(jnp.float32)
+    if origin_a is None:
+        return lora_a, moved
+    origin_a = origin_a.astype(jnp.float32)
     down = jnp.concatenate([lora_a - origin_a, origin_a], axis=-1)
-    return down, jnp.concatenate([lora_b, lora_b - origin_b], axis=-2)
+    return down, jnp.concatenate([lora_b, moved], axis=-2)
 
 
 @dataclass(frozen=True)
@@ -183,6 +307,7 @@ def plan_adapters(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     use_rslora: bool = False,
+    method: Method = "lora",
 ) -> tuple[AdaptedModule, ...]:
     """Which layers of a model get an adapter, with the rank and scale of each.
 
@@ -210,7 +335,7 @@ def plan_adapters(
             scale = a / math.sqrt(r) if use_rslora else a / r
             modules.append(
                 AdaptedModule(
-                    name, shape.path, i, r, a, scale, shape.in_features, shape.out_features
+                    name, shape.path, i, r, a, scale, shape.in_features, shape.out_features, method
                 )
             )
     if not modules:
@@ -296,11 +421,23 @@ def _check_rank(name: str, rank: int, shape: LinearShape) -> None:
 def adapter_shapes(
     modules: Sequence[AdaptedModule], *, origin: bool, dropout: float = 0.0
 ) -> dict[str, AdapterShape]:
-    """For each stacked layer that is adapted, the largest rank in the stack."""
+    """For each stacked layer that is adapted, the largest rank in the stack, and the method.
+
+    Raises:
+        InputError: dropout with DoRA, whose norm is that of the whole weight.
+    """
+    if dropout > 0.0 and any(module.method == "dora" for module in modules):
+        raise InputError(
+            f"adapter.dropout: expected 0 with the method dora, got {dropout}. Set it to 0, or "
+            "choose another method."
+        )
     ranks: dict[str, int] = {}
     for module in modules:
         ranks[module.path] = max(ranks.get(module.path, 0), module.rank)
-    return {path: AdapterShape(rank, origin, dropout) for path, rank in ranks.items()}
+    methods: dict[str, Method] = {module.path: module.method for module in modules}
+    return {
+        path: AdapterShape(rank, origin, dropout, methods[path]) for path, rank in ranks.items()
+    }
 
 
 def trainable_parameters(modules: Sequence[AdaptedModule]) -> int:

@@ -1,11 +1,12 @@
-"""A causal language model whose config covers the Llama and Mistral families.
+"""A causal language model whose config covers the supported families of decoders.
 
 The module defines parameters and the forward. Everything else holds its weights as flat dicts
 ``{dotted path: array}`` and binds them to the structure when it computes (``Structure.bind``), so
 training is plain ``jax.jit``/``grad``/``scan`` over pytrees.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,63 +16,27 @@ from flax import nnx
 
 from balora_jax.array_types import Array, Float, Int, PRNGKeyArray
 from balora_jax.models.adapters import AdapterShape, Origin
+from balora_jax.models.decoder_config import DecoderConfig
+from balora_jax.models.experts import SparseMLP
+from balora_jax.models.gpt2 import Gpt2Layer
 from balora_jax.models.layers import (
     Attention,
     AttentionKernel,
     GatedMLP,
-    RMSNorm,
-    RopeConfig,
+    KeyValues,
+    MakeLinear,
+    Tables,
     attention_mask,
-    rotary_tables,
+    make_norm,
     stacked_linear,
 )
-from balora_jax.numerics.head import LINEAR, LogitMap
+from balora_jax.models.quantized import Quantization
+from balora_jax.models.rotary import RopeConfig, rotary_tables
+from balora_jax.numerics.head import LogitMap
 
 Remat = Literal["none", "dots", "full", "offload"]
 Cache = dict[str, Array]
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Shape and options of a decoder; every field comes from the checkpoint's ``config.json``.
-
-    Attributes:
-        model_type: family name in Hugging Face configs.
-        vocab_size: V.
-        hidden_size: D.
-        intermediate_size: F.
-        num_layers: L.
-        num_heads: H.
-        num_kv_heads: G; H / G queries share a key.
-        head_dim: K.
-        norm_eps: epsilon of the RMS norms.
-        activation: of the MLP's gate.
-        rope: rotary positions.
-        sliding_window: tokens a query looks back over, itself included; None for all.
-        tie_word_embeddings: the head is the embedding table.
-        attention_bias: biases on q, k, v and o.
-        mlp_bias: biases on gate, up and down.
-        max_length: positions the checkpoint was made for.
-        logit_map: from ``hidden · head`` to logits: a scale, a soft cap.
-    """
-
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    norm_eps: float
-    activation: str
-    rope: RopeConfig
-    sliding_window: int | None
-    tie_word_embeddings: bool
-    attention_bias: bool
-    mlp_bias: bool
-    max_length: int
-    logit_map: LogitMap = LINEAR
+Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
 class Embedding(nnx.Module):
@@ -88,58 +53,61 @@ class Embedding(nnx.Module):
 class DecoderLayer(nnx.Module):
     """The stack of decoder layers: attention and MLP, each behind a norm and a residual."""
 
+    # Their order numbers the dropout keys.
+    linears = (
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        *("qkv_proj", "gate_up_proj", "w1", "w2", "w3"),
+    )
+
     def __init__(
         self,
         config: DecoderConfig,
         adapters: dict[str, AdapterShape],
         kernel: AttentionKernel,
         dtype: jnp.dtype,
+        quantization: Quantization,
     ):
         layers = config.num_layers
-        self.self_attn = Attention(
-            config.hidden_size,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            use_bias=config.attention_bias,
-            kernel=kernel,
-            linear=stacked_linear("layers.self_attn", layers, adapters, dtype),
-        )
-        self.mlp = GatedMLP(
-            config.hidden_size,
-            config.intermediate_size,
-            activation=config.activation,
-            use_bias=config.mlp_bias,
-            linear=stacked_linear("layers.mlp", layers, adapters, dtype),
-        )
-        norm = {"layers": layers, "eps": config.norm_eps, "dtype": dtype}
-        self.input_layernorm = RMSNorm(config.hidden_size, **norm)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, **norm)
+
+        def make(prefix: str) -> MakeLinear:
+            return stacked_linear(prefix, layers, adapters, dtype, quantization)
+
+        linear = make("layers.self_attn")
+        self.self_attn = Attention(config, kernel=kernel, linear=linear, dtype=dtype)
+        if config.experts:
+            self.block_sparse_moe = SparseMLP(config, adapters, dtype)
+        else:
+            self.mlp = GatedMLP(config, linear=make("layers.mlp"))
+        self.input_layernorm = make_norm(config, dtype, layers=layers)
+        self.post_attention_layernorm = make_norm(config, dtype, layers=layers)
+        self.sandwich = config.sandwich_norms
+        if self.sandwich:
+            self.pre_feedforward_layernorm = make_norm(config, dtype, layers=layers)
+            self.post_feedforward_layernorm = make_norm(config, dtype, layers=layers)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        tables: tuple[Array, Array, Array],
-        dropout_key: PRNGKeyArray | None,
-        cached: tuple[Array, Array] | None,
+        tables: Tables,
+        keys: dict[str, Array | None],
+        cached: KeyValues | None,
         column: Int[Array, ""] | int,
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+    ) -> tuple[Float[Array, "B T D"], KeyValues]:
         """One layer; also returns the keys and values it attended to."""
-        keys = _linear_keys(dropout_key)
-        cos, sin, mask = tables
-        attended, kept = self.self_attn(
-            self.input_layernorm(x), cos, sin, mask, keys, cached, column
-        )
+        mlp = self.block_sparse_moe if hasattr(self, "block_sparse_moe") else self.mlp
+        attended, kept = self.self_attn(self.input_layernorm(x), tables, keys, cached, column)
+        if self.sandwich:
+            x = x + self.post_attention_layernorm(attended)
+            inner = mlp(self.pre_feedforward_layernorm(x), keys)
+            return x + self.post_feedforward_layernorm(inner), kept
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x), keys), kept
+        return x + mlp(self.post_attention_layernorm(x), keys), kept
 
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def _linear_keys(key: PRNGKeyArray | None) -> dict[str, Array | None]:
+def linear_keys(key: PRNGKeyArray | None, names: tuple[str, ...]) -> dict[str, Array | None]:
+    """A dropout key for each linear layer of a decoder layer."""
     return {
-        name: None if key is None else jax.random.fold_in(key, i) for i, name in enumerate(LINEARS)
+        name: None if key is None else jax.random.fold_in(key, i) for i, name in enumerate(names)
     }
 
 
@@ -154,12 +122,16 @@ class Decoder(nnx.Module):
         dtype: jnp.dtype,
         remat: Remat,
         kernel: AttentionKernel,
+        quantization: Quantization = "none",
     ):
         self.config = config
         self.remat: Remat = remat
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype)
-        self.layers = DecoderLayer(config, adapters, kernel, dtype)
-        self.norm = RMSNorm(config.hidden_size, layers=None, eps=config.norm_eps, dtype=dtype)
+        if config.rope is None:
+            self.embed_positions = Embedding(config.max_length, config.hidden_size, dtype)
+        layer = Gpt2Layer if config.model_type == "gpt2" else DecoderLayer
+        self.layers = layer(config, adapters, kernel, dtype, quantization)
+        self.norm = make_norm(config, dtype, layers=None)
         if not config.tie_word_embeddings:
             self.lm_head = Embedding(config.vocab_size, config.hidden_size, dtype)
 
@@ -182,9 +154,8 @@ class Decoder(nnx.Module):
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
         """Final hidden states; segment 0 is padding, others attend within themselves."""
-        mask = attention_mask(positions, segments, positions, segments, self.config.sliding_window)
-        cos, sin = rotary_tables(self.config.rope, self.config.head_dim, positions)
-        x, _ = self._run_layers(self.embed_tokens(input_ids), (cos, sin, mask), dropout_key)
+        tables = self._tables(positions, segments, positions, segments)
+        x, _ = self._run_layers(self._embed(input_ids, positions), tables, dropout_key)
         return self.norm(x)
 
     def __call__(
@@ -218,13 +189,10 @@ class Decoder(nnx.Module):
         update = jax.lax.dynamic_update_slice_in_dim
         key_positions = update(cache["positions"], positions, column, axis=1)
         key_valid = update(cache["valid"], valid, column, axis=1)
-        mask = attention_mask(
-            positions, valid, key_positions, key_valid, self.config.sliding_window
-        )
-        cos, sin = rotary_tables(self.config.rope, self.config.head_dim, positions)
-        x = self.embed_tokens(input_ids)
+        tables = self._tables(positions, valid, key_positions, key_valid)
+        x = self._embed(input_ids, positions)
         cached = (cache["keys"], cache["values"])
-        x, (keys, values) = self._run_layers(x, (cos, sin, mask), None, cached, column)
+        x, (keys, values) = self._run_layers(x, tables, None, cached, column)
         return self.norm(x), {
             "keys": keys,
             "values": values,
@@ -246,26 +214,69 @@ class Decoder(nnx.Module):
             "column": jnp.zeros((), jnp.int32),
         }
 
+    def _embed(
+        self, input_ids: Int[Array, "B T"], positions: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """Token embeddings, scaled or with those of the positions added."""
+        x = self.embed_tokens(input_ids)
+        if self.config.embedding_scale != 1.0:
+            # Rounded to the dtype first, as the checkpoints were trained.
+            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        return x + self.embed_positions(positions) if self.config.rope is None else x
+
+    def _tables(
+        self, positions: Array, segments: Array, key_positions: Array, key_segments: Array
+    ) -> tuple[Tables, Tables | None]:
+        """What attention reads; the second is for layers with a window, where they differ."""
+        config = self.config
+        mask = functools.partial(attention_mask, positions, segments, key_positions, key_segments)
+
+        def tables(rope: RopeConfig | None, window: int | None) -> Tables:
+            cos, sin = (None, None)
+            if rope is not None:
+                cos, sin = rotary_tables(rope, config.head_dim, positions)
+            return Tables(cos, sin, mask(window))
+
+        if config.mixes_windows:
+            local = tables(config.local_rope or config.rope, config.sliding_window)
+            return tables(config.rope, None), local
+        slides = not config.sliding_layers or config.sliding_layers[0]
+        rope = (config.local_rope or config.rope) if slides else config.rope
+        return tables(rope, config.sliding_window if slides else None), None
+
     def _run_layers(
         self,
         x: Float[Array, "B T D"],
-        tables: tuple[Array, Array, Array],
+        tables: tuple[Tables, Tables | None],
         dropout_key: PRNGKeyArray | None,
-        cached: tuple[Array, Array] | None = None,
+        cached: KeyValues | None = None,
         column: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Scan over the stack; keys and values are returned only where there is a cache."""
+        count = self.config.num_layers
         graph, stack = nnx.split(self.layers)
-        keys = None
-        if dropout_key is not None:
-            keys = jax.random.split(dropout_key, self.config.num_layers)
+        # Experts lie on the leading axis too: [L·E, …] becomes [L, E, …].
+        stack = jax.tree.map(
+            lambda leaf: leaf if leaf.shape[0] == count else _by_layer(leaf, count), stack
+        )
+        everywhere, local = tables
+        keys = None if dropout_key is None else jax.random.split(dropout_key, count)
+        slides = None if local is None else jnp.asarray(self.config.sliding_layers)
 
         def body(x, layer):
-            weights, key, kept = layer
-            y, kept = nnx.merge(graph, weights)(x, tables, key, kept, column)
+            weights, key, kept, slide = layer
+            read = everywhere
+            if local is not None:
+                read = jax.tree.map(lambda a, b: jnp.where(slide, b, a), everywhere, local)
+            module = nnx.merge(graph, weights)
+            y, kept = module(x, read, linear_keys(key, module.linears), kept, column)
             return y, (kept if cached is not None else None)
 
-        return jax.lax.scan(checkpointed(body, self.remat), x, (stack, keys, cached))
+        return jax.lax.scan(checkpointed(body, self.remat), x, (stack, keys, cached, slides))
+
+
+def _by_layer(leaf: Array, layers: int) -> Array:
+    return leaf.reshape(layers, -1, *leaf.shape[1:])
 
 
 def checkpointed(body, remat: Remat):
@@ -295,26 +306,36 @@ class Structure:
 
     Attributes:
         graph: NNX graph definition (static, hashable).
-        frozen, adapters, origin: shapes by dotted path: checkpoint weights, trainable factors,
-            and the constants of the adapters.
+        frozen, adapters, origin: shapes by dotted path: checkpoint weights as they are held,
+            trainable factors, and the constants of the adapters.
+        parameters: the checkpoint weights before any quantisation.
+        quantization: of the linear layers.
     """
 
     graph: nnx.GraphDef
     frozen: dict[str, jax.ShapeDtypeStruct]
     adapters: dict[str, jax.ShapeDtypeStruct]
     origin: dict[str, jax.ShapeDtypeStruct]
+    parameters: dict[str, jax.ShapeDtypeStruct]
+    quantization: Quantization = "none"
 
     def bind(self, *parts: Mapping[str, Array]) -> Decoder:
-        """The module with these arrays (flat dicts, merged)."""
-        tree: dict = {}
-        for part in parts:
-            for path, value in part.items():
-                *parents, leaf = path.split(".")
-                node = tree
-                for name in parents:
-                    node = node.setdefault(name, {})
-                node[leaf] = value
-        return nnx.merge(self.graph, nnx.State(tree))
+        """The module with these arrays (flat dicts, merged; of two of one path the later)."""
+        return bind_arrays(self.graph, self.frozen, parts)
+
+
+def bind_arrays(graph: nnx.GraphDef, frozen: Shapes, parts: Iterable[Mapping[str, Array]]) -> Any:
+    """A module of a graph; weights that train in float32 are cast to the dtype of the frozen."""
+    tree: dict = {}
+    for part in parts:
+        for path, value in part.items():
+            *parents, leaf = path.split(".")
+            node = tree
+            for name in parents:
+                node = node.setdefault(name, {})
+            dtype = frozen[path].dtype if path in frozen else value.dtype
+            node[leaf] = value if value.dtype == dtype else value.astype(dtype)
+    return nnx.merge(graph, nnx.State(tree))
 
 
 def structure(
@@ -324,19 +345,36 @@ def structure(
     dtype: jnp.dtype | str = jnp.float32,
     remat: Remat = "none",
     kernel: AttentionKernel = "auto",
+    quantization: Quantization = "none",
 ) -> Structure:
-    """The decoder of ``config``, from shapes alone (no array is made)."""
-    module = nnx.eval_shape(
-        lambda: Decoder(
-            config, adapters=adapters or {}, dtype=jnp.dtype(dtype), remat=remat, kernel=kernel
+    """The decoder of ``config``, from shapes alone (no array is made).
+
+    Raises:
+        InputError: a layer that the quantisation cannot hold.
+    """
+
+    def split(quantization: Quantization) -> Any:
+        module = nnx.eval_shape(
+            lambda: Decoder(
+                config,
+                adapters=adapters or {},
+                dtype=jnp.dtype(dtype),
+                remat=remat,
+                kernel=kernel,
+                quantization=quantization,
+            )
         )
-    )
-    # A LoRAParam is a Param as well, so it is named first.
-    graph, lora, origin, frozen = nnx.split(module, nnx.LoRAParam, Origin, nnx.Param)
-    return Structure(graph, _flat(frozen), _flat(lora), _flat(origin))
+        # A LoRAParam is a Param as well, so it is named first.
+        return nnx.split(module, nnx.LoRAParam, Origin, nnx.Param)
+
+    graph, lora, origin, frozen = split(quantization)
+    held = flat_shapes(frozen)
+    parameters = held if quantization == "none" else flat_shapes(split("none")[-1])
+    return Structure(graph, held, flat_shapes(lora), flat_shapes(origin), parameters, quantization)
 
 
-def _flat(state: nnx.State) -> dict[str, jax.ShapeDtypeStruct]:
+def flat_shapes(state: nnx.State) -> Shapes:
+    """Shapes of a state by dotted path."""
     return {
         ".".join(str(part) for part in path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         for path, leaf in nnx.to_flat_state(state)

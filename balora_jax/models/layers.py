@@ -1,9 +1,7 @@
-"""Building blocks of the decoders: normalisation, rotary positions, attention, MLP."""
+"""Building blocks of the decoders: normalisation, attention, MLP."""
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,129 +9,78 @@ from flax import nnx
 
 from balora_jax.array_types import Array, Bool, Float, Int
 from balora_jax.models.adapters import AdapterShape, Linear
+from balora_jax.models.decoder_config import DecoderConfig
+from balora_jax.models.quantized import Quantization
+from balora_jax.models.rotary import rotate
 
 MakeLinear = Callable[..., Linear]
 AttentionKernel = Literal["auto", "xla", "cudnn"]
 
 
 class RMSNorm(nnx.Module):
-    """A stack of root-mean-square norms, computed in float32."""
+    """A stack of root-mean-square norms, computed in float32.
 
-    def __init__(self, width: int, *, layers: int | None, eps: float, dtype: jnp.dtype):
+    Source: Llama casts before it multiplies by the scale, Gemma (1 + w) after.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        layers: int | None,
+        eps: float,
+        dtype: jnp.dtype,
+        plus_one: bool = False,
+    ):
         shape = (width,) if layers is None else (layers, width)
         self.scale = nnx.Param(jnp.ones(shape, dtype))
         self.eps = eps
+        self.plus_one = plus_one
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Normalise the last axis."""
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        if self.plus_one:
+            return (y * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
         return self.scale[...] * y.astype(x.dtype)
 
 
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding with the scaling that a checkpoint's config names.
+class LayerNorm(nnx.Module):
+    """A stack of norms with mean, scale and bias, computed in float32."""
 
-    Attributes:
-        theta: base of the frequencies.
-        kind: ``default``, ``linear``, ``dynamic``, ``llama3`` or ``yarn``.
-        factor: how many times the context is stretched.
-        original_length: context of pretraining (``dynamic``, ``llama3``, ``yarn``).
-        low_freq_factor, high_freq_factor: band edges of ``llama3``.
-        beta_fast, beta_slow: band edges of ``yarn`` in rotations.
-        attention_factor: multiplies cos and sin (``yarn``).
-        truncate: whether ``yarn`` rounds its band to whole dimensions.
-    """
+    def __init__(self, width: int, *, layers: int | None, eps: float, dtype: jnp.dtype):
+        shape = (width,) if layers is None else (layers, width)
+        self.scale = nnx.Param(jnp.ones(shape, dtype))
+        self.bias = nnx.Param(jnp.zeros(shape, dtype))
+        self.eps = eps
 
-    theta: float = 10000.0
-    kind: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
-    factor: float = 1.0
-    original_length: int = 2048
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float = 1.0
-    truncate: bool = True
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Normalise the last axis."""
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        scale, bias = self.scale[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
+        return (y * scale + bias).astype(x.dtype)
 
 
-def rope_frequencies(
-    rope: RopeConfig, head_dim: int, length: Int[Array, ""] | int
-) -> Float[Array, "K2"]:
-    """Angular frequencies [K/2] in radians per position, float32.
-
-    Args:
-        rope: base and scaling.
-        head_dim: width of a head.
-        length: positions in use; only ``dynamic`` depends on it.
-
-    Source: Su et al. 2021; the scalings as ``transformers`` defines them.
-    """
-    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    frequencies = 1.0 / (rope.theta**exponent)
-    if rope.kind == "linear":
-        return frequencies / rope.factor
-    if rope.kind == "dynamic":
-        length = jnp.maximum(length, rope.original_length).astype(jnp.float32)
-        stretch = rope.factor * length / rope.original_length - (rope.factor - 1.0)
-        return 1.0 / ((rope.theta * stretch ** (head_dim / (head_dim - 2))) ** exponent)
-    if rope.kind == "llama3":
-        return _llama3_frequencies(rope, frequencies)
-    if rope.kind == "yarn":
-        return _yarn_frequencies(rope, frequencies, head_dim)
-    return frequencies
+def make_norm(
+    config: DecoderConfig, dtype: jnp.dtype, *, layers: int | None, width: int | None = None
+) -> RMSNorm | LayerNorm:
+    """The kind of norm that a config names, of the model's width unless given."""
+    width = config.hidden_size if width is None else width
+    if config.norm == "layer":
+        return LayerNorm(width, layers=layers, eps=config.norm_eps, dtype=dtype)
+    plus_one = config.norm == "rms_plus_one"
+    return RMSNorm(width, layers=layers, eps=config.norm_eps, dtype=dtype, plus_one=plus_one)
 
 
-def _llama3_frequencies(rope: RopeConfig, frequencies: Array) -> Array:
-    """Long wavelengths are stretched, short ones kept, those between blended."""
-    wavelength = 2.0 * math.pi / frequencies
-    low = rope.original_length / rope.low_freq_factor
-    high = rope.original_length / rope.high_freq_factor
-    blend = (rope.original_length / wavelength - rope.low_freq_factor) / (
-        rope.high_freq_factor - rope.low_freq_factor
-    )
-    smooth = (1.0 - blend) * frequencies / rope.factor + blend * frequencies
-    scaled = jnp.where(wavelength > low, frequencies / rope.factor, smooth)
-    return jnp.where(wavelength < high, frequencies, scaled)
+class Tables(NamedTuple):
+    """What attention reads besides its input: rotary tables (None where there are none), mask."""
 
-
-def _yarn_frequencies(rope: RopeConfig, frequencies: Array, head_dim: int) -> Array:
-    """A linear ramp over dimensions from kept to stretched frequencies."""
-
-    def dimension(rotations: float) -> float:
-        return (
-            head_dim
-            * math.log(rope.original_length / (rotations * 2.0 * math.pi))
-            / (2.0 * math.log(rope.theta))
-        )
-
-    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
-    if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = (jnp.arange(head_dim // 2, dtype=jnp.float32) - low) / max(high - low, 1e-3)
-    stretched = jnp.clip(ramp, 0.0, 1.0)
-    return frequencies / rope.factor * stretched + frequencies * (1.0 - stretched)
-
-
-def rotary_tables(
-    rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T 1 K2"], Float[Array, "B T 1 K2"]]:
-    """Cosine and sine of every position's angles, float32, broadcastable over heads."""
-    frequencies = rope_frequencies(rope, head_dim, jnp.max(positions) + 1)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
-    return cos * rope.attention_factor, sin * rope.attention_factor
-
-
-def rotate(
-    x: Float[Array, "B T H K"], cos: Float[Array, "B T 1 K2"], sin: Float[Array, "B T 1 K2"]
-) -> Float[Array, "B T H K"]:
-    """Rotate pairs (i, i + K/2) of every head (the half-rotation layout of HF checkpoints)."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    cos: Float[Array, "B T 1 K2"] | None
+    sin: Float[Array, "B T 1 K2"] | None
+    mask: Bool[Array, "B 1 T S"]
 
 
 def attention_mask(
@@ -160,14 +107,25 @@ def attend(
     v: Float[Array, "B S G K"],
     mask: Bool[Array, "B 1 T S"],
     kernel: AttentionKernel,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> Float[Array, "B T H K"]:
-    """Scaled dot-product attention with grouped queries; softmax in float32."""
-    if kernel == "cudnn" or (kernel == "auto" and _cudnn_serves(q)):
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
-    return _attend_by_products(q, k, v, mask)
+    """Scaled dot-product attention with grouped queries; softmax in float32.
+
+    ``scale`` multiplies the scores (1/√K where not given); ``soft_cap`` bounds them by
+    ``cap · tanh(score / cap)``, which no fused kernel here does.
+    """
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
+    fused = kernel == "cudnn" or (kernel == "auto" and _cudnn_serves(q))
+    if fused and soft_cap is None:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
+    return _attend_by_products(q, k, v, mask, scale, soft_cap)
 
 
-def _attend_by_products(q: Array, k: Array, v: Array, mask: Array) -> Array:
+def _attend_by_products(
+    q: Array, k: Array, v: Array, mask: Array, scale: float, soft_cap: float | None
+) -> Array:
     """Attention as two batched products, heads before tokens.
 
     In this order no operand of a product is copied into another one, forward or backward, which
@@ -184,7 +142,10 @@ def _attend_by_products(q: Array, k: Array, v: Array, mask: Array) -> Array:
     scores = jnp.einsum(
         "bgtk,bgsk->bgts", q, k, precision=precision, preferred_element_type=jnp.float32
     ).reshape(batch, groups, share, tokens, keys)
-    scores = jnp.where(mask[:, :, None], scores * width**-0.5, jnp.finfo(jnp.float32).min / 2)
+    scores = scores * scale
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min / 2)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     weights = weights.reshape(batch, groups, share * tokens, keys)
     out = jnp.einsum("bgts,bgsk->bgtk", weights, v, precision=precision)
@@ -204,53 +165,92 @@ def _cudnn_serves(q: Array) -> bool:
     )
 
 
+KeyValues = tuple[Float[Array, "B S G K"], Float[Array, "B S G K"]]
+
+
+def with_cached(
+    k: Array, v: Array, cached: KeyValues | None, column: Int[Array, ""] | int
+) -> KeyValues:
+    """Keys and values to attend to: these, or the cached ones with these written at ``column``."""
+    if cached is None:
+        return k, v
+    update = jax.lax.dynamic_update_slice_in_dim
+    return update(cached[0], k, column, axis=1), update(cached[1], v, column, axis=1)
+
+
 class Attention(nnx.Module):
     """A stack of grouped-query self-attention layers with rotary positions."""
 
     def __init__(
         self,
-        width: int,
-        heads: int,
-        groups: int,
-        head_dim: int,
+        config: DecoderConfig,
         *,
-        use_bias: bool,
         kernel: AttentionKernel,
         linear: MakeLinear,
+        dtype: jnp.dtype,
     ):
-        self.q_proj = linear("q_proj", width, heads * head_dim, use_bias)
-        self.k_proj = linear("k_proj", width, groups * head_dim, use_bias)
-        self.v_proj = linear("v_proj", width, groups * head_dim, use_bias)
-        self.o_proj = linear("o_proj", heads * head_dim, width, use_bias)
-        self.head_dim = head_dim
+        width, heads, groups = config.hidden_size, config.num_heads, config.num_kv_heads
+        queries, keys = heads * config.head_dim, groups * config.head_dim
+        if config.fused_projections:
+            self.qkv_proj = linear("qkv_proj", width, queries + 2 * keys, config.qkv_bias)
+        else:
+            self.q_proj = linear("q_proj", width, queries, config.qkv_bias)
+            self.k_proj = linear("k_proj", width, keys, config.qkv_bias)
+            self.v_proj = linear("v_proj", width, keys, config.qkv_bias)
+        self.o_proj = linear("o_proj", queries, width, config.output_bias)
+        if config.qk_norm:
+            norm = {"layers": config.num_layers, "width": config.head_dim}
+            self.q_norm = make_norm(config, dtype, **norm)
+            self.k_norm = make_norm(config, dtype, **norm)
+        self.config = config
         self.kernel: AttentionKernel = kernel
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        cos: Array,
-        sin: Array,
-        mask: Bool[Array, "B 1 T S"],
+        tables: Tables,
         keys: dict[str, Array | None],
-        cached: tuple[Array, Array] | None = None,
+        cached: KeyValues | None = None,
         column: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+    ) -> tuple[Float[Array, "B T D"], KeyValues]:
         """Attend; with ``cached`` keys and values, write this call's at ``column`` first."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_proj(x, keys["q_proj"]).reshape(heads), cos, sin)
-        k = rotate(self.k_proj(x, keys["k_proj"]).reshape(heads), cos, sin)
-        v = self.v_proj(x, keys["v_proj"]).reshape(heads)
-        if cached is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cached[0], k, column, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cached[1], v, column, axis=1)
-        out = attend(q, k, v, mask, self.kernel).reshape(*x.shape[:2], -1)
-        return self.o_proj(out, keys["o_proj"]), (k, v)
+        q, k, v = self._project(x, keys)
+        assert tables.cos is not None
+        assert tables.sin is not None
+        q, k = rotate(q, tables.cos, tables.sin), rotate(k, tables.cos, tables.sin)
+        k, v = with_cached(k, v, cached, column)
+        out = attend(
+            q,
+            k,
+            v,
+            tables.mask,
+            self.kernel,
+            scale=self.config.query_scale,
+            soft_cap=self.config.attention_soft_cap,
+        )
+        return self.o_proj(out.reshape(*x.shape[:2], -1), keys["o_proj"]), (k, v)
+
+    def _project(self, x: Array, keys: dict[str, Array | None]) -> tuple[Array, Array, Array]:
+        """Queries [B, T, H, K], keys and values [B, T, G, K], normed where the config says so."""
+        config = self.config
+        if config.fused_projections:
+            queries = config.num_heads * config.head_dim
+            ends = [queries, queries + config.num_kv_heads * config.head_dim]
+            parts = jnp.split(self.qkv_proj(x, keys["qkv_proj"]), ends, axis=-1)
+        else:
+            linears = {"q_proj": self.q_proj, "k_proj": self.k_proj, "v_proj": self.v_proj}
+            parts = [linear(x, keys[name]) for name, linear in linears.items()]
+        q, k, v = (part.reshape(*x.shape[:2], -1, config.head_dim) for part in parts)
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
 
@@ -258,29 +258,48 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class GatedMLP(nnx.Module):
     """A stack of gated MLPs: ``down(act(gate(x)) · up(x))``."""
 
-    def __init__(
-        self, width: int, inner: int, *, activation: str, use_bias: bool, linear: MakeLinear
-    ):
-        self.gate_proj = linear("gate_proj", width, inner, use_bias)
-        self.up_proj = linear("up_proj", width, inner, use_bias)
+    def __init__(self, config: DecoderConfig, *, linear: MakeLinear):
+        width, inner, use_bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.fused = config.fused_projections
+        if self.fused:
+            self.gate_up_proj = linear("gate_up_proj", width, 2 * inner, use_bias)
+        else:
+            self.gate_proj = linear("gate_proj", width, inner, use_bias)
+            self.up_proj = linear("up_proj", width, inner, use_bias)
         self.down_proj = linear("down_proj", inner, width, use_bias)
-        self.activation = activation
+        self.activation = config.activation
 
     def __call__(
         self, x: Float[Array, "B T D"], keys: dict[str, Array | None]
     ) -> Float[Array, "B T D"]:
         """Apply the MLP."""
-        gate = ACTIVATIONS[self.activation](self.gate_proj(x, keys["gate_proj"]))
-        return self.down_proj(gate * self.up_proj(x, keys["up_proj"]), keys["down_proj"])
+        if self.fused:
+            gate, up = jnp.split(self.gate_up_proj(x, keys["gate_up_proj"]), 2, axis=-1)
+        else:
+            gate = self.gate_proj(x, keys["gate_proj"])
+            up = self.up_proj(x, keys["up_proj"])
+        return self.down_proj(ACTIVATIONS[self.activation](gate) * up, keys["down_proj"])
 
 
 def stacked_linear(
-    prefix: str, layers: int, adapters: dict[str, AdapterShape], dtype: jnp.dtype
+    prefix: str,
+    layers: int,
+    adapters: dict[str, AdapterShape],
+    dtype: jnp.dtype,
+    quantization: Quantization = "none",
 ) -> MakeLinear:
     """A constructor of the linear layers below ``prefix`` that looks up each one's adapter."""
 
     def make(name: str, d_in: int, d_out: int, use_bias: bool) -> Linear:
-        adapter = adapters.get(f"{prefix}.{name}")
-        return Linear(d_in, d_out, layers=layers, use_bias=use_bias, adapter=adapter, dtype=dtype)
+        return Linear(
+            d_in,
+            d_out,
+            layers=layers,
+            use_bias=use_bias,
+            adapter=adapters.get(f"{prefix}.{name}"),
+            dtype=dtype,
+            quantization=quantization,
+            name=f"{prefix}.{name}.kernel",
+        )
 
     return make

@@ -1,49 +1,18 @@
-"""Which model a checkpoint is: its ``config.json`` to our config, and the names of its weights."""
+"""Which model a checkpoint is: its ``config.json`` to our config, one function for each family."""
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-
 from balora_jax.errors import InputError
-from balora_jax.models.adapters import LinearShape
-from balora_jax.models.decoder import DecoderConfig
-from balora_jax.models.layers import ACTIVATIONS, RopeConfig
+from balora_jax.models.decoder_config import DecoderConfig
+from balora_jax.models.layers import ACTIVATIONS
+from balora_jax.models.rope_settings import rope_by_layer, rope_config
+from balora_jax.numerics.head import LogitMap
+
+Raw = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class WeightRule:
-    """Where one of our arrays lives in a checkpoint.
-
-    Attributes:
-        path: our dotted path, ``layers.self_attn.q_proj.kernel``.
-        name: the checkpoint's name, with ``{i}`` for the layer index of a stacked array.
-        transpose: whether the checkpoint stores [out, in] where we hold [in, out].
-    """
-
-    path: str
-    name: str
-    transpose: bool
-
-    @property
-    def stacked(self) -> bool:
-        """Whether our array stacks one checkpoint tensor per layer on its leading axis."""
-        return "{i}" in self.name
-
-    def names(self, count: int) -> tuple[str, ...]:
-        """Names of the checkpoint's tensors, in the order of our array's leading axis."""
-        return tuple(self.name.format(i=i) for i in range(count)) if self.stacked else (self.name,)
-
-
-SUPPORTED = ("llama", "mistral")
-
-# Checkpoint entries that carry no weight: old conversions stored the rotary frequencies.
-IGNORED_WEIGHTS = (r".*rotary_emb\.inv_freq",)
-
-
-def decoder_config(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+def decoder_config(raw: Raw, where: str) -> DecoderConfig:
     """The decoder that a Hugging Face ``config.json`` describes.
 
     Args:
@@ -54,114 +23,225 @@ def decoder_config(raw: Mapping[str, Any], where: str) -> DecoderConfig:
         InputError: an unsupported ``model_type``, a missing key, or an option this code lacks.
     """
     model_type = raw.get("model_type")
-    if model_type not in SUPPORTED:
+    if model_type not in FAMILIES:
         raise InputError(
-            f"{where}: expected model_type to be one of {', '.join(SUPPORTED)}, "
+            f"{where}: expected model_type to be one of {', '.join(FAMILIES)}, "
             f"got {model_type!r}. Use a checkpoint of one of these families."
         )
-    activation = raw.get("hidden_act", "silu")
-    if activation not in ACTIVATIONS:
+    if raw.get("use_bidirectional_attention"):
         raise InputError(
-            f"{where}: expected hidden_act to be one of {', '.join(ACTIVATIONS)}, "
-            f"got {activation!r}. This checkpoint cannot be run exactly."
+            f"{where}: expected a causal model, got use_bidirectional_attention="
+            f"{raw['use_bidirectional_attention']!r}. This checkpoint cannot be run exactly."
         )
-    heads = _required(raw, "num_attention_heads", where)
-    width = _required(raw, "hidden_size", where)
-    llama = model_type == "llama"
+    return FAMILIES[model_type](raw, where)
+
+
+def _llama(raw: Raw, where: str) -> DecoderConfig:
+    bias = bool(raw.get("attention_bias", False))
+    return _shared(
+        raw, where, qkv_bias=bias, output_bias=bias, mlp_bias=bool(raw.get("mlp_bias", False))
+    )
+
+
+def _mistral(raw: Raw, where: str) -> DecoderConfig:
+    return _shared(raw, where, kv_heads=8, sliding_window=raw.get("sliding_window", 4096))
+
+
+def _mixtral(raw: Raw, where: str) -> DecoderConfig:
+    return _shared(
+        raw,
+        where,
+        kv_heads=8,
+        norm_eps=1e-5,
+        rope=rope_config(raw, where, default_theta=1e6),
+        sliding_window=raw.get("sliding_window"),
+        experts=raw.get("num_local_experts", 8),
+        experts_per_token=raw.get("num_experts_per_tok", 2),
+    )
+
+
+def _qwen2(raw: Raw, where: str) -> DecoderConfig:
+    return _shared(raw, where, kv_heads=32, qkv_bias=True, **_qwen_windows(raw, where))
+
+
+def _qwen3(raw: Raw, where: str) -> DecoderConfig:
+    bias = bool(raw.get("attention_bias", False))
+    return _shared(
+        raw,
+        where,
+        kv_heads=32,
+        head_dim=raw.get("head_dim", 128),
+        qk_norm=True,
+        qkv_bias=bias,
+        output_bias=bias,
+        **_qwen_windows(raw, where),
+    )
+
+
+def _qwen_windows(raw: Raw, where: str) -> dict[str, Any]:
+    """Layers from ``max_window_layers`` on have the window, if it is used at all."""
+    if not raw.get("use_sliding_window", False) or raw.get("sliding_window", 4096) is None:
+        return {}
+    layers, first = _required(raw, "num_hidden_layers", where), raw.get("max_window_layers", 28)
+    slides = tuple(i >= first for i in range(layers))
+    return _windows(raw, where, raw.get("sliding_window", 4096), slides)
+
+
+def _gemma(raw: Raw, where: str, **changes: Any) -> DecoderConfig:
+    """Gemma 1. Its first checkpoints say ``gelu`` and mean the approximation."""
+    bias = bool(raw.get("attention_bias", False))
+    activation = raw.get("hidden_activation") or raw.get("hidden_act") or "gelu_pytorch_tanh"
+    options: dict[str, Any] = {
+        "kv_heads": 16,
+        "head_dim": raw.get("head_dim", 256),
+        "activation": "gelu_pytorch_tanh" if activation == "gelu" else activation,
+        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", True)),
+        "norm": "rms_plus_one",
+        "embedding_scale": float(_required(raw, "hidden_size", where)) ** 0.5,
+        "qkv_bias": bias,
+        "output_bias": bias,
+    }
+    return _shared(raw, where, **{**options, **changes})
+
+
+def _gemma2(raw: Raw, where: str) -> DecoderConfig:
+    return _gemma(
+        raw,
+        where,
+        kv_heads=4,
+        attention_soft_cap=raw.get("attn_logit_softcapping", 50.0),
+        logit_map=LogitMap(soft_cap=raw.get("final_logit_softcapping", 30.0)),
+        **_gemma_attention(raw, where, every=2),
+    )
+
+
+def _gemma3(raw: Raw, where: str) -> DecoderConfig:
+    rope, local = rope_by_layer(raw, where, default_theta=1e6, default_local_theta=1e4)
+    return _gemma(
+        raw,
+        where,
+        kv_heads=4,
+        qk_norm=True,
+        rope=rope,
+        local_rope=local,
+        logit_map=LogitMap(soft_cap=raw.get("final_logit_softcapping")),
+        **_gemma_attention(raw, where, every=raw.get("sliding_window_pattern", 6)),
+    )
+
+
+def _gemma_attention(raw: Raw, where: str, *, every: int) -> dict[str, Any]:
+    """Norms on both sides, and a window in all but each ``every``-th layer."""
+    layers = _required(raw, "num_hidden_layers", where)
+    slides = tuple((i + 1) % every != 0 for i in range(layers))
+    return {
+        "sandwich_norms": True,
+        "query_scale": float(raw.get("query_pre_attn_scalar", 256)) ** -0.5,
+        **_windows(raw, where, raw.get("sliding_window", 4096), slides),
+    }
+
+
+def _phi3(raw: Raw, where: str) -> DecoderConfig:
+    return _shared(
+        raw,
+        where,
+        norm_eps=1e-5,
+        fused_projections=True,
+        sliding_window=raw.get("sliding_window"),
+    )
+
+
+def _gpt2(raw: Raw, where: str) -> DecoderConfig:
+    for option in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+        if raw.get(option):
+            raise InputError(
+                f"{where}: expected {option} to be false, got {raw[option]!r}. This checkpoint "
+                "cannot be run exactly."
+            )
+    width, heads = _required(raw, "n_embd", where), _required(raw, "n_head", where)
     return DecoderConfig(
-        model_type=model_type,
+        model_type="gpt2",
         vocab_size=_required(raw, "vocab_size", where),
         hidden_size=width,
-        intermediate_size=_required(raw, "intermediate_size", where),
-        num_layers=_required(raw, "num_hidden_layers", where),
+        intermediate_size=raw.get("n_inner") or 4 * width,
+        num_layers=_required(raw, "n_layer", where),
         num_heads=heads,
-        num_kv_heads=raw.get("num_key_value_heads", heads if llama else 8) or heads,
-        head_dim=raw.get("head_dim") or width // heads,
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        activation=activation,
-        rope=rope_config(raw, where),
-        sliding_window=None if llama else raw.get("sliding_window", 4096),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        attention_bias=llama and bool(raw.get("attention_bias", False)),
-        mlp_bias=llama and bool(raw.get("mlp_bias", False)),
-        max_length=_required(raw, "max_position_embeddings", where),
+        num_kv_heads=heads,
+        head_dim=width // heads,
+        norm_eps=float(raw.get("layer_norm_epsilon", 1e-5)),
+        norm="layer",
+        activation=_activation(raw.get("activation_function", "gelu_new"), where),
+        rope=None,
+        max_length=_required(raw, "n_positions", where),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", True)),
+        query_scale=None if raw.get("scale_attn_weights", True) else 1.0,
     )
 
 
-def rope_config(raw: Mapping[str, Any], where: str) -> RopeConfig:
-    """Rotary settings from ``rope_parameters`` (new) or ``rope_theta`` and ``rope_scaling``."""
-    scaling = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    _check_rope(raw, scaling, kind, where)
-    theta = float(scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0)
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    original = _original_length(raw, scaling, kind)
-    factor = scaling.get("factor")
-    if factor is None and kind == "yarn":
-        factor = raw.get("max_position_embeddings", 2048) / original
-    if factor is None:
-        raise InputError(
-            f"{where}: expected a 'factor' in the rope scaling of type {kind!r}, got none. "
-            "Correct the config."
-        )
-    return RopeConfig(
-        theta=theta,
-        kind=kind,
-        factor=float(factor),
-        original_length=int(original),
-        low_freq_factor=float(scaling.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(scaling.get("high_freq_factor", 4.0)),
-        beta_fast=float(scaling.get("beta_fast") or 32.0),
-        beta_slow=float(scaling.get("beta_slow") or 1.0),
-        attention_factor=_attention_factor(scaling, kind, float(factor)),
-        truncate=bool(scaling.get("truncate", True)),
+# Also the list that a message gives.
+FAMILIES: dict[str, Callable[[Raw, str], DecoderConfig]] = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "mixtral": _mixtral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gemma": _gemma,
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
+    "phi3": _phi3,
+    "gpt2": _gpt2,
+}
+
+
+def _shared(
+    raw: Raw, where: str, *, kv_heads: int | None = None, norm_eps: float = 1e-6, **options: Any
+) -> DecoderConfig:
+    """What these families state alike; ``kv_heads`` and ``norm_eps`` are the family's defaults."""
+    heads, width = (
+        _required(raw, "num_attention_heads", where),
+        _required(raw, "hidden_size", where),
     )
+    found: dict[str, Any] = {
+        "model_type": raw["model_type"],
+        "vocab_size": _required(raw, "vocab_size", where),
+        "hidden_size": width,
+        "intermediate_size": _required(raw, "intermediate_size", where),
+        "num_layers": _required(raw, "num_hidden_layers", where),
+        "num_heads": heads,
+        "num_kv_heads": raw.get("num_key_value_heads", kv_heads or heads) or heads,
+        "head_dim": raw.get("head_dim") or width // heads,
+        "norm_eps": float(raw.get("rms_norm_eps", norm_eps)),
+        "activation": raw.get("hidden_act", "silu"),
+        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
+        "max_length": _required(raw, "max_position_embeddings", where),
+        **options,
+    }
+    found["activation"] = _activation(found["activation"], where)
+    if "rope" not in found:
+        found["rope"] = rope_config(raw, where)
+    return DecoderConfig(**found)
 
 
-def _check_rope(raw: Mapping[str, Any], scaling: Mapping[str, Any], kind: str, where: str) -> None:
-    """Refuse what would be silently misread: another type, tables per layer, partial rotation."""
-    if any(isinstance(value, Mapping) for value in scaling.values()):
+def _windows(raw: Raw, where: str, window: int | None, slides: tuple[bool, ...]) -> dict[str, Any]:
+    """The window and its layers; ``layer_types`` says which, where a config has it."""
+    kinds = raw.get("layer_types")
+    if kinds is not None:
+        known = {"sliding_attention": True, "full_attention": False}
+        if len(kinds) != len(slides) or not set(kinds) <= set(known):
+            raise InputError(
+                f"{where}: expected layer_types to name one of {', '.join(known)} for each of "
+                f"{len(slides)} layers, got {kinds!r}. This checkpoint cannot be run exactly."
+            )
+        slides = tuple(known[kind] for kind in kinds)
+    return {"sliding_window": window, "sliding_layers": slides}
+
+
+def _activation(name: str, where: str) -> str:
+    if name not in ACTIVATIONS:
         raise InputError(
-            f"{where}: expected one set of rope parameters, got one for each kind of layer "
-            f"({', '.join(scaling)}). This checkpoint cannot be run exactly."
+            f"{where}: expected the activation to be one of {', '.join(ACTIVATIONS)}, "
+            f"got {name!r}. This checkpoint cannot be run exactly."
         )
-    known = ("default", "linear", "dynamic", "llama3", "yarn")
-    if kind not in known:
-        raise InputError(
-            f"{where}: expected the rope type to be one of {', '.join(known)}, got {kind!r}. "
-            "This checkpoint cannot be run exactly."
-        )
-    partial = scaling.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
-    if partial != 1.0:
-        raise InputError(
-            f"{where}: expected partial_rotary_factor to be 1, got {partial}. "
-            "This checkpoint cannot be run exactly."
-        )
-
-
-def _original_length(raw: Mapping[str, Any], scaling: Mapping[str, Any], kind: str) -> int:
-    """Context of pretraining; as in transformers, ``dynamic`` measures from the configured one."""
-    context = raw.get("max_position_embeddings", 2048)
-    if kind == "dynamic":
-        return context
-    key = "original_max_position_embeddings"
-    return raw.get(key) or scaling.get(key) or context
-
-
-def _attention_factor(scaling: Mapping[str, Any], kind: str, factor: float) -> float:
-    """YaRN's temperature on cos and sin. Source: the YaRN paper; DeepSeek's two mscales."""
-    if kind != "yarn":
-        return 1.0
-    if scaling.get("attention_factor") is not None:
-        return float(scaling["attention_factor"])
-
-    def mscale(weight: float) -> float:
-        return 1.0 if factor <= 1.0 else 0.1 * weight * math.log(factor) + 1.0
-
-    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return mscale(float(scaling["mscale"])) / mscale(float(scaling["mscale_all_dim"]))
-    return mscale(1.0)
+    return name
 
 
 def _required(raw: Mapping[str, Any], key: str, where: str) -> Any:
@@ -171,43 +251,3 @@ def _required(raw: Mapping[str, Any], key: str, where: str) -> Any:
             "saved with the weights."
         )
     return raw[key]
-
-
-def weight_rules(config: DecoderConfig) -> tuple[WeightRule, ...]:
-    """The weight-name table of a decoder's checkpoint."""
-    rules = [
-        WeightRule("embed_tokens.embedding", "model.embed_tokens.weight", False),
-        WeightRule("norm.scale", "model.norm.weight", False),
-    ]
-    if not config.tie_word_embeddings:
-        rules.append(WeightRule("lm_head.embedding", "lm_head.weight", False))
-    biased = {"self_attn": config.attention_bias, "mlp": config.mlp_bias}
-    linears = [("self_attn", name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-    linears += [("mlp", name) for name in ("gate_proj", "up_proj", "down_proj")]
-    for block, name in linears:
-        stem, source = f"layers.{block}.{name}", f"model.layers.{{i}}.{block}.{name}"
-        rules.append(WeightRule(f"{stem}.kernel", f"{source}.weight", True))
-        if biased[block]:
-            rules.append(WeightRule(f"{stem}.bias", f"{source}.bias", False))
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        rules.append(WeightRule(f"layers.{name}.scale", f"model.layers.{{i}}.{name}.weight", False))
-    return tuple(rules)
-
-
-def ignored_weights(config: DecoderConfig) -> tuple[str, ...]:
-    """Patterns of checkpoint names that may be left over; a tied head may be stored as well."""
-    tied = (r"lm_head\.weight",) if config.tie_word_embeddings else ()
-    return IGNORED_WEIGHTS + tied
-
-
-def linear_shapes(
-    config: DecoderConfig, frozen: Mapping[str, jax.ShapeDtypeStruct]
-) -> tuple[LinearShape, ...]:
-    """The stacked linear layers that may be adapted (the head and embeddings stay frozen)."""
-    shapes = []
-    for rule in weight_rules(config):
-        if rule.path.startswith("layers.") and rule.path.endswith(".kernel"):
-            layers, d_in, d_out = frozen[rule.path].shape
-            names = tuple(name.removesuffix(".weight") for name in rule.names(layers))
-            shapes.append(LinearShape(rule.path.removesuffix(".kernel"), names, d_in, d_out))
-    return tuple(shapes)

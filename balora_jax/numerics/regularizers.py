@@ -9,7 +9,7 @@ The training step computes the same NLG terms from hidden states
 """
 
 import functools
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from balora_jax.numerics import linalg
 from balora_jax.numerics.linalg import as_float
 
 SpectralNorm = Literal["frobenius", "nuclear"]
-ConsistencyForm = Literal["kl", "normalized_mse"]
+ConsistencyForm = Literal["kl", "normalized_mse", "mse"]
 
 
 @functools.partial(jax.jit, static_argnames=("temperature",))
@@ -143,7 +143,8 @@ def consistency_nlu(
         form: ``kl`` is ``T² · mean over rows of KL(softmax(z_T/T) ‖ softmax(z_S/T))``.
             ``normalized_mse`` scales each logit row to length 1 (a zero row stays zero) and returns
             the mean of the squared differences over all ``B · C`` entries, which is how "mean
-            squared error" is read here; it lies in ``[0, 4 / C]``.
+            squared error" is read here; it lies in ``[0, 4 / C]``. ``mse`` is the mean of the
+            squared differences themselves, for the one output of a regression.
 
     Returns:
         Float32 scalar; exactly 0 when the two are equal bit for bit.
@@ -151,7 +152,8 @@ def consistency_nlu(
     Raises:
         InputError: If shapes do not match, the temperature is not positive, or the form is unknown.
 
-    **Source:** ``kl`` is the paper's form since v6, ``normalized_mse`` that of v1-v5.
+    **Source:** ``kl`` is the paper's form since v6, ``normalized_mse`` that of v1-v5; ``mse`` is
+    this project's, as both say nothing about a single output.
 
     >>> import jax.numpy as jnp
     >>> student, teacher = jnp.array([[3.0, 0.0]]), jnp.array([[0.0, 5.0]])
@@ -161,16 +163,19 @@ def consistency_nlu(
     _check_matrix("consistency_nlu", student)
     _check_same("consistency_nlu", student, teacher)
     check_temperature("consistency_nlu", temperature)
-    if form not in ("kl", "normalized_mse"):
+    if form not in get_args(ConsistencyForm):
         raise InputError(
-            f"consistency_nlu: expected form kl or normalized_mse, got {form!r}. "
+            f"consistency_nlu: expected form kl, normalized_mse or mse, got {form!r}. "
             "Choose one of them."
         )
     if student.shape[0] == 0:
         return jnp.zeros((), as_float(student).dtype)
     if form == "kl":
         return temperature**2 * jnp.mean(kl_rows(student, teacher, temperature))
-    difference = _unit_rows(student) - jax.lax.stop_gradient(_unit_rows(teacher))
+    student, teacher = as_float(student), jax.lax.stop_gradient(as_float(teacher))
+    if form == "mse":
+        return jnp.mean((student - teacher) ** 2)
+    difference = _unit_rows(student) - _unit_rows(teacher)
     # Two compiled normalisations of the same row need not agree in the last bit.
     equal = jnp.all(student == teacher, axis=-1, keepdims=True)
     return jnp.mean(jnp.where(equal, 0, difference * difference))

@@ -25,7 +25,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from balora_jax.array_types import Array, Float, Int
 from balora_jax.data.templates import ALPACA
 from balora_jax.models.decoder import Structure, structure
-from balora_jax.models.registry import decoder_config, weight_rules
+from balora_jax.models.registry import decoder_config
+from balora_jax.models.weight_names import weight_rules
 from balora_jax.quickstart import generate
 
 SEED = 7
@@ -225,10 +226,8 @@ def save_checkpoint(folder: Path, tokenizer: Tokenizer, weights: dict[str, Array
         if not rule.stacked:
             tensors[rule.name] = value
             continue
-        for i, layer in enumerate(value):
-            tensors[rule.name.format(i=i)] = np.ascontiguousarray(
-                layer.T if rule.transpose else layer
-            )
+        for name, layer in zip(rule.names(len(value)), value, strict=True):
+            tensors[name] = np.ascontiguousarray(layer.T if rule.transpose else layer)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(folder / "tokenizer.json"))
     _write_json(folder / "config.json", MODEL_CONFIG)

@@ -1,10 +1,10 @@
-"""From a config to a run that is ready to start; every check happens here, before any writing."""
+"""From a config and a model's shapes to the computation of a step, without weights or data."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from balora_jax.array_types import Array
-from balora_jax.config import AdapterConfig, DataConfig, ModelConfig, RegularizersConfig, RunConfig
-from balora_jax.data.batches import BatchIterator, common_length
-from balora_jax.data.examples import EncodedSet, encode_rows
-from balora_jax.data.sources import load_rows
+from balora_jax.config import AdapterConfig, ModelConfig, RegularizersConfig, RunConfig
 from balora_jax.errors import InputError
-from balora_jax.evals.run import example_settings, questions, validation_rows
+from balora_jax.io.base import peft_modules
 from balora_jax.io.peft_adapter import PeftAdapter, read_peft
-from balora_jax.io.pretrained import Base, open_base, peft_modules, sampling_for
 from balora_jax.models import starts
 from balora_jax.models.adapters import (
     AdaptedModule,
@@ -29,8 +25,10 @@ from balora_jax.models.adapters import (
     plan_adapters,
     trainable_parameters,
 )
-from balora_jax.models.decoder import DecoderConfig, Structure, structure
-from balora_jax.models.registry import linear_shapes
+from balora_jax.models.decoder import Structure, structure
+from balora_jax.models.decoder_config import DecoderConfig
+from balora_jax.models.quantized import DequantizedKernels
+from balora_jax.models.weight_names import linear_shapes, weight_rules
 from balora_jax.numerics import head, linalg
 from balora_jax.numerics.objective import Objective, weights
 from balora_jax.training import causal, optim, sharding, steps
@@ -40,7 +38,7 @@ Arrays = dict[str, Array]
 
 @dataclass(frozen=True)
 class Program:
-    """What is computed, from shapes alone: no weights and no data.
+    """What a step of a causal language model computes.
 
     Attributes:
         config: the whole run.
@@ -62,98 +60,27 @@ class Program:
 
     @property
     def trainable(self) -> int:
-        """Trainable parameters."""
-        return trainable_parameters(self.modules)
+        """Trainable parameters; padding of stacks is not counted."""
+        full = self.config.adapter.method == "full"
+        return self.total if full else trainable_parameters(self.modules)
 
     @property
     def total(self) -> int:
         """Parameters of the frozen model."""
-        return sum(math.prod(leaf.shape) for leaf in self.plain.frozen.values())
+        return size_of(self.plain.parameters)
 
 
-@dataclass(frozen=True)
-class Setup(Program):
-    """A checked run: a program and its data, but no weights yet.
-
-    Attributes:
-        base: the pretrained checkpoint.
-        tokenizer: its tokenizer.
-        peft: the adapter to go on from, if the start names one.
-        data: encoded training rows and what became of them.
-        validation: rows of the score, empty for none.
-        length: tokens of every row of a batch.
-    """
-
-    base: Base
-    tokenizer: Any
-    peft: PeftAdapter | None
-    data: EncodedSet
-    validation: Sequence[Mapping[str, Any]]
-    length: int
-
-    @property
-    def use_rslora(self) -> bool:
-        """Whether the scales are alpha / √rank."""
-        if self.peft is not None:
-            return bool(self.peft.config.get("use_rslora"))
-        return self.config.adapter.use_rslora
-
-    def batches(self) -> BatchIterator:
-        """The training batches, from the beginning."""
-        training = self.config.training
-        return BatchIterator(
-            self.data.examples,
-            batch_size=training.batch_size // training.accumulation,
-            accumulation=training.accumulation,
-            length=self.length,
-            mode="packing" if self.config.data.packing else "padding",
-            seed=training.seed,
-            pad_id=sampling_for(self.tokenizer, 1).pad_id,
-        )
-
-    def total_steps(self, batches: BatchIterator) -> int:
-        """Optimizer steps of the whole run."""
-        training = self.config.training
-        if training.max_steps is not None:
-            return training.max_steps
-        assert training.epochs is not None
-        return math.ceil(training.epochs * batches.batches_per_epoch())
-
-
-@dataclass(frozen=True)
-class Loaded:
+class Loaded(NamedTuple):
     """The arrays of a run at step 0."""
 
     frozen: Arrays
     origin: Arrays
-    adapters: Arrays
+    trainable: Arrays
 
 
-def check(config: RunConfig) -> Setup:
-    """Open and check everything a run reads, short of loading the weights.
-
-    Raises:
-        InputError: whatever is wrong, as one sentence.
-    """
-    objective_of(config.regularizers)  # before a checkpoint is looked for
-    base = open_base(config.model.name_or_path, config.model.revision)
-    program, peft = program_of(config, base.config)
-    tokenizer = base.tokenizer()
-    settings = example_settings(config.data)
-    rows = load_rows(config.data.train, split=config.data.split, limit=config.data.train_limit)
-    data = encode_rows(rows, tokenizer, settings)
-    _check_vocabulary(data, base)
-    validation = validation_rows(config)
-    questions(validation, tokenizer, config)  # raises before anything is written
-    return Setup(
-        **vars(program),
-        base=base,
-        tokenizer=tokenizer,
-        peft=peft,
-        data=data,
-        validation=validation,
-        length=_row_length(config.data, data, base),
-    )
+def size_of(shapes: dict[str, jax.ShapeDtypeStruct]) -> int:
+    """Numbers in all arrays."""
+    return sum(math.prod(leaf.shape) for leaf in shapes.values())
 
 
 def program_of(
@@ -171,23 +98,52 @@ def program_of(
     """
     objective = objective_of(config.regularizers)
     plain = model_structure(decoder, config.model, {})
-    peft, modules = plan(config.adapter, linear_shapes(decoder, plain.frozen))
-    shapes = adapter_shapes(
-        modules,
-        origin=starts.start_has_origin(config.adapter.start),
-        dropout=config.adapter.dropout,
-    )
+    peft, modules = plan(config.adapter, linear_shapes(weight_rules(decoder), plain.parameters))
+    mesh = checked_mesh(config, mesh)
+    sharding.shardings(plain.frozen, mesh)
+    check_full(config)
+    student = model_structure(decoder, config.model, shapes_of(config.adapter, modules))
+    return Program(config, decoder, plain, student, modules, objective, mesh), peft
+
+
+def shapes_of(config: AdapterConfig, modules: Sequence[AdaptedModule]) -> dict[str, AdapterShape]:
+    """What the stacked layers must know of their adapters."""
+    origin = starts.start_has_origin(config.start)
+    return adapter_shapes(modules, origin=origin, dropout=config.dropout)
+
+
+def checked_mesh(config: RunConfig, mesh: Mesh | None = None) -> Mesh:
+    """The devices of a run, after checking what depends on them.
+
+    Raises:
+        InputError: a mesh of another size, a batch that does not divide over it, or an option that
+            the devices lack.
+    """
     mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
     if config.model.remat == "offload" and mesh.devices.flat[0].platform == "cpu":
         raise InputError(
             "model.remat: expected none, dots or full on a CPU, got offload: there is no other "
             "memory to move to. Choose one of them."
         )
-    sharding.shardings(plain.frozen, mesh)
     training = config.training
     sharding.check_batch(training.batch_size // training.accumulation, mesh)
-    student = model_structure(decoder, config.model, shapes)
-    return Program(config, decoder, plain, student, modules, objective, mesh), peft
+    return mesh
+
+
+def check_full(config: RunConfig) -> None:
+    """Raises InputError where a full fine-tuning is asked for together with what it cannot have."""
+    if config.adapter.method != "full":
+        return
+    if config.task == "nlg" and config.training.head == "fused":
+        raise InputError(
+            "training.head: expected plain with adapter.method full, got fused, which forms no "
+            "gradient of the head itself. Set training.head=plain."
+        )
+    if config.model.quantization != "none":
+        raise InputError(
+            f"model.quantization: expected none with adapter.method full, got "
+            f"{config.model.quantization}: codes cannot be trained. Set it to none."
+        )
 
 
 def model_structure(
@@ -200,23 +156,26 @@ def model_structure(
         dtype=config.dtype,
         remat=config.remat,
         kernel=config.attention,
+        quantization=config.quantization,
     )
 
 
 def objective_of(config: RegularizersConfig) -> Objective:
-    """The objective that a config section describes; the fields have the same names."""
-    return Objective(**config.model_dump())
+    """The objective that a config section describes; its fields have the same names."""
+    return Objective(**config.model_dump(exclude={"teacher_head", "teacher_cache"}))
 
 
 def plan(
     config: AdapterConfig, linears: Sequence[LinearShape]
 ) -> tuple[PeftAdapter | None, tuple[AdaptedModule, ...]]:
     """The adapted layers, and the PEFT adapter they begin with if the start names a folder."""
+    if config.method == "full":
+        return None, ()
     if Path(config.start).is_dir():
         peft = read_peft(config.start)
         return peft, peft_modules(peft, linears, config.start)
     starts.check_start(config.start)
-    return None, plan_adapters(
+    modules = plan_adapters(
         linears,
         rank=config.rank,
         alpha=config.rank if config.alpha is None else config.alpha,
@@ -225,52 +184,43 @@ def plan(
         rank_pattern=config.rank_pattern,
         alpha_pattern=config.alpha_pattern,
         use_rslora=config.use_rslora,
+        method=config.method,
     )
+    starts.check_start_ranks(config.start, modules)
+    return None, modules
 
 
-def _row_length(config: DataConfig, data: EncodedSet, base: Base) -> int:
-    length = config.max_length if config.packing else None
-    length = length or common_length(data.examples, config.max_length)
-    longest = max(len(example.input_ids) for example in data.examples)
-    if longest > base.config.max_length:
-        raise InputError(
-            f"data.max_length: expected at most {base.config.max_length}, the positions that "
-            f"{base.folder.name} was made for, got a row of {longest} tokens. Lower it."
+def begin(
+    config: RunConfig,
+    modules: Sequence[AdaptedModule],
+    frozen: Arrays,
+    peft: PeftAdapter | None,
+    mesh: Mesh,
+) -> tuple[Arrays, Arrays]:
+    """What trains at step 0, and the origin it is measured from, each array on its devices."""
+    if config.adapter.method == "full":
+        # Copies even in float32: the step is given these arrays for good.
+        return {path: jnp.array(value, jnp.float32) for path, value in frozen.items()}, {}
+    kernels = kernels_of(frozen, config.model)
+    if peft is not None:
+        adapters, origin = starts.start_from_factors(
+            modules, kernels, peft.tensors, peft.magnitudes
         )
-    return length
-
-
-def _check_vocabulary(data: EncodedSet, base: Base) -> None:
-    highest = max(int(example.input_ids.max()) for example in data.examples)
-    if highest >= base.config.vocab_size:
-        raise InputError(
-            f"{base.folder}: expected token ids below vocab_size {base.config.vocab_size}, got "
-            f"{highest} from its tokenizer. Use the tokenizer that belongs to the weights."
-        )
-
-
-def load(setup: Setup) -> Loaded:
-    """Load the frozen weights and make the adapters' start, each array on its devices."""
-    config, mesh = setup.config, setup.mesh
-    frozen = setup.base.load(setup.plain.frozen, mesh)
-    if setup.peft is not None:
-        adapters, origin = starts.start_from_factors(setup.modules, frozen, setup.peft.tensors)
     else:
         adapters, origin = starts.start_adapters(
-            setup.modules,
-            frozen,
+            modules,
+            kernels,
             start=config.adapter.start,
             key=jax.random.key(config.training.seed),
         )
-    return Loaded(frozen, place(origin, mesh), place(adapters, mesh))
+    return sharding.placed(adapters, mesh), sharding.placed(origin, mesh)
 
 
-def place(arrays: Arrays, mesh: Mesh) -> Arrays:
-    """Arrays laid out as the sharding table says."""
-    return {
-        path: jax.device_put(value, sharding.sharding_of(path, value.shape, mesh))
-        for path, value in arrays.items()
-    }
+def kernels_of(frozen: Arrays, config: ModelConfig) -> Mapping[str, Array]:
+    """The frozen weights in floating point, dequantised one stack at a time when looked up."""
+    if config.quantization == "none":
+        return frozen
+    return DequantizedKernels(frozen, config.quantization, config.dtype)
 
 
 def constants_of(program: Program, loaded: Loaded) -> causal.Constants:
@@ -300,9 +250,19 @@ def step_parts(program: Program, total_steps: int) -> steps.StepParts:
         objective=objective,
         head=head_plan(program),
     )
+    return parts_of(
+        config, objective, loss, lambda batch: causal.counts_of(batch, objective.mask_alignment),
+        total_steps,
+    )  # fmt: skip
+
+
+def parts_of(
+    config: RunConfig, objective: Objective, loss: Any, counts: Any, total_steps: int
+) -> steps.StepParts:
+    """A step around a loss: schedules and optimizer as the config says."""
     return steps.StepParts(
         loss=loss,
-        counts=lambda batch: causal.counts_of(batch, objective.mask_alignment),
+        counts=counts,
         weights=lambda step: weights(objective, step, total_steps),
         optimizer=optim.make_optimizer(config.training, total_steps),
         learning_rate=optim.learning_rate_schedule(config.training, total_steps),

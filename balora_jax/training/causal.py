@@ -67,6 +67,11 @@ class Counts(NamedTuple):
     term: Scalar
     micro_batches: int
 
+    @property
+    def tokens(self) -> Scalar:
+        """Tokens in the loss."""
+        return self.task
+
 
 def counts_of(batch: Batch, mask_alignment: str) -> Counts:
     """Global counts of a batch [micro-batches, B, T]."""

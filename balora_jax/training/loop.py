@@ -3,10 +3,11 @@
 import json
 import math
 import os
+import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from balora_jax.config import RunConfig, dump_config
-from balora_jax.data.examples import describe_example
+from balora_jax.config import RunConfig, TrainingConfig, dump_config
 from balora_jax.errors import InputError, RunStoppedError
-from balora_jax.evals.run import Answerer, score_rows
-from balora_jax.io import checkpoint, metrics
-from balora_jax.io.export import write_adapter
-from balora_jax.training import assemble, steps
-from balora_jax.training.assemble import Loaded, Setup
+from balora_jax.io import checkpoint, export, metrics
+from balora_jax.training import label_run, steps, text_run
+from balora_jax.training.assemble import Loaded
+from balora_jax.training.label_run import LabelRun
+from balora_jax.training.text_run import TextRun
+
+Run = TextRun | LabelRun
 
 
 def fit(config: RunConfig, *, workdir: str | Path, resume: bool = False) -> dict[str, Any]:
@@ -43,18 +45,18 @@ def fit(config: RunConfig, *, workdir: str | Path, resume: bool = False) -> dict
     folder = Path(workdir)
     check_workdir(folder, resume)
     began = time.monotonic()
-    setup = assemble.check(config)
+    run = label_run.check(config) if config.task == "nlu" else text_run.check(config)
     if resume and checkpoint.has_checkpoints(folder / "checkpoints"):
         store = checkpoint.Checkpoints(folder / "checkpoints", keep=10**6)
         step = store.latest_step()
         if step is not None:
             where = f"{folder}: --resume"
-            checkpoint.check_same_run(store.identity(step), identity_of(setup), where)
+            checkpoint.check_same_run(store.identity(step), identity_of(run), where)
         store.close()
-    loaded = assemble.load(setup)
-    describe(setup)
-    with jax.set_mesh(setup.mesh), interruptions() as interrupted:
-        return Training(setup, loaded, folder, began, interrupted).run(resume)
+    loaded = run.load()
+    describe(run)
+    with jax.set_mesh(run.mesh), interruptions() as interrupted:
+        return Training(run, loaded, folder, began, interrupted).run(resume)
 
 
 class Training:
@@ -62,7 +64,7 @@ class Training:
 
     def __init__(
         self,
-        setup: Setup,
+        setup: Run,
         loaded: Loaded,
         folder: Path,
         began: float,
@@ -72,11 +74,12 @@ class Training:
         self.began, self.interrupted = began, interrupted
         training = setup.config.training
         self.batches = setup.batches()
-        self.total_steps = setup.total_steps(self.batches)
+        self.total_steps = total_steps(training, self.batches.batches_per_epoch)
         self.stop_at = min(training.stop_at or self.total_steps, self.total_steps)
-        self.parts = assemble.step_parts(setup, self.total_steps)
-        self.state = steps.initial_state(loaded.adapters, self.parts.optimizer, setup.mesh)
-        self.constants = assemble.constants_of(setup, loaded)
+        self.parts = setup.step_parts(self.total_steps)
+        # Before the state: its arrays are given away with the first step.
+        self.constants: Any = setup.constants(loaded)
+        self.state = steps.initial_state(loaded.trainable, self.parts.optimizer, setup.mesh)
         self.key = jax.random.key(training.seed)
         self.before: dict[str, Any] = {}
         self.saved: int | None = None
@@ -88,7 +91,8 @@ class Training:
         self.store = self.open_store(resume)
         start = self.restore() if resume else 0
         self.log = metrics.MetricsLog(self.folder / "metrics.jsonl", keep_until=start)
-        self.answerer = Answerer(self.setup.student.bind, self.setup.base, self.setup.config.eval)
+        self.scorer = self.setup.scorer()
+        self.teacher: Any = self.setup.teacher(self.constants, self.folder)
         if not self.before:
             self.before = self.score("before")
         try:
@@ -132,7 +136,8 @@ class Training:
         with bar:
             for step in range(start + 1, self.stop_at + 1):
                 self.stop_if_interrupted(step - 1, report, bar)
-                batch = steps.place_batch(next(self.batches), mesh)
+                rows = self.setup.prepare(next(self.batches), self.teacher)
+                batch = steps.place_batch(rows, mesh)
                 every = training.log_gradient_share_every
                 shares = {}
                 if every and step % every == 0:
@@ -181,28 +186,15 @@ class Training:
         )
 
     def score(self, title: str) -> dict[str, Any]:
-        """Score the validation rows with the adapters as they are now."""
-        if not self.setup.validation:
+        """Score the validation rows with the weights as they are now."""
+        if self.scorer is None:
             return {}
-        parts = (self.constants.frozen, self.constants.origin, self.state.adapters)
-        return score_rows(
-            self.answerer, parts, self.setup.validation, self.setup.config,
-            key=self.key, title=title,
-        )  # fmt: skip
+        return self.scorer(self.constants, self.state.adapters, self.key, title)
 
     def finish(self) -> dict[str, Any]:
         """Export the adapter, score it, draw the curves, write the summary."""
-        setup, config = self.setup, self.setup.config
-        report = write_adapter(
-            self.folder / "adapter",
-            setup.base,
-            config.model.name_or_path,
-            setup.modules,
-            self.state.adapters,
-            self.constants.origin,
-            use_rslora=setup.use_rslora,
-            overwrite=True,
-        )
+        setup = self.setup
+        written = self.export()
         after = self.score("after")
         drawn = metrics.draw_curves(
             metrics.read_metrics(self.folder / "metrics.jsonl"), self.folder / "curves.png"
@@ -220,13 +212,35 @@ class Training:
         }
         text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
         metrics.write_atomically(self.folder / "summary.json", text)
-        print(f"adapter: {report.folder} (PEFT, rank {report.rank}, {report.parameters:,} numbers)")
+        print(written)
         if drawn:
             print(f"curves:  {self.folder / 'curves.png'}")
-        if after and config.eval.task == "exact_match":
-            rise = f"{self.before['exact_match']:.3f} -> {after['exact_match']:.3f}"
-            print(f"exact match on held-out rows: {rise} in {summary['wall_seconds']:.0f} s")
+        for name in (name for name in after if name not in ("rows", "answered")):
+            rise = f"{self.before[name]:.3f} -> {after[name]:.3f}"
+            title = name.replace("_", " ")
+            print(f"{title} on held-out rows: {rise} in {summary['wall_seconds']:.0f} s")
         return summary
+
+    def export(self) -> str:
+        """Write the adapter, or of a full fine-tuning the whole model; says what was written."""
+        setup, model = self.setup, self.setup.config.model
+        if setup.config.adapter.method == "full":
+            shutil.rmtree(self.folder / export.MODEL, ignore_errors=True)
+            found = export.write_model(
+                self.folder / export.MODEL, setup.base, self.state.adapters, model.dtype
+            )
+            return f"model: {found.folder} ({found.merged} tensors changed)"
+        report = export.write_adapter(
+            self.folder / export.ADAPTER,
+            setup.base,
+            model.name_or_path,
+            setup.modules,
+            self.state.adapters,
+            self.constants.origin,
+            use_rslora=use_rslora(setup),
+            overwrite=True,
+        )
+        return f"adapter: {report.folder} (PEFT, rank {report.rank}, {report.parameters:,} numbers)"
 
 
 class Reporter:
@@ -262,24 +276,36 @@ class Reporter:
         return row
 
 
-def identity_of(setup: Setup) -> checkpoint.Identity:
+def total_steps(config: TrainingConfig, batches_per_epoch: Callable[[], int]) -> int:
+    """Optimizer steps of the whole run."""
+    if config.max_steps is not None:
+        return config.max_steps
+    assert config.epochs is not None
+    return math.ceil(config.epochs * batches_per_epoch())
+
+
+def use_rslora(run: Run) -> bool:
+    """Whether the scales are alpha / √rank."""
+    if run.peft is not None:
+        return bool(run.peft.config.get("use_rslora"))
+    return run.config.adapter.use_rslora
+
+
+def identity_of(run: Run) -> checkpoint.Identity:
     """What a checkpoint must agree with to be resumed."""
-    return checkpoint.Identity(setup.config.model_dump(mode="json"), setup.base.fingerprint)
+    return checkpoint.Identity(run.config.model_dump(mode="json"), run.base.fingerprint)
 
 
-def describe(setup: Setup) -> None:
+def describe(run: Run) -> None:
     """What is about to run: config, layers, counts, data and one example with its loss mask."""
-    print(dump_config(setup.config).rstrip())
-    kinds = sorted({module.path.rsplit(".", 1)[-1] for module in setup.modules})
-    share = 100.0 * setup.trainable / setup.total
-    print(f"base: {setup.base.folder} ({setup.base.config.model_type}, {setup.total:,} parameters)")
-    print(
-        f"adapters: {len(setup.modules)} layers ({', '.join(kinds)}), "
-        f"{setup.trainable:,} trainable parameters ({share:.2f} %)"
-    )
-    print(f"devices: {metrics.device_description()}, mesh {dict(setup.mesh.shape)}")
-    print(f"data: {setup.data.report}; rows of {setup.length} tokens")
-    print("first example:", describe_example(setup.data.examples[0], setup.tokenizer), flush=True)
+    print(dump_config(run.config).rstrip())
+    kinds = sorted({module.path.rsplit(".", 1)[-1] for module in run.modules})
+    layers = f"{len(run.modules)} layers ({', '.join(kinds)})" if kinds else "none, full model"
+    share = 100.0 * run.trainable / run.total
+    print(f"base: {run.base.folder} ({run.base.config.model_type}, {run.total:,} parameters)")
+    print(f"adapters: {layers}, {run.trainable:,} trainable parameters ({share:.2f} %)")
+    print(f"devices: {metrics.device_description()}, mesh {dict(run.mesh.shape)}")
+    print(*run.describe(), sep="\n", flush=True)
 
 
 def check_workdir(folder: Path, resume: bool) -> None:

@@ -51,7 +51,8 @@ def make_optimizer(config: TrainingConfig, total_steps: int) -> optax.GradientTr
 
 def decays(params: dict[str, jax.Array]) -> dict[str, bool]:
     """Weight decay applies to matrices (stacked: three axes), never to biases or scales."""
-    return {path: leaf.ndim >= 3 for path, leaf in params.items()}
+    matrices = (".kernel", ".embedding", ".weight")
+    return {path: leaf.ndim >= 3 or path.endswith(matrices) for path, leaf in params.items()}
 
 
 def scale_up_factor(ratio: float) -> optax.GradientTransformation:

@@ -19,14 +19,29 @@ BATCH_AXES = ("data", "fsdp")
 # Frozen weights, by the first pattern that matches the whole path.
 LOGICAL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(embed_tokens|lm_head)\.embedding", ("vocabulary", "width")),
-    (r"layers\.self_attn\.[qkv]_proj\.kernel", ("layers", "width", "heads")),
-    (r"layers\.self_attn\.[qkv]_proj\.bias", ("layers", "heads")),
-    (r"layers\.self_attn\.o_proj\.kernel", ("layers", "heads", "width")),
-    (r"layers\.mlp\.(gate|up)_proj\.kernel", ("layers", "width", "inner")),
-    (r"layers\.mlp\.(gate|up)_proj\.bias", ("layers", "inner")),
-    (r"layers\.mlp\.down_proj\.kernel", ("layers", "inner", "width")),
+    (r"embed_positions\.embedding", (None, "width")),
+    # Encoders; their vocabularies are small and seldom divide.
+    (r"(embeddings|encoder)\.\w+\.embedding", (None, "width")),
+    (r"layers\.attention\.self\.\w+\.kernel", ("layers", "width", "heads")),
+    (r"layers\.attention\.self\.\w+\.bias", ("layers", "heads")),
+    (r"layers\.attention\.output\.dense\.kernel", ("layers", "heads", "width")),
+    (r"layers\.intermediate\.dense\.kernel", ("layers", "width", "inner")),
+    (r"layers\.intermediate\.dense\.bias", ("layers", "inner")),
+    (r"layers\.output\.dense\.kernel", ("layers", "inner", "width")),
+    (r"(embeddings|encoder)\.LayerNorm\.(scale|bias)", (None,)),
+    (r"head\.\w+\.kernel", (None, None)),
+    (r"head\.\w+\.bias", (None,)),
+    (r"layers\.(self_attn\.([qkv]|qkv)_proj|attn\.c_attn)\.kernel", ("layers", "width", "heads")),
+    (r"layers\.(self_attn\.([qkv]|qkv)_proj|attn\.c_attn)\.bias", ("layers", "heads")),
+    (r"layers\.(self_attn\.o_proj|attn\.c_proj)\.kernel", ("layers", "heads", "width")),
+    (r"layers\.mlp\.((gate|up|gate_up)_proj|c_fc)\.kernel", ("layers", "width", "inner")),
+    (r"layers\.mlp\.((gate|up|gate_up)_proj|c_fc)\.bias", ("layers", "inner")),
+    (r"layers\.mlp\.(down_proj|c_proj)\.kernel", ("layers", "inner", "width")),
+    (r"layers\.block_sparse_moe\.gate\.weight", ("layers", "width", None)),
+    (r"layers\.block_sparse_moe\.experts\.w[13]\.kernel", ("layers", "width", "inner")),
+    (r"layers\.block_sparse_moe\.experts\.w2\.kernel", ("layers", "inner", "width")),
     (r"layers\..*\.(bias|scale)", ("layers", None)),
-    (r"norm\.scale", (None,)),
+    (r"norm\.(scale|bias)", (None,)),
 )
 
 MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
@@ -79,6 +94,12 @@ def logical_axes(path: str) -> tuple[str | None, ...]:
         if leaf.endswith("_a"):
             return (layers, f"adapter_{d_in}", None)
         return (layers, None, f"adapter_{d_out}")
+    if leaf in ("lora_magnitude", "origin_norm"):
+        layers, _, d_out = logical_axes(f"{stem}.kernel")
+        return (layers, f"adapter_{d_out}")
+    if leaf == "kernel_scale":
+        layers, _, d_out = logical_axes(f"{stem}.kernel")
+        return (layers, None, d_out)
     for pattern, axes in LOGICAL_AXES:
         if re.fullmatch(pattern, path):
             return axes
@@ -129,9 +150,22 @@ def with_shardings(
     }
 
 
+def placed(arrays: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """Arrays laid out as the table says."""
+    return {
+        path: jax.device_put(value, sharding_of(path, value.shape, mesh))
+        for path, value in arrays.items()
+    }
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """A batch [micro-batches, B, T]: rows over data and fsdp."""
-    return NamedSharding(mesh, P(None, BATCH_AXES, None))
+    """Arrays [micro-batches, B, …] of a batch: rows over data and fsdp."""
+    return NamedSharding(mesh, P(None, BATCH_AXES))
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Arrays [B, …] without micro-batches: rows over data and fsdp."""
+    return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def head_axes(mesh: Mesh) -> HeadAxes:

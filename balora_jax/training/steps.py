@@ -97,7 +97,7 @@ def train_step(
         "lambda3": weights[2],
         "learning_rate": jnp.asarray(parts.learning_rate(state.step), jnp.float32),
         "grad_norm": optax.global_norm(grads),
-        "tokens": jnp.asarray(counts.task, jnp.float32),
+        "tokens": jnp.asarray(counts.tokens, jnp.float32),
     }
     return TrainState(state.step + 1, adapters, opt_state), metrics
 

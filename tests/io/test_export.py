@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from balora_jax.config import parse_config
 from balora_jax.errors import InputError
+from balora_jax.io.base import open_base
 from balora_jax.io.export import export_run, write_adapter
-from balora_jax.io.pretrained import open_base
 from balora_jax.models.adapters import adapter_shapes, plan_adapters
 from balora_jax.models.decoder import structure
-from balora_jax.models.registry import linear_shapes
 from balora_jax.models.starts import start_adapters
+from balora_jax.models.weight_names import linear_shapes, weight_rules
 from tests import quick, tiny_run
 
 IDS = np.random.default_rng(0).integers(3, tiny_run.VOCAB_SIZE, (3, 11))
@@ -39,7 +39,7 @@ class Finished:
         plain = structure(base.config)
         options = {"rank": 2, "alpha": 5.0, "target_modules": ["q_proj", "o_proj", "up_proj"]}
         modules = plan_adapters(
-            linear_shapes(base.config, plain.frozen), **options, **STARTS[start]
+            linear_shapes(weight_rules(base.config), plain.frozen), **options, **STARTS[start]
         )
         frozen = base.load(plain.frozen)
         adapters, origin = start_adapters(modules, frozen, start=start, key=jax.random.key(0))

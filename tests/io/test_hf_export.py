@@ -141,13 +141,20 @@ def test_refusals_write_nothing(llama_folder, tmp_path):
     with pytest.raises(InputError, match="dtype: expected one of float32, bfloat16, float16, got"):
         export_merged(tmp_path / "m", **options | {"dtype": "int4"})
     with pytest.raises(InputError, match="expected the weights that were adapted, got none"):
-        export_merged(tmp_path / "m", **options | {"deltas": lambda name: None})
-    with pytest.raises(ValueError, match=r"delta is \(1, 1\), weight is \(32, 32\)"):
+        export_merged(tmp_path / "m", **options | {"deltas": lambda name, value: None})
+    with pytest.raises(ValueError, match=r"new value is \(1, 1\), weight is \(32, 32\)"):
         export_merged(
             tmp_path / "m",
             **options
-            | {"deltas": lambda name: np.ones((1, 1)) if name.endswith("q_proj.weight") else None},
+            | {
+                "deltas": lambda name, value: (
+                    np.ones((1, 1)) if name.endswith("q_proj.weight") else None
+                )
+            },
         )
+    other = deltas_of(random_adapters(targets=("mlp.down_proj",)))
+    with pytest.raises(ValueError, match=r"down_proj: delta is \(32, 48\), weight is \(48, 32\)"):
+        other("model.layers.0.mlp.down_proj.weight", np.ones((48, 32)))
     assert list(tmp_path.iterdir()) == []
     quantised = tmp_path / "q"
     shutil.copytree(llama_folder, quantised)

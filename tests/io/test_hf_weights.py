@@ -21,7 +21,7 @@ from balora_jax.io.hf_weights import (
     load_weights,
     read_json_config,
 )
-from balora_jax.models.registry import WeightRule
+from balora_jax.models.weight_names import WeightRule
 
 
 def targets(dtype=jnp.float32):
@@ -80,7 +80,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from safetensors.numpy import load_file
 from balora_jax.io import hf_files, hf_weights
-from balora_jax.models.registry import WeightRule
+from balora_jax.models.weight_names import WeightRule
 
 folder = sys.argv[1]
 mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from balora_jax.models.adapters import AdaptedModule
-from balora_jax.models.registry import WeightRule
+from balora_jax.models.weight_names import WeightRule
 
 LAYERS = 12  # more than ten: the name of layer 1 begins the name of layer 11
 LINEAR = {

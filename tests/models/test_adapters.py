@@ -20,8 +20,8 @@ from balora_jax.models.adapters import (
     trainable_parameters,
 )
 from balora_jax.models.decoder import structure
-from balora_jax.models.registry import linear_shapes
 from balora_jax.models.starts import start_adapters, start_from_factors
+from balora_jax.models.weight_names import linear_shapes, weight_rules
 from tests.models import tiny
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -30,7 +30,7 @@ SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 @pytest.fixture(scope="module")
 def linears():
     config = registry.decoder_config(tiny.llama().config.to_dict(), "config.json")
-    return linear_shapes(config, structure(config).frozen)
+    return linear_shapes(weight_rules(config), structure(config).frozen)
 
 
 def peft_choice(settings):
@@ -136,7 +136,10 @@ def test_published_counts_from_shapes_alone(raw, rank, trainable, total):
     config = registry.decoder_config(raw, "config.json")
     plain = structure(config, dtype="bfloat16")
     modules = plan_adapters(
-        linear_shapes(config, plain.frozen), rank=rank, alpha=rank, target_modules=SEVEN
+        linear_shapes(weight_rules(config), plain.frozen),
+        rank=rank,
+        alpha=rank,
+        target_modules=SEVEN,
     )
     assert trainable_parameters(modules) == trainable
     shapes = adapter_shapes(modules, origin=True)

@@ -10,8 +10,9 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from balora_jax.models import layers, registry
+from balora_jax.models import layers, rope_settings, rotary
 from balora_jax.models.adapters import AdapterShape
+from balora_jax.models.decoder_config import DecoderConfig
 from tests.models import tiny
 
 
@@ -44,8 +45,8 @@ def test_frequencies_equal_transformers(rope):
     kind = tiny.ROPES[rope]["rope_type"]
     for length in (20, 75):
         want, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=length)
-        ours = registry.rope_config(config.to_dict(), "config.json")
-        got = layers.rope_frequencies(ours, 16, jnp.int32(length))
+        ours = rope_settings.rope_config(config.to_dict(), "config.json")
+        got = rotary.rope_frequencies(ours, 16, jnp.int32(length))
         np.testing.assert_allclose(got, want.numpy(), rtol=2e-6)
         assert ours.attention_factor == pytest.approx(factor, rel=1e-12)
     plain = 1.0 / tiny.ROPES[rope]["rope_theta"] ** (np.arange(0, 16, 2) / 16)
@@ -53,16 +54,16 @@ def test_frequencies_equal_transformers(rope):
 
 
 def test_default_frequencies():
-    got = layers.rope_frequencies(layers.RopeConfig(theta=81.0), 4, 10)
+    got = rotary.rope_frequencies(rotary.RopeConfig(theta=81.0), 4, 10)
     np.testing.assert_allclose(got, [1.0, 1 / 9], rtol=1e-6)
 
 
 def test_rotation_equals_transformers():
-    rope = layers.RopeConfig(theta=50.0, attention_factor=1.25)
+    rope = rotary.RopeConfig(theta=50.0, attention_factor=1.25)
     positions = np.array([[0, 1, 2, 5, 9], [3, 3, 0, 7, 40]])
     q = random(2, 5, 3, 8)
-    cos, sin = layers.rotary_tables(rope, 8, jnp.asarray(positions))
-    got = layers.rotate(jnp.asarray(q), cos, sin)
+    cos, sin = rotary.rotary_tables(rope, 8, jnp.asarray(positions))
+    got = rotary.rotate(jnp.asarray(q), cos, sin)
     angles = positions[..., None] * (50.0 ** -(np.arange(0, 8, 2) / 8))
     angles = torch.tensor(np.concatenate([angles, angles], -1))
     turned = torch.tensor(q, dtype=torch.float64).transpose(1, 2)
@@ -71,14 +72,14 @@ def test_rotation_equals_transformers():
 
 
 def test_rotation_depends_on_distance_only():
-    rope = layers.RopeConfig(theta=50.0)
+    rope = rotary.RopeConfig(theta=50.0)
     q, k = random(1, 1, 1, 8), random(1, 1, 1, 8, seed=1)
 
     def score(i, j):
-        turn = [layers.rotary_tables(rope, 8, jnp.array([[p]])) for p in (i, j)]
+        turn = [rotary.rotary_tables(rope, 8, jnp.array([[p]])) for p in (i, j)]
         return float(
             jnp.sum(
-                layers.rotate(jnp.asarray(q), *turn[0]) * layers.rotate(jnp.asarray(k), *turn[1])
+                rotary.rotate(jnp.asarray(q), *turn[0]) * rotary.rotate(jnp.asarray(k), *turn[1])
             )
         )
 
@@ -138,7 +139,13 @@ def test_activations_are_those_of_transformers(name):
 
 def test_gated_mlp_by_its_definition():
     make = layers.stacked_linear("layers.mlp", 1, {}, jnp.dtype(jnp.float32))
-    mlp = layers.GatedMLP(4, 6, activation="relu", use_bias=True, linear=make)
+    sizes = {"hidden_size": 4, "intermediate_size": 6, "num_layers": 1, "vocab_size": 2}
+    heads = {"num_heads": 1, "num_kv_heads": 1, "head_dim": 4, "rope": None, "max_length": 8}
+    config = DecoderConfig(
+        "llama", **sizes, **heads, norm_eps=1e-6, activation="relu", tie_word_embeddings=True,
+        mlp_bias=True,
+    )  # fmt: skip
+    mlp = layers.GatedMLP(config, linear=make)
     weights = {
         name: (random(*shape, seed=i), random(shape[1], seed=i + 10))
         for i, (name, shape) in enumerate(

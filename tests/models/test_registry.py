@@ -1,14 +1,21 @@
 """A checkpoint's config.json to our config: defaults, both styles of rope settings, messages."""
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from safetensors import safe_open
+from transformers import LlamaConfig, MistralConfig
 
 from balora_jax.errors import InputError
 from balora_jax.models import registry
 from balora_jax.models.decoder import structure
-from balora_jax.models.layers import RopeConfig
+from balora_jax.models.rotary import RopeConfig
+from balora_jax.models.weight_names import (
+    WeightRule,
+    ignored_weights,
+    stored_names,
+    weight_rules,
+)
 from tests.models import tiny
+from tests.models.tiny_families import FAMILIES
 
 # What every config.json of these families states; all else has a default.
 LEAST = {
@@ -36,6 +43,16 @@ FIELDS = {
 CLASSES = {"llama": LlamaConfig, "mistral": MistralConfig}
 
 
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 64,
+    "n_embd": 16,
+    "n_head": 2,
+    "n_layer": 1,
+    "n_positions": 8,
+}
+
+
 def read(model_type="llama", without=(), **changes):
     raw = {"model_type": model_type, **LEAST, **changes}
     raw = {key: value for key, value in raw.items() if key not in without}
@@ -57,7 +74,7 @@ def test_defaults_are_those_of_transformers(model_type, changes):
         assert getattr(ours, field) == getattr(theirs, name), field
     assert ours.model_type == model_type
     assert ours.sliding_window == getattr(theirs, "sliding_window", None)
-    assert ours.attention_bias == getattr(theirs, "attention_bias", False)
+    assert ours.qkv_bias == ours.output_bias == getattr(theirs, "attention_bias", False)
     assert ours.mlp_bias == getattr(theirs, "mlp_bias", False)
     assert ours.rope == RopeConfig(theta=theirs.rope_parameters["rope_theta"])
 
@@ -69,7 +86,7 @@ def test_every_field_off_its_default(model):
     for field, name in FIELDS.items():
         assert getattr(ours, field) == getattr(theirs, name), field
     llama = theirs.model_type == "llama"
-    assert (ours.attention_bias, ours.mlp_bias) == (llama, llama)
+    assert (ours.qkv_bias, ours.output_bias, ours.mlp_bias) == (llama, llama, llama)
     assert ours.sliding_window == (None if llama else 5)
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
 
@@ -129,37 +146,50 @@ def test_old_and_new_rope_settings_mean_the_same(case):
 
 MESSAGES = {
     "family": (
-        {"model_type": "gpt2"},
-        "folder/config.json: expected model_type to be one of llama, mistral, got 'gpt2'. "
+        {"model_type": "t5"},
+        "folder/config.json: expected model_type to be one of llama, mistral, mixtral, qwen2, "
+        "qwen3, gemma, gemma2, gemma3_text, phi3, gpt2, got 't5'. "
         "Use a checkpoint of one of these families.",
     ),
     "no family": (
         {"model_type": None},
-        "one of llama, mistral, got None",
+        "gpt2, got None",
+    ),
+    "attention to the future": (
+        {"model_type": "gemma", "use_bidirectional_attention": True},
+        "folder/config.json: expected a causal model, got use_bidirectional_attention=True. "
+        "This checkpoint cannot be run exactly.",
+    ),
+    "kinds of layers": (
+        {"model_type": "gemma2", "layer_types": ["full_attention", "linear_attention"]},
+        "folder/config.json: expected layer_types to name one of sliding_attention, "
+        "full_attention for each of 2 layers, got ['full_attention', 'linear_attention']. "
+        "This checkpoint cannot be run exactly.",
+    ),
+    "scale by layer": (
+        {"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True},
+        "folder/config.json: expected scale_attn_by_inverse_layer_idx to be false, got True. "
+        "This checkpoint cannot be run exactly.",
     ),
     "activation": (
-        {"hidden_act": "gelu_new"},
-        "folder/config.json: expected hidden_act to be one of silu, gelu, gelu_pytorch_tanh, relu, "
-        "got 'gelu_new'. This checkpoint cannot be run exactly.",
+        {"hidden_act": "quick_gelu"},
+        "folder/config.json: expected the activation to be one of silu, gelu, gelu_pytorch_tanh, "
+        "gelu_new, relu, got 'quick_gelu'. This checkpoint cannot be run exactly.",
     ),
     "rope type": (
-        {"rope_scaling": {"type": "longrope", "factor": 2.0}},
+        {"rope_scaling": {"type": "ntk", "factor": 2.0}},
         "folder/config.json: expected the rope type to be one of default, linear, dynamic, llama3, "
-        "yarn, got 'longrope'. This checkpoint cannot be run exactly.",
+        "yarn, longrope, got 'ntk'. This checkpoint cannot be run exactly.",
+    ),
+    "divisors": (
+        {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0, 2.0]}},
+        "folder/config.json: expected 1 numbers in 'long_factor' of the rope scaling, got 2. "
+        "Correct the config.",
     ),
     "rope factor": (
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
         "folder/config.json: expected a 'factor' in the rope scaling of type 'linear', got none. "
         "Correct the config.",
-    ),
-    "partial rotation": (
-        {"partial_rotary_factor": 0.5},
-        "folder/config.json: expected partial_rotary_factor to be 1, got 0.5. "
-        "This checkpoint cannot be run exactly.",
-    ),
-    "partial rotation, new style": (
-        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
-        "folder/config.json: expected partial_rotary_factor to be 1, got 0.25.",
     ),
 }
 
@@ -188,29 +218,50 @@ def test_missing_key(key):
     )
 
 
-@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("model_type", CLASSES)
-def test_weight_names_and_shapes_are_those_of_the_checkpoint(model_type, tied, bias):
-    options = {**LEAST, "tie_word_embeddings": tied, "head_dim": 6, "num_key_value_heads": 4}
-    if model_type == "llama":
-        options |= {"attention_bias": bias, "mlp_bias": bias}
-    model = {"llama": LlamaForCausalLM, "mistral": MistralForCausalLM}[model_type]
-    with torch.device("meta"):
-        state = model(CLASSES[model_type](**options)).state_dict()
-    config = registry.decoder_config({"model_type": model_type, **options}, "config.json")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weight_names_and_shapes_are_those_of_the_checkpoint(name, tied, tmp_path):
+    model = FAMILIES[name](tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="np") as file:
+        stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    config = registry.decoder_config(model.config.to_dict(), "config.json")
     frozen = structure(config).frozen
     named = {}
-    for rule in registry.weight_rules(config):
+    for rule in weight_rules(config):
         shape = frozen[rule.path].shape
-        layers = range(config.num_layers) if rule.stacked else (0,)
-        for i in layers:
-            one = shape[1:] if rule.stacked else shape
-            named[rule.name.format(i=i)] = one[::-1] if rule.transpose else one
-        assert not rule.stacked or shape[0] == 2
-    stored = {name: tuple(value.shape) for name, value in state.items()}
+        one = shape[1:] if rule.stacked else shape
+        for tensor in rule.names(shape[0]):
+            named[tensor] = one[::-1] if rule.transpose else one
     if tied:
         stored.pop("lm_head.weight", None)
-        assert r"lm_head\.weight" in registry.ignored_weights(config)
+        assert r"lm_head\.weight" in ignored_weights(config)
     assert named == stored
-    assert {rule.path for rule in registry.weight_rules(config)} == set(frozen)
+    assert {rule.path for rule in weight_rules(config)} == set(frozen)
+
+
+def test_qwen_layers_with_a_window():
+    options = {"use_sliding_window": True, "sliding_window": 9, "num_key_value_heads": 4}
+    got = read("qwen2", max_window_layers=1, **options)
+    assert (got.sliding_window, got.sliding_layers) == (9, (False, True))
+    assert read("qwen2", **{**options, "use_sliding_window": False}).sliding_window is None
+
+
+def test_gemma3_in_the_older_style():
+    """As its first checkpoints were saved: one scaling, a base for the windows, a period."""
+    raw = {"rope_theta": 2e6, "rope_local_base_freq": 3e4, "sliding_window_pattern": 2}
+    got = read("gemma3_text", **raw, rope_scaling={"rope_type": "linear", "factor": 8.0})
+    assert (got.rope.theta, got.rope.kind, got.rope.factor) == (2e6, "linear", 8.0)
+    assert got.local_rope == RopeConfig(theta=3e4)
+    assert got.sliding_layers == (True, False)
+    assert got.query_scale == 256**-0.5
+
+
+def test_checkpoints_of_a_bare_model_and_of_old_conversions_are_read():
+    """The hub's ``gpt2`` lacks the prefix, and old BERTs call a norm's weight gamma."""
+    rules = weight_rules(registry.decoder_config(GPT2, "config.json"))
+    bare = [name.removeprefix("transformer.") for rule in rules for name in rule.names(1)]
+    assert stored_names(bare, rules) == {f"transformer.{name}": name for name in bare}
+    old = "bert.embeddings.LayerNorm.gamma"
+    bert = [WeightRule("x", "bert.embeddings.LayerNorm.weight", False)]
+    assert stored_names([old], bert) == {"bert.embeddings.LayerNorm.weight": old}

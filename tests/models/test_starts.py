@@ -1,5 +1,7 @@
 """Where adapters begin: PiSSA against PEFT and exact SVDs, LoRA's bounds, given factors."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,16 +143,18 @@ def test_lora_start_has_the_bound_of_peft_and_a_zero_b():
     assert origin["layers.fc.lora_scale"].tolist() == [0.5]
 
 
-@pytest.mark.parametrize("start", ["lora", "pissa", "pissa_niter_1"])
+@pytest.mark.parametrize(
+    "start", ["lora", "pissa", "pissa_niter_1", "milora", "olora", "orthogonal"]
+)
 def test_start_does_not_depend_on_other_layers(start):
     rng = np.random.default_rng(0)
     kernels = {
         f"layers.{name}.kernel": jnp.asarray(rng.standard_normal((3, *TALL)), jnp.float32)
         for name in ("fc", "other")
     }
-    every = [module(i, name=name) for name in ("other", "fc") for i in range(3)]
+    every = [module(i, rank=4, name=name) for name in ("other", "fc") for i in range(3)]
     key = jax.random.key(9)
-    alone, _ = starts.start_adapters([module(1)], kernels, start=start, key=key)
+    alone, _ = starts.start_adapters([module(1, rank=4)], kernels, start=start, key=key)
     both, _ = starts.start_adapters(every, kernels, start=start, key=key)
     for side in "ab":
         got, want = (np.asarray(x[f"layers.fc.lora_{side}"]) for x in (alone, both))
@@ -226,17 +230,171 @@ def test_start_from_factors_reads_only_shapes():
         assert not stacked[m.rank :].any()
 
 
+@pytest.mark.parametrize("shape", [TALL, WIDE], ids=["tall", "wide"])
+@pytest.mark.parametrize(("rank", "alpha", "rslora"), [(3, 7.5, False), (4, 6, True)])
+def test_olora_product_and_residual_equal_peft(shape, rank, alpha, rslora):
+    weight = np.float32(np.random.default_rng(rank).standard_normal(shape))
+    want, residual = peft(weight, "olora", r=rank, lora_alpha=alpha, use_rslora=rslora)
+    scale = alpha / np.sqrt(rank) if rslora else alpha / rank
+    got, _, b = ours(weight, rank, scale, "olora")
+    assert relative(got, want) < 1e-5
+    assert relative(weight - got, residual) < 1e-5
+    np.testing.assert_allclose(b @ b.T, np.eye(rank), atol=1e-5)  # whatever the scale
+
+
+@pytest.mark.parametrize("shape", [TALL, WIDE], ids=["tall", "wide"])
+@pytest.mark.parametrize(("rank", "scale"), [(3, 2.5), (4, 0.5)])
+def test_milora_is_the_part_of_the_smallest_values(shape, rank, scale):
+    weight = np.float32(np.random.default_rng(rank).standard_normal(shape))
+    got, a, b = ours(weight, rank, scale, "milora")
+    assert relative(got, np.float64(weight) - best(weight, 9 - rank)) < 1e-5
+    sigma = np.linalg.svd(np.float64(weight), compute_uv=False)[-rank:]
+    np.testing.assert_allclose(a.T @ a, np.diag(sigma / scale), atol=1e-5 * sigma[0] / scale)
+    np.testing.assert_allclose(b @ b.T, np.diag(sigma / scale), atol=1e-5 * sigma[0] / scale)
+
+
+def test_orthogonal_has_the_spread_of_peft_and_no_product():
+    weight = np.ones((64, 48), np.float32)
+    got, a, b = ours(weight, 8, 3.0, "orthogonal")
+    want, residual = peft(weight, "orthogonal", r=8, lora_alpha=24)
+    assert np.array_equal(residual, weight)  # PEFT leaves the base alone
+    for product in (got, want):
+        assert np.abs(product).max() < 1e-5
+    linear = torch.nn.Sequential()
+    linear.add_module("fc", torch.nn.Linear(64, 48))
+    config = LoraConfig(r=8, target_modules=["fc"], init_lora_weights="orthogonal")
+    layer = get_peft_model(linear, config).base_model.model.fc
+    for mine, theirs in ((a, layer.lora_A), (b, layer.lora_B)):
+        spread = theirs["default"].weight.detach().numpy().std()
+        assert mine.std() == pytest.approx(spread, rel=0.2)
+        assert mine.std() == pytest.approx(0.1 / np.sqrt(2), rel=0.2)  # half of a rotation's rows
+        assert np.linalg.matrix_rank(mine, tol=1e-4) == 4
+    _, again, _ = ours(weight, 8, 3.0, "orthogonal", key=1)
+    assert relative(again, a) > 0.5
+
+
+def test_orthogonal_halves_the_rank():
+    modules = [module(0, rank=4), module(1, rank=3)]
+    with pytest.raises(InputError) as caught:
+        starts.start_adapters(modules, {}, start="orthogonal", key=jax.random.key(0))
+    assert str(caught.value) == (
+        "adapter.rank: expected an even rank with the start 'orthogonal', got 3 for "
+        "model.layers.1.fc. Choose an even rank, or another start."
+    )
+    starts.check_start_ranks("orthogonal", modules[:1])
+    starts.check_start_ranks("olora", modules)
+
+
+def with_method(method, *modules):
+    return [replace(one, method=method) for one in modules]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("start", ["lora", "pissa"])
+def test_dora_begins_with_the_lengths_of_the_weights(start, dtype):
+    rng = np.random.default_rng(0)
+    kernels = {"layers.fc.kernel": jnp.asarray(rng.standard_normal((3, *TALL)), dtype)}
+    modules = with_method("dora", module(0), module(2))
+    adapters, origin = starts.start_adapters(modules, kernels, start=start, key=jax.random.key(0))
+    want = np.linalg.norm(np.float64(kernels["layers.fc.kernel"].astype(jnp.float32)), axis=1)
+    magnitude, squares = adapters["layers.fc.lora_magnitude"], origin["layers.fc.origin_norm"]
+    assert magnitude.dtype == squares.dtype == jnp.float32
+    np.testing.assert_allclose(magnitude, want, rtol=1e-6)  # the layer between them as well
+    np.testing.assert_allclose(squares, want**2, rtol=1e-6)
+    plain, _ = starts.start_adapters(
+        [module(0), module(2)], kernels, start=start, key=jax.random.key(0)
+    )
+    for name, value in plain.items():
+        assert np.array_equal(value, adapters[name])
+    assert set(adapters) - set(plain) == {"layers.fc.lora_magnitude"}
+
+
+@pytest.mark.parametrize("start", ["lora", "olora"])
+def test_frozen_a_lies_with_the_constants(start):
+    kernels = {"layers.fc.kernel": jnp.asarray(decaying(TALL, 0.8), jnp.bfloat16)[None]}
+    key = jax.random.key(0)
+    plain, start_of = starts.start_adapters([module()], kernels, start=start, key=key)
+    adapters, origin = starts.start_adapters(
+        with_method("lora_fa", module()), kernels, start=start, key=key
+    )
+    assert set(adapters) == {"layers.fc.lora_b"}
+    assert set(origin) == set(start_of) - {"layers.fc.origin_a"} | {"layers.fc.lora_a"}
+    a = origin["layers.fc.lora_a"]
+    assert a.dtype == jnp.float32
+    assert np.array_equal(a, plain["layers.fc.lora_a"])
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["magnitudes", "norms"])
+def test_dora_from_factors(given):
+    rng = np.random.default_rng(0)
+    kernels = {"layers.fc.kernel": jnp.asarray(rng.standard_normal((3, *TALL)), jnp.float32)}
+    modules = with_method("dora", module(0, rank=2, scale=0.5), module(2, rank=3, scale=3.0))
+    factors = {
+        m.name: (rng.standard_normal((14, m.rank)), rng.standard_normal((m.rank, 9)))
+        for m in modules
+    }
+    sizes = {m.name: np.float32(1 + rng.random(9)) for m in modules}
+    adapters, origin = starts.start_from_factors(
+        modules, kernels, factors, sizes if given else None
+    )
+    whole = np.float64(kernels["layers.fc.kernel"])
+    squares = np.sum(whole**2, axis=1)
+    np.testing.assert_allclose(origin["layers.fc.origin_norm"], squares, rtol=1e-6)
+    for m in modules:
+        a, b = factors[m.name]
+        whole[m.layer] += m.scale * a @ b
+    want = np.linalg.norm(whole, axis=1)
+    if given:
+        want[0], want[2] = sizes[modules[0].name], sizes[modules[1].name]
+    np.testing.assert_allclose(adapters["layers.fc.lora_magnitude"], want, rtol=1e-5)
+
+
+def test_given_factors_and_magnitudes_need_only_shapes():
+    rng = np.random.default_rng(0)
+    modules = with_method("dora", module(2))
+    factors = {modules[0].name: (rng.standard_normal((14, 3)), rng.standard_normal((3, 9)))}
+    sizes = {modules[0].name: np.float32(rng.random(9))}
+    shapes = {"layers.fc.kernel": jax.ShapeDtypeStruct((3, *TALL), jnp.bfloat16)}
+    stacks = starts.given_factors(modules, shapes, factors, sizes)
+    assert {n: v.shape for n, v in stacks.items()} == {
+        "layers.fc.lora_a": (3, 14, 3),
+        "layers.fc.lora_b": (3, 3, 9),
+        "layers.fc.lora_magnitude": (3, 9),
+    }
+    assert np.array_equal(stacks["layers.fc.lora_magnitude"][2], sizes[modules[0].name])
+    assert "layers.fc.lora_magnitude" not in starts.given_factors(modules, shapes, factors)
+
+
+@pytest.mark.parametrize("start", ["lora", "pissa_niter_1", "milora", "olora", "orthogonal"])
+def test_starts_compile(start):
+    rng = np.random.default_rng(0)
+    kernels = {"layers.fc.kernel": jnp.asarray(rng.standard_normal((2, *TALL)), jnp.float32)}
+    modules, key = with_method("dora", module(0, rank=2), module(1, rank=4)), jax.random.key(0)
+
+    def make(kernels):
+        return starts.start_adapters(modules, kernels, start=start, key=key)
+
+    for got, want in zip(jax.jit(make)(kernels), make(kernels), strict=True):
+        assert set(got) == set(want)
+        for name, value in got.items():
+            np.testing.assert_allclose(value, want[name], rtol=1e-3, atol=1e-4, err_msg=name)
+
+
 @pytest.mark.parametrize("name", ["pisa", "pissa_niter", "pissa_niter_x", "pissa_niter_-1", "LoRA"])
 def test_unknown_start(name):
     with pytest.raises(InputError) as caught:
         starts.check_start(name)
     assert str(caught.value) == (
-        "adapter.start: expected 'lora', 'pissa', 'pissa_niter_N' (N power iterations) or the "
-        f"folder of a PEFT adapter, got {name!r}. Choose one of these."
+        "adapter.start: expected 'lora', 'pissa', 'pissa_niter_N' (N power iterations), 'milora', "
+        f"'olora', 'orthogonal' or the folder of a PEFT adapter, got {name!r}. "
+        "Choose one of these."
     )
 
 
-@pytest.mark.parametrize("name", ["lora", "pissa", "pissa_niter_0", "pissa_niter_16"])
+@pytest.mark.parametrize(
+    "name",
+    ["lora", "pissa", "pissa_niter_0", "pissa_niter_16", "milora", "olora", "orthogonal"],
+)
 def test_known_starts(name):
     starts.check_start(name)
     assert starts.start_has_origin(name) == (name != "lora")

@@ -1,11 +1,15 @@
 """Tiny random torch models with every option off its default, and their weights as our arrays."""
 
+import tempfile
+
 import jax.numpy as jnp
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from balora_jax.io.hf_weights import load_weights
 from balora_jax.models import decoder, registry
+from balora_jax.models.weight_names import ignored_weights, weight_rules
 from tests import quick
 
 ROPES = {
@@ -95,18 +99,13 @@ def randomised(model):
 
 
 def ours(model, **options):
-    """Our structure and float32 weights of a torch model."""
+    """Our structure and float32 weights of a torch model, read from the files it is saved as."""
     config = registry.decoder_config(model.config.to_dict(), "config.json")
     skeleton = decoder.structure(config, **options)
-    state = {name: value.detach().float().numpy() for name, value in model.state_dict().items()}
-    weights = {}
-    for rule in registry.weight_rules(config):
-        if rule.stacked:
-            names = [rule.name.format(i=i) for i in range(config.num_layers)]
-            array = np.stack([state[name] for name in names])
-        else:
-            array = state[rule.name]
-        weights[rule.path] = jnp.asarray(np.swapaxes(array, -1, -2) if rule.transpose else array)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        ignore = ignored_weights(config)
+        weights = load_weights(folder, skeleton.frozen, weight_rules(config), ignore=ignore)
     return skeleton, weights
 
 

@@ -339,8 +339,8 @@ def test_messages(type_checks_off):
     assert message(lambda: reg.spectral_nlu(z, k=1, norm="spectral")) == (
         "spectral_nlu: expected norm frobenius or nuclear, got 'spectral'. Choose one of them."
     )
-    assert message(lambda: reg.consistency_nlu(z, z, temperature=1.0, form="mse")) == (
-        "consistency_nlu: expected form kl or normalized_mse, got 'mse'. Choose one of them."
+    assert message(lambda: reg.consistency_nlu(z, z, temperature=1.0, form="l2")) == (
+        "consistency_nlu: expected form kl, normalized_mse or mse, got 'l2'. Choose one of them."
     )
 
 

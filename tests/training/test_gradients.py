@@ -4,6 +4,8 @@ Nothing is shared with the package: the student is ``peft``'s model, the teacher
 checkpoint, the terms are written here from their definitions.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +16,13 @@ from peft import LoraConfig, get_peft_model
 from balora_jax.models import starts
 from balora_jax.models.adapters import adapter_shapes, plan_adapters
 from balora_jax.models.decoder import structure
-from balora_jax.models.registry import linear_shapes
+from balora_jax.models.weight_names import linear_shapes, weight_rules
 from balora_jax.numerics import linalg
 from balora_jax.numerics.objective import Objective
 from balora_jax.training import causal
 from tests import quick
 from tests.models import tiny
+from tests.models.tiny_families import FAMILIES
 
 RANK, ALPHA = 3, 5.0
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -37,16 +40,28 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def ids():
-    return np.where(SEGMENTS > 0, np.random.default_rng(3).integers(3, 61, SEGMENTS.shape), 0)
+    return np.where(SEGMENTS > 0, np.random.default_rng(3).integers(3, 59, SEGMENTS.shape), 0)
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2", "qwen3"])
+def family(request):
+    """A builder; of Gemma 2 with caps that bend less, as float32 loses digits where tanh is flat."""
+    changes = {}
+    if request.param == "gemma2":
+        changes = {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 8.0}
+    return functools.partial(FAMILIES[request.param], **changes)
 
 
 @pytest.fixture(scope="module")
-def ours():
+def ours(family):
     """Structures, frozen weights, PiSSA's start, and trained factors some way off it."""
-    plain, frozen = tiny.ours(tiny.llama())
+    plain, frozen = tiny.ours(family())
     config = plain.bind(frozen).config
     modules = plan_adapters(
-        linear_shapes(config, plain.frozen), rank=RANK, alpha=ALPHA, target_modules=TARGETS
+        linear_shapes(weight_rules(config), plain.frozen),
+        rank=RANK,
+        alpha=ALPHA,
+        target_modules=TARGETS,
     )
     start, origin = quick.jit(
         lambda frozen: starts.start_adapters(modules, frozen, start="pissa", key=jax.random.key(0))
@@ -57,18 +72,20 @@ def ours():
         for path, value in start.items()
     }
     student = structure(config, adapters=adapter_shapes(modules, origin=True))
-    factor = jnp.asarray(linalg.head_factor(np.asarray(frozen["lm_head.embedding"])))
+    head = plain.bind(frozen).head
+    capped = config.logit_map.soft_cap is not None
+    factor = None if capped else jnp.asarray(linalg.head_factor(np.asarray(head)))
     return plain, student, modules, adapters, causal.Constants(frozen, origin, factor)
 
 
 @pytest.fixture(scope="module")
-def torch_models(ours):
+def torch_models(ours, family):
     """PEFT's PiSSA model on its own residual, holding our trained factors; and the checkpoint."""
     _, _, modules, adapters, _ = ours
     options = LoraConfig(
         r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, init_lora_weights="pissa"
     )
-    student = get_peft_model(tiny.llama(), options).double()
+    student = get_peft_model(family(), options).double()
     layers = dict(student.base_model.model.named_modules())
     with torch.no_grad():
         for module in modules:
@@ -76,7 +93,7 @@ def torch_models(ours):
                 value = adapters[f"{module.path}.lora_{side.lower()}"][module.layer]
                 weight = getattr(layers[module.name], f"lora_{side}")["default"].weight
                 weight.copy_(torch.tensor(np.asarray(value).T))
-    return student, tiny.llama().double()
+    return student, family().double()
 
 
 def torch_loss(models, ids, temperature, top_k, norm, alignment, k):
@@ -120,6 +137,8 @@ def torch_loss(models, ids, temperature, top_k, norm, alignment, k):
 def test_loss_and_gradient_of_every_factor(variant, ours, torch_models, ids):
     plain, student, modules, adapters, constants = ours
     case, k = CASES[variant], 4
+    if case["norm"] == "nuclear" and constants.head_factor is None:
+        pytest.skip("a nuclear ratio of capped logits is refused")
     objective = Objective(
         variant=variant,
         consistency=LAMBDAS[0],
@@ -155,6 +174,8 @@ def test_loss_and_gradient_of_every_factor(variant, ours, torch_models, ids):
         assert abs(value.item()) > 1e-2
         assert float(parts[name]) == pytest.approx(value.item(), rel=1e-5), name
 
+    # Rounding of float32 through the caps: fused and plain head are off by the same.
+    tolerance = 3e-4 if constants.head_factor is None else 1e-4
     layers = dict(torch_models[0].base_model.model.named_modules())
     for module in modules:
         for side in "AB":
@@ -163,7 +184,7 @@ def test_loss_and_gradient_of_every_factor(variant, ours, torch_models, ids):
             got = np.asarray(grads[f"{module.path}.lora_{side.lower()}"][module.layer])
             largest = np.abs(expected).max()
             assert largest > 1e-5
-            assert np.abs(got - expected).max() < 1e-4 * largest, (module.name, side)
+            assert np.abs(got - expected).max() < tolerance * largest, (module.name, side)
 
 
 def test_the_regularizers_are_a_real_part_of_that_gradient(ours, torch_models, ids):

@@ -10,8 +10,8 @@ from balora_jax.config import TrainingConfig
 from balora_jax.models import starts
 from balora_jax.models.adapters import adapter_shapes, plan_adapters
 from balora_jax.models.decoder import DecoderConfig, structure
-from balora_jax.models.layers import RopeConfig
-from balora_jax.models.registry import linear_shapes
+from balora_jax.models.rotary import RopeConfig
+from balora_jax.models.weight_names import linear_shapes, weight_rules
 from balora_jax.numerics import linalg
 from balora_jax.numerics.objective import Objective, weights
 from balora_jax.training import causal, optim, steps
@@ -31,8 +31,6 @@ MODEL = DecoderConfig(
     rope=RopeConfig(theta=100.0),
     sliding_window=None,
     tie_word_embeddings=False,
-    attention_bias=False,
-    mlp_bias=False,
     max_length=32,
 )
 # Segments of the four rows (0 is padding) and, below each, the tokens to be predicted.
@@ -58,7 +56,7 @@ def batch(micro_batches=1, seed=0):
 
 
 def _modules():
-    linears = linear_shapes(MODEL, structure(MODEL).frozen)
+    linears = linear_shapes(weight_rules(MODEL), structure(MODEL).frozen)
     targets = ["q_proj", "v_proj", "down_proj"]
     return plan_adapters(linears, rank=2, alpha=3.0, target_modules=targets)
 

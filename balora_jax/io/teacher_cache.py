@@ -1,0 +1,62 @@
+"""The teacher's logits of a training set on disk, so that a resumed run need not compute them."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from balora_jax.array_types import Array
+
+NAME = "teacher_logits.safetensors"
+
+
+class TeacherCache:
+    """One file beside a run, valid for one base, head, data set and precision.
+
+    Args:
+        folder: of the run.
+        base: fingerprint of the checkpoint.
+        head: the teacher's head by path.
+        examples: digest of the encoded rows and their order.
+        dtype: what the frozen forward computes in.
+        length: tokens that rows are padded to.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        base: str,
+        head: Mapping[str, Array],
+        examples: str,
+        dtype: str,
+        length: int,
+    ):
+        self.file = folder / NAME
+        digest = hashlib.sha256(f"{base}|{examples}|{dtype}|{length}".encode())
+        for path in sorted(head):
+            digest.update(path.encode() + np.asarray(head[path]).tobytes())
+        self.key = digest.hexdigest()
+
+    def read(self) -> np.ndarray | None:
+        """The logits [rows, C], or None where there are none of this key."""
+        if not self.file.is_file():
+            return None
+        try:
+            with safe_open(self.file, framework="np") as stored:
+                if (stored.metadata() or {}).get("key") != self.key:
+                    return None
+                return stored.get_tensor("logits")
+        except SafetensorError:  # cut short by a kill: computed again
+            return None
+
+    def write(self, logits: np.ndarray) -> None:
+        """Keep the logits, whole or not at all."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.file.with_suffix(".draft")
+        save_file({"logits": logits}, draft, metadata={"key": self.key})
+        os.replace(draft, self.file)

@@ -1,0 +1,81 @@
+"""Shape and options of a causal language model, as its ``config.json`` fixes them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from balora_jax.models.rotary import RopeConfig
+from balora_jax.numerics.head import LINEAR, LogitMap
+
+NormKind = Literal["rms", "rms_plus_one", "layer"]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """One decoder; the defaults are Llama's.
+
+    Attributes:
+        model_type: family name in Hugging Face configs.
+        vocab_size: V.
+        hidden_size: D.
+        intermediate_size: F.
+        num_layers: L.
+        num_heads: H.
+        num_kv_heads: G; H / G queries share a key.
+        head_dim: K.
+        norm_eps: epsilon of the norms.
+        activation: of the MLP.
+        rope: rotary positions; None for a learned table (GPT-2).
+        max_length: positions the checkpoint was made for.
+        tie_word_embeddings: the head is the embedding table.
+        sliding_window: tokens a query looks back over, itself included; None for all.
+        sliding_layers: which layers have the window; empty for all of them.
+        local_rope: rotary positions of the layers with a window, where they differ (Gemma 3).
+        qkv_bias: biases on q, k and v.
+        output_bias: bias on o.
+        mlp_bias: biases on gate, up and down.
+        fused_projections: q, k, v in one layer, and gate and up in one (Phi-3).
+        qk_norm: RMS norms over every head of q and k (Qwen3, Gemma 3).
+        norm: ``rms``, ``rms_plus_one`` (scale 1 + w, Gemma), or ``layer`` (mean and bias, GPT-2).
+        sandwich_norms: norms behind attention and MLP as well as before them (Gemma 2 and 3).
+        embedding_scale: factor of the embeddings (Gemma).
+        query_scale: factor of the attention scores; None for 1/√K.
+        attention_soft_cap: largest size of an attention score (Gemma 2).
+        experts: MLPs of a layer, of which a router takes some; 0 for one that always runs.
+        experts_per_token: how many it takes (Mixtral).
+        logit_map: from ``hidden · head`` to logits: a scale, a soft cap.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    activation: str
+    rope: RopeConfig | None
+    max_length: int
+    tie_word_embeddings: bool
+    sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] = ()
+    local_rope: RopeConfig | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    fused_projections: bool = False
+    qk_norm: bool = False
+    norm: NormKind = "rms"
+    sandwich_norms: bool = False
+    embedding_scale: float = 1.0
+    query_scale: float | None = None
+    attention_soft_cap: float | None = None
+    experts: int = 0
+    experts_per_token: int = 0
+    logit_map: LogitMap = LINEAR
+
+    @property
+    def mixes_windows(self) -> bool:
+        """Whether some layers have the window and others look back over everything."""
+        return self.sliding_window is not None and len(set(self.sliding_layers)) == 2

@@ -1,0 +1,125 @@
+"""A mixture of experts: a router takes some of a layer's MLPs for each token."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from balora_jax.array_types import Array, Float, Int, PRNGKeyArray
+from balora_jax.models.adapters import AdapterShape, Linear, rescaled
+from balora_jax.models.decoder_config import DecoderConfig
+from balora_jax.models.layers import ACTIVATIONS
+
+
+class ExpertLinear(Linear):
+    """A stack of L·E linear layers; the call sees the E experts of one layer.
+
+    Rows come sorted by expert. An adapter is in delta form, as in ``Linear``.
+    """
+
+    def __call__(
+        self,
+        x: Float[Array, "M D_in"],
+        dropout_key: PRNGKeyArray | None = None,
+        *,
+        sizes: Int[Array, "E"],
+    ) -> Float[Array, "M D_out"]:
+        """Each row through its own expert; ``sizes`` says how many rows belong to each."""
+        y = grouped_matmul(x, self.kernel[...], sizes)
+        if self.adapter is None:
+            return y
+        factors = self._factors()
+        down, up = (factor.astype(x.dtype) for factor in factors)
+        x = self._dropped(x, dropout_key)
+        y = y + grouped_matmul(grouped_matmul(x, down, sizes), up, sizes)
+        if self.adapter.method != "dora":
+            return y
+        gain = self._gain(*factors)
+        return rescaled(y, jnp.repeat(gain, sizes, axis=0, total_repeat_length=len(x)))
+
+
+def grouped_matmul(
+    x: Float[Array, "M D"], kernels: Float[Array, "E D F"], sizes: Int[Array, "E"]
+) -> Float[Array, "M F"]:
+    """Each group of ``sizes[e]`` rows times the kernel of its own expert."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.ragged_dot(
+        x, kernels, sizes, precision=precision, preferred_element_type=x.dtype
+    )
+
+
+def stacked_experts(
+    prefix: str, layers: int, adapters: dict[str, AdapterShape], dtype: jnp.dtype
+) -> Callable[..., ExpertLinear]:
+    """As ``stacked_linear``, for experts; ``layers`` counts those of all layers."""
+
+    def make(name: str, d_in: int, d_out: int, use_bias: bool) -> ExpertLinear:
+        adapter = adapters.get(f"{prefix}.{name}")
+        return ExpertLinear(
+            d_in, d_out, layers=layers, use_bias=use_bias, adapter=adapter, dtype=dtype
+        )
+
+    return make
+
+
+class Experts(nnx.Module):
+    """The experts of all layers: gated MLPs ``w2(act(w1(x)) · w3(x))``."""
+
+    def __init__(self, config: DecoderConfig, *, linear: Callable[..., ExpertLinear]):
+        width, inner = config.hidden_size, config.intermediate_size
+        self.w1 = linear("w1", width, inner, False)
+        self.w2 = linear("w2", inner, width, False)
+        self.w3 = linear("w3", width, inner, False)
+        self.activation = config.activation
+
+    def __call__(
+        self, x: Float[Array, "M D"], sizes: Int[Array, "E"], keys: dict[str, Array | None]
+    ) -> Float[Array, "M D"]:
+        """Rows sorted by expert, each through its own."""
+        gate = ACTIVATIONS[self.activation](self.w1(x, keys["w1"], sizes=sizes))
+        return self.w2(gate * self.w3(x, keys["w3"], sizes=sizes), keys["w2"], sizes=sizes)
+
+
+class Router(nnx.Module):
+    """The stack of tables [L, D, E] that score the experts; frozen, and never adapted."""
+
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype):
+        shape = (config.num_layers, config.hidden_size, config.experts)
+        self.weight = nnx.Param(jnp.zeros(shape, dtype))
+
+
+class SparseMLP(nnx.Module):
+    """Each token's output is the weighted sum of its best experts' outputs.
+
+    Source: Mixtral (arXiv 2401.04088), weights renormalised over the experts taken. No expert has
+    a capacity, so no token is dropped.
+    """
+
+    def __init__(self, config: DecoderConfig, adapters: dict[str, AdapterShape], dtype: jnp.dtype):
+        self.gate = Router(config, dtype)
+        count = config.num_layers * config.experts
+        prefix = "layers.block_sparse_moe.experts"
+        self.experts = Experts(config, linear=stacked_experts(prefix, count, adapters, dtype))
+        self.taken = config.experts_per_token
+
+    def __call__(
+        self, x: Float[Array, "B T D"], keys: dict[str, Array | None]
+    ) -> Float[Array, "B T D"]:
+        """Route, sort the token copies by expert, compute, put them back and add up."""
+        rows = x.reshape(-1, x.shape[-1])
+        weights, chosen = self.route(rows)
+        order = jnp.argsort(chosen.reshape(-1), stable=True)
+        token = order // self.taken
+        sizes = jnp.bincount(chosen.reshape(-1), length=self.gate.weight.shape[-1])
+        out = self.experts(rows[token], sizes.astype(jnp.int32), keys)
+        out = out * weights.reshape(-1)[order, None].astype(out.dtype)
+        return jnp.zeros_like(rows).at[token].add(out).reshape(x.shape)
+
+    def route(self, rows: Float[Array, "N D"]) -> tuple[Float[Array, "N E"], Int[Array, "N E"]]:
+        """The best experts of every token and their weights, which sum to 1; float32."""
+        precision = jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None
+        scores = jnp.matmul(rows, self.gate.weight[...], precision=precision)
+        shares = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
+        best, chosen = jax.lax.top_k(shares, self.taken)
+        return best / jnp.sum(best, axis=-1, keepdims=True), chosen

@@ -1,0 +1,385 @@
+"""A run of an encoder on labelled rows: its data, its weights, its teacher and its score."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from balora_jax.array_types import Array, PRNGKeyArray
+from balora_jax.config import DataConfig, RunConfig
+from balora_jax.data.glue import LabelledTask, custom_task, glue_task
+from balora_jax.data.labelled import (
+    LabelledBatches,
+    LabelledSet,
+    describe_labelled,
+    encode_labelled,
+    padded_length,
+)
+from balora_jax.data.sources import load_rows
+from balora_jax.errors import InputError
+from balora_jax.evals.classification import score_labels
+from balora_jax.io.base import EncoderBase, head_from_peft, open_encoder
+from balora_jax.io.peft_adapter import PeftAdapter
+from balora_jax.io.teacher_cache import TeacherCache
+from balora_jax.models.adapters import AdaptedModule, trainable_parameters
+from balora_jax.models.encoder import EncoderStructure, encoder_structure
+from balora_jax.numerics.objective import Objective
+from balora_jax.training import assemble, probe, sharding, steps
+from balora_jax.training.assemble import Loaded
+from balora_jax.training.labelled import TEACHER, Constants, LabelLoss, counts_of
+from balora_jax.training.rows import over_rows
+
+Arrays = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class LabelProgram:
+    """What a step of an encoder computes.
+
+    Attributes:
+        config: the whole run.
+        plain: the model without adapters, which with the first head is the teacher.
+        student: the same structure with adapters.
+        modules: the adapted layers.
+        objective: weights, terms and schedules; terms that the outputs leave undefined are off.
+        mesh: the devices.
+        outputs: C; 1 for regression.
+    """
+
+    config: RunConfig
+    plain: EncoderStructure
+    student: EncoderStructure
+    modules: tuple[AdaptedModule, ...]
+    objective: Objective
+    mesh: Mesh
+    outputs: int
+
+    @property
+    def trainable(self) -> int:
+        """Trainable parameters, the head among them."""
+        head = assemble.size_of(self.plain.head)
+        full = self.config.adapter.method == "full"
+        return head + (self.total if full else trainable_parameters(self.modules))
+
+    @property
+    def total(self) -> int:
+        """Parameters of the frozen encoder."""
+        return assemble.size_of(self.plain.parameters)
+
+    def step_parts(self, total_steps: int) -> steps.StepParts:
+        """The pure functions of a training step."""
+        loss = LabelLoss(self.student, self.plain, self.objective, self.outputs)
+        return assemble.parts_of(self.config, self.objective, loss, counts_of, total_steps)
+
+
+@dataclass(frozen=True)
+class LabelRun(LabelProgram):
+    """A checked run: a program and its data, but no weights yet.
+
+    Attributes:
+        base: the pretrained checkpoint.
+        tokenizer: its tokenizer.
+        task: columns, labels and metrics.
+        peft: the adapter to go on from, if the start names one.
+        data: encoded training rows and what became of them.
+        validation: title → encoded rows of the score; empty for none.
+        length: tokens of every row of a batch.
+    """
+
+    base: EncoderBase
+    tokenizer: Any
+    task: LabelledTask
+    peft: PeftAdapter | None
+    data: LabelledSet
+    validation: Mapping[str, LabelledSet]
+    length: int
+
+    @property
+    def pad_id(self) -> int:
+        """The token for empty places."""
+        return int(self.tokenizer.pad_token_id or 0)
+
+    def batches(self) -> LabelledBatches:
+        """The training batches, from the beginning."""
+        training = self.config.training
+        return LabelledBatches(
+            self.data.examples,
+            batch_size=training.batch_size // training.accumulation,
+            accumulation=training.accumulation,
+            length=self.length,
+            seed=training.seed,
+            pad_id=self.pad_id,
+        )
+
+    def load(self) -> Loaded:
+        """The frozen weights, and adapters and head at their start."""
+        frozen = self.base.load_for(self.plain, self.mesh)
+        trainable, origin = assemble.begin(self.config, self.modules, frozen, self.peft, self.mesh)
+        head = self.base.load_head(jax.random.key(self.config.training.seed))
+        if self.peft is not None:
+            brought = head_from_peft(self.peft, self.base.head_rules)
+            head |= {path: jnp.asarray(value) for path, value in brought.items()}
+        elif self.config.regularizers.teacher_head == "probe":
+            head = self._probed(frozen, head)
+        return Loaded(frozen, origin, trainable | sharding.placed(head, self.mesh))
+
+    def _probed(self, frozen: Arrays, head: Arrays) -> Arrays:
+        """A head fitted on the frozen features of the training rows."""
+        bind = self.plain.bind
+        forward = jax.jit(lambda parts, *arrays: bind(*parts).features(*arrays))
+        features = self.over_training_rows(forward, (frozen, head), "probe")
+        labels = np.asarray([example.label for example in self.data.examples])
+        return probe.fit_head(bind, frozen, head, features, labels, self.outputs)
+
+    def constants(self, loaded: Loaded) -> Constants:
+        """What a step reads; the teacher's head is a copy of the student's first one."""
+        head = {
+            path: jnp.array(value, copy=True)
+            for path, value in loaded.trainable.items()
+            if path.startswith("head.")
+        }
+        return Constants(loaded.frozen, loaded.origin, head)
+
+    def teacher(self, constants: Constants, folder: Path) -> np.ndarray | None:
+        """The teacher's logits [rows, C] of the training set, computed once and kept in ``folder``.
+
+        None where no term reads them, or where each step is to compute its own.
+        """
+        if not (self.objective.needs_teacher and self.config.regularizers.teacher_cache):
+            return None
+        cache = TeacherCache(
+            folder,
+            base=self.base.fingerprint,
+            head=constants.teacher_head,
+            examples=self.batches().get_state()["examples"],
+            dtype=self.config.model.dtype + self.config.model.quantization,
+            length=self.length,
+        )
+        found = cache.read()
+        if found is None:
+            parts = (constants.frozen, constants.teacher_head)
+            forward = logits_forward(self.plain)
+            found = self.over_training_rows(forward, parts, "teacher")
+            cache.write(found)
+        return found
+
+    def prepare(self, batch: dict[str, Any], teacher: np.ndarray | None) -> dict[str, Any]:
+        """A batch with its teacher's logits [micro-batches, B, C], where they are at hand."""
+        return batch if teacher is None else {**batch, TEACHER: teacher[batch["row"]]}
+
+    def over_training_rows(self, forward: Any, parts: Any, title: str) -> np.ndarray:
+        """A function of every training row, in order."""
+        return over_rows(
+            forward,
+            parts,
+            self.data.examples,
+            batch_size=self.forward_rows,
+            length=self.length,
+            pad_id=self.pad_id,
+            mesh=self.mesh,
+            title=title,
+        )
+
+    @property
+    def forward_rows(self) -> int:
+        """Rows of a forward without backward: ``eval.batch_size``, whole over the devices."""
+        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return -(-self.config.eval.batch_size // parts) * parts
+
+    def scorer(self) -> "LabelScorer | None":
+        """What scores the validation rows; None where there are none."""
+        return LabelScorer(self) if self.validation else None
+
+    def describe(self) -> list[str]:
+        """Lines about the data, for the start of a run."""
+        first = describe_labelled(self.data.examples[0], self.tokenizer, self.task)
+        return [
+            f"data: {self.data.report}; rows of {self.length} tokens",
+            *(f"{title}: {rows.report}" for title, rows in self.validation.items()),
+            f"first example: {first}",
+        ]
+
+
+class LabelScorer:
+    """Metrics of the validation rows, with one compiled forward for the whole run."""
+
+    def __init__(self, run: LabelRun):
+        self.run = run
+        self._forward = logits_forward(run.student)
+
+    def __call__(
+        self, constants: Constants, trainable: Arrays, key: PRNGKeyArray, title: str
+    ) -> dict[str, Any]:
+        """The task's metrics, printed as well; of MNLI's two sets with their titles."""
+        del key  # nothing here draws
+        parts = (constants.frozen, constants.origin, trainable)
+        figures: dict[str, Any] = {}
+        for name, rows in self.run.validation.items():
+            found = self._score(parts, rows, f"{title} {name}")
+            suffix = "" if len(self.run.validation) == 1 else f"_{name}"
+            figures |= {f"{metric}{suffix}": value for metric, value in found.items()}
+        shown = ", ".join(f"{metric} {value:.4g}" for metric, value in figures.items())
+        print(f"{title}: {shown}", flush=True)
+        return figures
+
+    def _score(self, parts: Any, rows: LabelledSet, title: str) -> dict[str, Any]:
+        run = self.run
+        logits = over_rows(
+            self._forward,
+            parts,
+            rows.examples,
+            batch_size=run.forward_rows,
+            length=padded_length(rows.examples, run.config.data.max_length),
+            pad_id=run.pad_id,
+            mesh=run.mesh,
+            title=title,
+        )
+        golds = np.asarray([example.label for example in rows.examples])
+        predictions = logits[:, 0] if run.outputs == 1 else logits.argmax(axis=-1)
+        figures = score_labels(run.task.metrics, predictions, golds)
+        return {**figures, "rows": len(golds)}
+
+
+def logits_forward(structure: EncoderStructure) -> Any:
+    """A jitted function from arrays of the structure and of a batch to logits."""
+    return jax.jit(lambda parts, *arrays: structure.bind(*parts)(*arrays))
+
+
+def task_of(config: DataConfig) -> LabelledTask:
+    """The task that a data section describes."""
+    if config.glue is not None:
+        return glue_task(config.glue)
+    return custom_task(
+        config.text_columns, config.label_column, config.labels, regression=config.regression
+    )
+
+
+def label_objective(config: RunConfig, outputs: int) -> Objective:
+    """The objective for labels: the nuclear ratio where none is named, undefined terms off.
+
+    With one output the covariance has no other column, and the only singular value is its own
+    sum: both terms are constants, so they are left out.
+    """
+    objective = assemble.objective_of(config.regularizers)
+    if config.regularizers.norm is None:
+        objective = replace(objective, norm="nuclear")
+    if outputs > 1:
+        return objective
+    if objective.consistency_schedule == "adaptive":
+        raise InputError(
+            "regularizers.consistency_schedule: expected constant or cosine for a regression, got "
+            "adaptive: a single output has no entropy. Choose one of them."
+        )
+    return replace(objective, diversity=0.0, spectral=0.0)
+
+
+def label_program(
+    config: RunConfig, base: EncoderBase, mesh: Mesh | None = None
+) -> tuple[LabelProgram, PeftAdapter | None]:
+    """The computation that a config asks for on an encoder, and the adapter it begins with if any.
+
+    Raises:
+        InputError: a setting that does not fit the model or the devices.
+    """
+    outputs = base.config.num_labels
+    objective = label_objective(config, outputs)
+    mesh = assemble.checked_mesh(config, mesh)
+    assemble.check_full(config)
+    options: Any = {
+        "dtype": config.model.dtype,
+        "remat": config.model.remat,
+        "quantization": config.model.quantization,
+    }
+    plain = encoder_structure(base.config, **options)
+    peft, modules = assemble.plan(config.adapter, base.linears(plain.parameters))
+    sharding.shardings(plain.frozen, mesh)
+    shapes = assemble.shapes_of(config.adapter, modules)
+    student = encoder_structure(base.config, adapters=shapes, **options)
+    return LabelProgram(config, plain, student, modules, objective, mesh, outputs), peft
+
+
+def check(config: RunConfig) -> LabelRun:
+    """Open and check everything a run reads, short of loading the weights.
+
+    Raises:
+        InputError: whatever is wrong, as one sentence.
+    """
+    task = task_of(config.data)
+    label_objective(config, task.outputs)  # before a checkpoint is looked for
+    model = config.model
+    base = open_encoder(model.name_or_path, model.revision, num_labels=task.outputs)
+    program, peft = label_program(config, base)
+    for line in remarks(program):
+        print(line, file=sys.stderr, flush=True)
+    tokenizer = base.tokenizer()
+    most = min(config.data.max_length, base.config.max_length)
+    data = encode_labelled(_train_rows(config.data, task), tokenizer, task, most)
+    validation = {
+        title: encode_labelled(rows, tokenizer, task, most)
+        for title, rows in _validation_rows(config, task).items()
+    }
+    return LabelRun(
+        **vars(program),
+        base=base,
+        tokenizer=tokenizer,
+        task=task,
+        peft=peft,
+        data=data,
+        validation=validation,
+        length=padded_length(data.examples, most),
+    )
+
+
+def remarks(program: LabelProgram) -> list[str]:
+    """What a reader should know of the terms before they trust a comparison."""
+    terms, spec = program.config.regularizers, program.objective.term_spec
+    lines = []
+    if program.outputs == 1 and (terms.diversity > 0 or terms.spectral > 0):
+        lines.append(
+            "note: with one output the diversity and the spectral term are constants; they are "
+            "left out. Consistency is the mean squared difference of the scores."
+        )
+    rows = program.config.training.batch_size // program.config.training.accumulation
+    smaller = min(rows, program.outputs)
+    if spec.spectral and spec.norm == "nuclear" and spec.k >= smaller:
+        lines.append(
+            f"warning: regularizers.k = {spec.k} takes all {smaller} singular values of a batch "
+            f"of {rows} rows and {program.outputs} classes: the spectral term is the constant -1 "
+            "and has no gradient. " + ("Use k = 1." if smaller == 2 else f"Use k below {smaller}.")
+        )
+    return lines
+
+
+def _train_rows(config: DataConfig, task: LabelledTask) -> Any:
+    if config.train is not None:
+        return load_rows(config.train, split=config.split, limit=config.train_limit)
+    return load_rows(_hub(task), split=task.train_split, limit=config.train_limit)
+
+
+def _validation_rows(config: RunConfig, task: LabelledTask) -> dict[str, Any]:
+    """Title → rows; none where there is no score."""
+    data, evaluation = config.data, config.eval
+    if evaluation.task == "none":
+        return {}
+    limits = [n for n in (evaluation.limit, data.validation_limit) if n is not None]
+    limit = min(limits) if limits else None
+    if data.validation is not None:
+        rows = load_rows(data.validation, split=data.validation_split, limit=limit)
+        return {"validation": rows}
+    if data.train is not None or task.hub is None:
+        return {}
+    return {
+        title: load_rows(_hub(task), split=split, limit=limit)
+        for title, split in task.validation_splits.items()
+    }
+
+
+def _hub(task: LabelledTask) -> str:
+    assert task.hub is not None
+    return ":".join(task.hub)
