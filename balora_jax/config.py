@@ -301,12 +301,12 @@ class StudyConfig(Section):
 
     Attributes:
         datasets: name → settings (``key.path: value``) of a row of the table.
-        variants: name → settings of a column, applied after those of the row.
+        variants: name → settings of a column, applied after those of the row; none for no study.
         seeds: of ``training.seed``.
     """
 
     datasets: dict[str, dict[str, Any]] = {"all": {}}
-    variants: dict[str, dict[str, Any]]
+    variants: dict[str, dict[str, Any]] = {}
     seeds: tuple[int, ...] = (42, 1024, 2024)
 
 
@@ -326,7 +326,7 @@ class RunConfig(Section):
     training: TrainingConfig
     mesh: MeshConfig = MeshConfig()
     eval: EvalConfig = EvalConfig()
-    study: StudyConfig | None = None
+    study: StudyConfig = StudyConfig()
 
     @model_validator(mode="after")
     def _fits_the_task(self) -> "RunConfig":

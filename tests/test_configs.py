@@ -10,6 +10,7 @@ from balora_jax.evals.run import example_settings
 from balora_jax.models import registry
 from balora_jax.models.adapters import trainable_parameters
 from balora_jax.models.decoder import structure
+from balora_jax.models.weight_names import linear_shapes, weight_rules
 from balora_jax.training import assemble, optim
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -74,5 +75,8 @@ def test_trainable_parameters_are_those_published(name):
     """From shapes alone: no weight of a 7B model is made."""
     config = load_config(CONFIGS / f"{name}.yaml")
     decoder = registry.decoder_config(BASES[name], name)
-    _, modules = assemble.plan(config.adapter, structure(decoder, dtype="bfloat16"))
+    _, modules = assemble.plan(
+        config.adapter,
+        linear_shapes(weight_rules(decoder), structure(decoder, dtype="bfloat16").frozen),
+    )
     assert trainable_parameters(modules) == PUBLISHED_COUNTS[name]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from balora_jax.bench.ahead import memory_of
 from balora_jax.training import steps
@@ -64,12 +65,18 @@ class Measured:
 class OurStep:
     """A compiled training step of this package with its state."""
 
-    def __init__(self, program: Program, loaded: Loaded, batch: Mapping[str, Any]):
-        parts = step_parts(program, 10**6)
-        self.mesh, self.key = program.mesh, jax.random.key(program.config.training.seed)
+    def __init__(
+        self,
+        parts: steps.StepParts,
+        mesh: Mesh,
+        trainable: dict[str, Any],
+        constants: Any,
+        batch: Mapping[str, Any],
+        seed: int,
+    ):
+        self.mesh, self.key, self.constants = mesh, jax.random.key(seed), constants
         with jax.set_mesh(self.mesh):
-            self.state = steps.initial_state(loaded.trainable, parts.optimizer, self.mesh)
-            self.constants = constants_of(program, loaded)
+            self.state = steps.initial_state(trainable, parts.optimizer, self.mesh)
             self.batch = steps.place_batch(dict(batch), self.mesh)
             step = steps.compile_step(parts, self.state, self.mesh)
             began = time.perf_counter()
@@ -93,6 +100,14 @@ class OurStep:
             "rss_growth": growth,
             "device_peak": statistics_of.get("peak_bytes_in_use"),
         }
+
+
+def causal_step(program: Program, loaded: Loaded, batch: Mapping[str, Any]) -> OurStep:
+    """The step of a causal language model."""
+    parts, seed = step_parts(program, 10**6), program.config.training.seed
+    with jax.set_mesh(program.mesh):
+        constants = constants_of(program, loaded)
+    return OurStep(parts, program.mesh, loaded.trainable, constants, batch, seed)
 
 
 def alternate(

@@ -32,8 +32,8 @@ def table(figures: Mapping[str, Any]) -> str:
 
 
 _HEADER = (
-    "case", "s/step", "min-max", "over LoRA", "over torch", "tokens/s", "TFLOP/s", "MFU",
-    "step memory MiB", "RSS growth MiB", "compile s",
+    "case", "s/step", "min-max", "over LoRA", "over PiSSA", "over torch", "tokens/s", "TFLOP/s",
+    "MFU", "step memory MiB", "RSS growth MiB", "compile s",
 )  # fmt: skip
 
 
@@ -45,6 +45,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         f"{row['seconds']:.3f}",
         f"{row['seconds_min']:.3f}-{row['seconds_max']:.3f}",
         _number(row.get("over_lora"), "{:.2f}"),
+        _number(row.get("over_pissa"), "{:.2f}"),
         _number(row.get("over_torch"), "{:.2f}"),
         f"{row['tokens_per_second']:,.0f}",
         f"{row['model_flops'] / row['seconds'] / 1e12:.3f}",

@@ -13,8 +13,9 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from balora_jax.bench import ahead, measure, report, workload
-from balora_jax.bench.measure import Measured, OurStep
+from balora_jax.bench import ahead, label_steps, measure, report, workload
+from balora_jax.bench.label_steps import LabelCase
+from balora_jax.bench.measure import Measured
 from balora_jax.bench.workload import Case, Weights
 from balora_jax.config import RunConfig
 from balora_jax.errors import InputError
@@ -49,18 +50,27 @@ def bench(
     Raises:
         InputError: an unknown case, or a setting that does not fit.
     """
-    known = [case.name for case in workload.CASES]
+    labels = config.task == "nlu"
+    known = [case.name for case in (label_steps.CASES if labels else workload.CASES)]
     for name in cases:
         if name not in known:
             raise InputError(
                 f"--case: expected one of {', '.join(known)}, got {name!r}. Choose among them."
             )
+    if labels and (against_torch or topology is not None):
+        raise InputError(
+            "bench: expected task nlg with --against or --topology, got nlu. Leave them out."
+        )
     figures: dict[str, Any] = {"versions": metrics.versions()}
     if topology is not None:
         figures |= {"topology": topology, "rows": ahead.compiled_for(topology, config, cases)}
         print(report.ahead_table(figures))
         return figures
-    figures |= {"machine": _machine()} | _measured(config, rounds, cases, against_torch)
+    figures |= {"machine": _machine()}
+    if labels:
+        figures |= _measured_labels(config, rounds, cases)
+    else:
+        figures |= _measured(config, rounds, cases, against_torch)
     print(report.table(figures))
     if picture is not None and report.draw(figures, picture):
         print(f"picture: {picture}")
@@ -81,27 +91,55 @@ def _measured(
         for name, program in programs.items():
             bar.set_description_str(f"compiling: {name}")
             loaded = workload.loaded_for(program, weights)
-            named[name] = OurStep(program, loaded, weights.batch)
+            named[name] = measure.causal_step(program, loaded, weights.batch)
             if against_torch and name in TORCH_CASES:
                 # Asked for after the compilation, so that its start does not compete with it.
                 named[f"torch {name}"] = _torch_step(stack, program, base, weights, name)
         found = measure.alternate(named, rounds, bar.set_description_str)
     counted = int(weights.batch["loss_mask"][..., 1:].sum())
     shape = weights.batch["input_ids"].shape
+    rows = []
+    for name, seen in found.items():
+        program = programs[name.removeprefix("torch ")]
+        flops = workload.model_flops(program, shape, counted)
+        rows.append(_row(name, seen, flops, found, math.prod(shape), program.mesh.size))
+    drawn = "random" if weights.random else "of the checkpoint"
+    return _setting(config, drawn, shape) | {
+        "counted_tokens": counted,
+        "rounds": rounds,
+        "rows": rows,
+    }
+
+
+def _measured_labels(config: RunConfig, rounds: int, names: Sequence[str]) -> dict[str, Any]:
+    chosen = [case for case in label_steps.CASES if not names or case.name in names]
+    compiled: dict[str, LabelCase] = {}
+    with tqdm(total=1, unit="step") as bar:
+        for case in chosen:
+            bar.set_description_str(f"compiling: {case.name}")
+            compiled[case.name] = label_steps.compiled_case(config, case)
+        named = {name: case.step for name, case in compiled.items()}
+        found = measure.alternate(named, rounds, bar.set_description_str)
+    shape = next(iter(compiled.values())).shape
     rows = [
-        _row(name, seen, programs.get(name.removeprefix("torch ")), found, shape, counted)
+        _row(name, seen, compiled[name].model_flops, found, math.prod(shape), jax.device_count())
         for name, seen in found.items()
     ]
+    return _setting(config, "of the checkpoint", shape) | {
+        "counted_tokens": shape[0] * shape[1],
+        "rounds": rounds,
+        "rows": rows,
+    }
+
+
+def _setting(config: RunConfig, weights: str, shape: Sequence[int]) -> dict[str, Any]:
     return {
         "model": config.model.name_or_path,
-        "weights": "random" if weights.random else "of the checkpoint",
+        "weights": weights,
         "dtype": config.model.dtype,
         "remat": config.model.remat,
         "rank": config.adapter.rank,
         "batch": list(shape),
-        "counted_tokens": counted,
-        "rounds": rounds,
-        "rows": rows,
     }
 
 
@@ -124,15 +162,12 @@ def _torch_step(
 def _row(
     name: str,
     seen: Measured,
-    program: Program | None,
+    flops: float,
     found: dict[str, Measured],
-    shape: Sequence[int],
-    counted: int,
+    tokens: int,
+    devices: int,
 ) -> dict[str, Any]:
-    """Figures of one case; ratios to LoRA, and to the reference's same case, within rounds."""
-    assert program is not None
-    tokens = math.prod(shape)
-    flops = workload.model_flops(program, shape, counted)
+    """Figures of one case; ratios to others, and to the reference's same case, within rounds."""
     peak = measure.peak_flops(jax.devices()[0].device_kind)
     row: dict[str, Any] = {
         "case": name,
@@ -141,14 +176,15 @@ def _row(
         "seconds_max": max(seen.seconds),
         "tokens_per_second": tokens / seen.median,
         "model_flops": flops,
-        "mfu": None if peak is None else flops / seen.median / peak / program.mesh.size,
+        "mfu": None if peak is None else flops / seen.median / peak / devices,
         "memory": seen.memory,
         "rss_growth": seen.rss_growth,
         "device_peak": seen.device_peak,
         "compile_seconds": seen.compile_seconds,
         "losses": seen.losses[:COMPARED_STEPS],
     }
-    for other, key in (("LoRA", "over_lora"), (f"torch {name}", "over_torch")):
+    others = {"LoRA": "over_lora", "PiSSA": "over_pissa", f"torch {name}": "over_torch"}
+    for other, key in others.items():
         if other in found and other != name:
             row[key] = measure.ratio(seen, found[other])
     if f"torch {name}" in found:

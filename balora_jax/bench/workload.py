@@ -41,12 +41,14 @@ class Case:
         start: of the adapters; None for the config's.
         terms: regularizers that are on.
         head: ``fused`` or ``plain``.
+        teacher_cache: of labelled rows, whether a batch brings its teacher's logits.
     """
 
     name: str
     start: str | None
     terms: tuple[str, ...]
     head: str = "fused"
+    teacher_cache: bool = True
 
 
 CASES = (

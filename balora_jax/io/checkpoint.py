@@ -29,6 +29,7 @@ FREE_KEYS = (
     "training.keep_checkpoints",
     "mesh",
     "eval",
+    "study",
 )
 
 

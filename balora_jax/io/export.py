@@ -158,37 +158,20 @@ def export_run(
         raise InputError("--rank: expected --format peft, got merged. Leave one of them out.")
     peft = read_peft(source)
     base = _base_of(config, peft)
-    frozen = _frozen(base)
-    modules = peft_modules(peft, base.linears(frozen), str(source))
-    adapters = given_factors(modules, frozen, peft.tensors, peft.magnitudes)
+    modules = peft_modules(peft, base.linears(_frozen(base)), str(source))
+    adapters = host_copy(given_factors(modules, _frozen(base), peft.tensors, peft.magnitudes))
     if format == "merged":
-        stored = {module.name for module in modules} if base.stores_transposed else ()
-        merged = export_merged(
-            out,
-            source=base.folder,
-            deltas=module_deltas(modules, host_copy(adapters), {}, transposed=stored),
-            dtype=config.model.dtype,
-            rules=base.rules,
-            added=peft.saved,
-            settings=head_settings(base),
-        )
-        return {
-            "folder": str(out),
-            "format": format,
-            "dtype": config.model.dtype,
-            "files": merged.files,
-            "merged_weights": merged.merged,
-        }
+        return _merge(config, out, base, modules, adapters, peft)
     report = export_peft(
         out,
         modules=modules,
-        adapters=host_copy(adapters),
+        adapters=adapters,
         origin={},
         base_name=_base_name(base, config.model.name_or_path),
         rank=rank,
         task_type=str(peft.config.get("task_type") or "CAUSAL_LM"),
         use_rslora=bool(peft.config.get("use_rslora")),
-        base_modules=[name for shape in base.linears(frozen) for name in shape.names],
+        base_modules=[name for shape in base.linears(_frozen(base)) for name in shape.names],
         fan_in_fan_out=base.stores_transposed,
         saved=peft.saved,
         modules_to_save=peft.config.get("modules_to_save") or (),
@@ -199,6 +182,34 @@ def export_run(
         "rank": report.rank,
         "parameters": report.parameters,
         "relative_error": report.error,
+    }
+
+
+def _merge(
+    config: RunConfig,
+    out: Path,
+    base: Base | EncoderBase,
+    modules: tuple[AdaptedModule, ...],
+    adapters: dict[str, np.ndarray],
+    peft: PeftAdapter,
+) -> dict[str, Any]:
+    """Write the merged checkpoint; returns figures for the report."""
+    stored = {module.name for module in modules} if base.stores_transposed else ()
+    merged = export_merged(
+        out,
+        source=base.folder,
+        deltas=module_deltas(modules, adapters, {}, transposed=stored),
+        dtype=config.model.dtype,
+        rules=base.rules,
+        added=peft.saved,
+        settings=head_settings(base),
+    )
+    return {
+        "folder": str(out),
+        "format": "merged",
+        "dtype": config.model.dtype,
+        "files": merged.files,
+        "merged_weights": merged.merged,
     }
 
 

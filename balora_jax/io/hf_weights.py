@@ -110,7 +110,7 @@ def _check_fit(folder: Path, parameters, tensors: Mapping[str, StoredTensor], ig
         for name, t in present.items()
         if t.shape != wanted[name]
     ]
-    unusable = [f"{name} is {t.dtype}" for name, t in present.items() if t.dtype not in FLOAT_DTYPES]
+    unusable = [f"{n} is {t.dtype}" for n, t in present.items() if t.dtype not in FLOAT_DTYPES]
     kinds = {
         "missing": missing,
         "unexpected": extra,

@@ -29,11 +29,9 @@ lies whole on every device; that of an nf4 scale may do so where the mesh does n
 """
 
 import functools
-import importlib
 import math
 from collections.abc import Iterator, Mapping
-from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -283,12 +281,13 @@ def check_rows(rows: int, kind: Quantization, block: int, name: str) -> None:
         )
 
 
-def _qwix() -> ModuleType:
+def _qwix() -> Any:
     """The package ``qwix``, imported when it is first needed."""
     try:
-        return importlib.import_module("qwix")
+        import qwix
     except ImportError as error:
         raise InputError(
             "model.quantization: expected the package qwix, which is not installed. "
             "Install balora_jax[quant]."
         ) from error
+    return qwix

@@ -1,0 +1,66 @@
+"""The cases of a step on labelled rows: what do the terms and the teacher cost an encoder?"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from balora_jax.bench.measure import OurStep
+from balora_jax.bench.workload import TERMS, Case, configured
+from balora_jax.config import RunConfig, parse_config
+from balora_jax.training import label_run
+from balora_jax.training.label_run import LabelRun
+
+CASES = (
+    Case("LoRA", "lora", ()),
+    Case("PiSSA", None, ()),
+    Case("BA-LoRA", None, TERMS),
+    Case("BA-LoRA, teacher in each step", None, TERMS, teacher_cache=False),
+)
+
+
+@dataclass(frozen=True)
+class LabelCase:
+    """One compiled case.
+
+    Attributes:
+        run: its program and data.
+        step: one optimizer step.
+        shape: of the batch.
+    """
+
+    run: LabelRun
+    step: OurStep
+    shape: tuple[int, ...]
+
+    @property
+    def model_flops(self) -> float:
+        """Operations that a step cannot do without, counted as for decoders; attention is whole."""
+        run, (*_, length) = self.run, self.shape
+        tokens = math.prod(self.shape)
+        linear = sum(v.size for path, v in run.plain.parameters.items() if "layers." in path)
+        config = run.base.config
+        attention = 4 * config.num_layers * config.hidden_size * length * tokens
+        flops = 4.0 * linear * tokens + 3 * attention
+        taught = run.objective.needs_teacher and not run.config.regularizers.teacher_cache
+        return flops + (2.0 * linear * tokens + attention if taught else 0.0)
+
+
+def compiled_case(config: RunConfig, case: Case) -> LabelCase:
+    """Open, load and compile a case on the first batch of its own data."""
+    tree = configured(config, case).model_dump(mode="json")
+    tree["regularizers"]["teacher_cache"] = case.teacher_cache
+    run = label_run.check(parse_config(tree, case.name))
+    loaded = run.load()
+    constants = run.constants(loaded)
+    batch: dict[str, Any] = next(run.batches())
+    if run.objective.needs_teacher and case.teacher_cache:
+        # Any logits will do for the time of a step; a run computes them once, before the first.
+        shape = (*batch["labels"].shape, run.outputs)
+        batch = run.prepare(batch, np.zeros((len(run.data.examples), run.outputs), np.float32))
+        assert batch[label_run.TEACHER].shape == shape
+    parts = run.step_parts(10**6)
+    seed = run.config.training.seed
+    step = OurStep(parts, run.mesh, loaded.trainable, constants, batch, seed)
+    return LabelCase(run, step, batch["input_ids"].shape)
