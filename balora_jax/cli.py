@@ -61,6 +61,14 @@ def make_parser() -> argparse.ArgumentParser:
     bench.add_argument("--topology", help="compile for a TPU slice instead, such as v5e:4x4")
     bench.add_argument("--picture", help="draw time and memory to this PNG")
     bench.add_argument("--json", help="write the figures to this file")
+
+    study = _command(commands, "study", run_study, "compare variants over data sets and seeds")
+    study.add_argument("--workdir", required=True, help="folder that gets every run and the table")
+    study.add_argument(
+        "--only", action="append", default=[], metavar="DATASET/VARIANT", help="repeatable"
+    )
+    study.add_argument("--picture", help="draw the bars to this PNG, not to study.png")
+    study.add_argument("--json", help="write the figures to this file")
     return parser
 
 
@@ -139,6 +147,22 @@ def run_bench(options: argparse.Namespace) -> None:
     )
     if options.json:
         _report(figures, options.json)
+
+
+def run_study(options: argparse.Namespace) -> None:
+    """``balora study``."""
+    from balora_jax import load_config
+    from balora_jax.bench.study import conduct, raise_failures
+
+    figures = conduct(
+        load_config(options.config, options.set),
+        workdir=options.workdir,
+        only=options.only,
+        picture=None if options.picture is None else Path(options.picture),
+    )
+    if options.json:
+        _report(figures, options.json)
+    raise_failures(figures)
 
 
 def _check_report(file: str | None) -> None:

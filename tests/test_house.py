@@ -58,9 +58,10 @@ MAY_IMPORT = {
     "training.loop": (*COMPUTE, *STEP, "io", *RUNS),
     "bench": (*WIRED, "paths", *RUNS, "bench"),
     "bench.torch_reference": (),  # a program of its own
+    "bench.study": ("config", "errors", "io.metrics", "training.loop"),
     "quickstart": (*BASICS, "data", "models", "quickstart"),
     "": ("config", "errors", "io.pretrained", "training.loop"),  # the package's own __init__
-    "cli": ("errors", "bench.run", "evals.run", "io.export", "io.metrics", ""),
+    "cli": ("errors", "bench.run", "bench.study", "evals.run", "io.export", "io.metrics", ""),
 }
 
 # What arrays-in, arrays-out code needs; none of these opens a file or a socket.

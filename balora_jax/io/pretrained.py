@@ -20,7 +20,7 @@ from balora_jax.io.base import (
     open_encoder,
     peft_modules,
 )
-from balora_jax.io.peft_adapter import PeftAdapter, read_peft
+from balora_jax.io.peft_adapter import read_peft
 from balora_jax.models.adapters import adapter_shapes
 from balora_jax.models.decoder import Structure, structure
 from balora_jax.models.encoder import Encoder, encoder_structure
@@ -103,6 +103,7 @@ class PretrainedEncoder:
         base: the checkpoint it came from.
         config: what it is.
         parts: its arrays by path: frozen weights and head, then adapters and their constants.
+        bind: from ``*parts`` to the module.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class PretrainedEncoder:
         self.config = base.config
         self.parts = tuple(parts)
         self.base = base
+        self.bind = bind
         self._logits = jax.jit(lambda parts, *arrays: bind(*parts)(*arrays))
 
     @cached_property
@@ -152,10 +154,8 @@ def load_pretrained(
     """
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype: expected 'float32' or 'bfloat16', got {dtype!r}. Choose one.")
-    peft = None if adapter is None else read_peft(adapter)
-    if is_encoder(path):
-        return _load_encoder(path, peft, str(adapter), dtype)
-    return load_decoder(path, adapter=adapter, dtype=dtype)
+    load = load_encoder if is_encoder(path) else load_decoder
+    return load(path, adapter=adapter, dtype=dtype)
 
 
 def load_decoder(
@@ -174,7 +174,11 @@ def load_decoder(
     return PretrainedModel(base, skeleton, [frozen, constants, adapters])
 
 
-def _load_encoder(path: str, peft: PeftAdapter | None, where: str, dtype: str) -> PretrainedEncoder:
+def load_encoder(
+    path: str, *, adapter: str | None = None, dtype: str = "float32"
+) -> PretrainedEncoder:
+    """As :func:`load_pretrained`, for a checkpoint that must be an encoder."""
+    peft = None if adapter is None else read_peft(adapter)
     base = open_encoder(path)
     brought = {} if peft is None else head_from_peft(peft, base.head_rules)
     if "head.out.bias" in brought:
@@ -190,7 +194,7 @@ def _load_encoder(path: str, peft: PeftAdapter | None, where: str, dtype: str) -
     frozen = base.load(plain.frozen)
     if peft is None:
         return PretrainedEncoder(base, plain.bind, [frozen, head])
-    modules = peft_modules(peft, base.linears(plain.frozen), where)
+    modules = peft_modules(peft, base.linears(plain.frozen), str(adapter))
     shapes = adapter_shapes(modules, origin=False)
     skeleton = encoder_structure(base.config, adapters=shapes, dtype=dtype)
     adapters, constants = start_from_factors(modules, frozen, peft.tensors, peft.magnitudes)

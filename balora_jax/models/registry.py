@@ -26,7 +26,8 @@ def decoder_config(raw: Raw, where: str) -> DecoderConfig:
     if model_type not in FAMILIES:
         raise InputError(
             f"{where}: expected model_type to be one of {', '.join(FAMILIES)}, "
-            f"got {model_type!r}. Use a checkpoint of one of these families."
+            f"got {model_type!r}. Use a checkpoint of one of these families, or an encoder (bert, "
+            "roberta, deberta-v2) with task: nlu."
         )
     if raw.get("use_bidirectional_attention"):
         raise InputError(

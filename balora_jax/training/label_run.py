@@ -1,7 +1,7 @@
 """A run of an encoder on labelled rows: its data, its weights, its teacher and its score."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from balora_jax.errors import InputError
 from balora_jax.evals.classification import score_labels
 from balora_jax.io.base import EncoderBase, head_from_peft, open_encoder
 from balora_jax.io.peft_adapter import PeftAdapter
+from balora_jax.io.pretrained import load_encoder
 from balora_jax.io.teacher_cache import TeacherCache
 from balora_jax.models.adapters import AdaptedModule, trainable_parameters
-from balora_jax.models.encoder import EncoderStructure, encoder_structure
+from balora_jax.models.encoder import Encoder, EncoderStructure, encoder_structure
 from balora_jax.numerics.objective import Objective
 from balora_jax.training import assemble, probe, sharding, steps
 from balora_jax.training.assemble import Loaded
@@ -164,7 +165,7 @@ class LabelRun(LabelProgram):
         found = cache.read()
         if found is None:
             parts = (constants.frozen, constants.teacher_head)
-            forward = logits_forward(self.plain)
+            forward = logits_forward(self.plain.bind)
             found = self.over_training_rows(forward, parts, "teacher")
             cache.write(found)
         return found
@@ -179,22 +180,25 @@ class LabelRun(LabelProgram):
             forward,
             parts,
             self.data.examples,
-            batch_size=self.forward_rows,
+            batch_size=forward_rows(self.config, self.mesh),
             length=self.length,
             pad_id=self.pad_id,
             mesh=self.mesh,
             title=title,
         )
 
-    @property
-    def forward_rows(self) -> int:
-        """Rows of a forward without backward: ``eval.batch_size``, whole over the devices."""
-        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        return -(-self.config.eval.batch_size // parts) * parts
-
     def scorer(self) -> "LabelScorer | None":
         """What scores the validation rows; None where there are none."""
-        return LabelScorer(self) if self.validation else None
+        if not self.validation:
+            return None
+        return LabelScorer(
+            logits_forward(self.student.bind),
+            self.validation,
+            self.task,
+            self.config,
+            pad_id=self.pad_id,
+            mesh=self.mesh,
+        )
 
     def describe(self) -> list[str]:
         """Lines about the data, for the start of a run."""
@@ -209,46 +213,63 @@ class LabelRun(LabelProgram):
 class LabelScorer:
     """Metrics of the validation rows, with one compiled forward for the whole run."""
 
-    def __init__(self, run: LabelRun):
-        self.run = run
-        self._forward = logits_forward(run.student)
+    def __init__(
+        self,
+        forward: Any,
+        validation: Mapping[str, LabelledSet],
+        task: LabelledTask,
+        config: RunConfig,
+        *,
+        pad_id: int,
+        mesh: Mesh,
+    ):
+        self.forward, self.validation, self.task = forward, validation, task
+        self.config, self.pad_id, self.mesh = config, pad_id, mesh
 
     def __call__(
         self, constants: Constants, trainable: Arrays, key: PRNGKeyArray, title: str
     ) -> dict[str, Any]:
-        """The task's metrics, printed as well; of MNLI's two sets with their titles."""
+        """The task's metrics, printed as well."""
         del key  # nothing here draws
-        parts = (constants.frozen, constants.origin, trainable)
+        return self.score((constants.frozen, constants.origin, trainable), title)
+
+    def score(self, parts: Any, title: str) -> dict[str, Any]:
+        """The metrics of a model's arrays; of MNLI's two sets with their titles."""
         figures: dict[str, Any] = {}
-        for name, rows in self.run.validation.items():
+        for name, rows in self.validation.items():
             found = self._score(parts, rows, f"{title} {name}")
-            suffix = "" if len(self.run.validation) == 1 else f"_{name}"
+            suffix = "" if len(self.validation) == 1 else f"_{name}"
             figures |= {f"{metric}{suffix}": value for metric, value in found.items()}
         shown = ", ".join(f"{metric} {value:.4g}" for metric, value in figures.items())
         print(f"{title}: {shown}", flush=True)
         return figures
 
     def _score(self, parts: Any, rows: LabelledSet, title: str) -> dict[str, Any]:
-        run = self.run
         logits = over_rows(
-            self._forward,
+            self.forward,
             parts,
             rows.examples,
-            batch_size=run.forward_rows,
-            length=padded_length(rows.examples, run.config.data.max_length),
-            pad_id=run.pad_id,
-            mesh=run.mesh,
+            batch_size=forward_rows(self.config, self.mesh),
+            length=padded_length(rows.examples, self.config.data.max_length),
+            pad_id=self.pad_id,
+            mesh=self.mesh,
             title=title,
         )
         golds = np.asarray([example.label for example in rows.examples])
-        predictions = logits[:, 0] if run.outputs == 1 else logits.argmax(axis=-1)
-        figures = score_labels(run.task.metrics, predictions, golds)
+        predictions = logits[:, 0] if self.task.regression else logits.argmax(axis=-1)
+        figures = score_labels(self.task.metrics, predictions, golds)
         return {**figures, "rows": len(golds)}
 
 
-def logits_forward(structure: EncoderStructure) -> Any:
-    """A jitted function from arrays of the structure and of a batch to logits."""
-    return jax.jit(lambda parts, *arrays: structure.bind(*parts)(*arrays))
+def logits_forward(bind: Callable[..., Encoder]) -> Any:
+    """A jitted function from arrays of the model and of a batch to logits."""
+    return jax.jit(lambda parts, *arrays: bind(*parts)(*arrays))
+
+
+def forward_rows(config: RunConfig, mesh: Mesh) -> int:
+    """Rows of a forward without backward: ``eval.batch_size``, whole over the devices."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-config.eval.batch_size // parts) * parts
 
 
 def task_of(config: DataConfig) -> LabelledTask:
@@ -334,6 +355,41 @@ def check(config: RunConfig) -> LabelRun:
         validation=validation,
         length=padded_length(data.examples, most),
     )
+
+
+def evaluate(config: RunConfig, *, adapter: str | None) -> dict[str, Any]:
+    """Score a fine-tuned checkpoint, or an adapter on its base, on the validation rows.
+
+    Raises:
+        InputError: no validation rows, a head for another number of labels, or anything that a run
+            would refuse.
+    """
+    task = task_of(config.data)
+    found = _validation_rows(config, task)
+    if not found:
+        raise InputError(
+            "data.validation: expected rows to score, got none. Name a file with --set "
+            "data.validation=FILE."
+        )
+    model = load_encoder(config.model.name_or_path, adapter=adapter, dtype=config.model.dtype)
+    if model.config.num_labels != task.outputs:
+        raise InputError(
+            f"{adapter or config.model.name_or_path}: expected a head with {task.outputs} outputs "
+            f"for {task.name}, got {model.config.num_labels}. Name a model of this task."
+        )
+    most = min(config.data.max_length, model.config.max_length)
+    validation = {
+        title: encode_labelled(rows, model.tokenizer, task, most) for title, rows in found.items()
+    }
+    scorer = LabelScorer(
+        logits_forward(model.bind),
+        validation,
+        task,
+        config,
+        pad_id=int(model.tokenizer.pad_token_id or 0),
+        mesh=sharding.make_mesh(config.mesh),
+    )
+    return scorer.score(model.parts, "score")
 
 
 def remarks(program: LabelProgram) -> list[str]:

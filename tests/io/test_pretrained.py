@@ -212,7 +212,7 @@ def test_adapter_of_another_size(folder, adapter, tmp_path):
 def test_unsupported_family(folder, tmp_path):
     target = tmp_path / "model"
     shutil.copytree(folder, target)
-    config = json.loads((target / "config.json").read_text()) | {"model_type": "gpt2"}
+    config = json.loads((target / "config.json").read_text()) | {"model_type": "t5"}
     (target / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="expected model_type to be one of llama, mistral"):
         load_pretrained(str(target))

@@ -44,8 +44,10 @@ def check(model, ids, mask=None, types=None):
     assert got.shape == (len(ids), model.config.num_labels)
     assert np.isfinite(hidden).all()
     assert np.ptp(want, axis=0).max() > 0.1  # else the texts would hardly be told apart
-    assert relative_error(got, want) < TOLERANCE
+    error = relative_error(got, want)
+    assert error < TOLERANCE
     assert relative_error(np.asarray(hidden)[real], want_hidden[real]) < TOLERANCE
+    return error
 
 
 @pytest.mark.parametrize("labels", [1, 2, 3])
@@ -56,9 +58,10 @@ def test_logits_equal_transformers_with_padding_on_either_side(family, labels):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_a_mask_every_token_counts(family):
+def test_without_a_mask_every_token_counts(family, record_property):
     model = family()
-    check(model, ids_of(model))
+    error = check(model, ids_of(model))
+    record_property("parity", f"{model.config.model_type}: {error:.1e}")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,274 @@
+"""A program: one training step of many models on eight virtual devices against one, as JSON.
+
+``python -m tests.run.mesh_program``; run by test_family_meshes.py in a process of its own, because
+the number of devices is fixed when JAX starts.
+"""
+
+import importlib.util
+import json
+import os
+import tempfile
+import zlib
+from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from balora_jax.config import MeshConfig, parse_config
+from balora_jax.io.base import open_base, open_encoder
+from balora_jax.models.decoder import structure
+from balora_jax.models.encoder import encoder_structure
+from balora_jax.training import assemble, label_run, labelled, sharding, steps
+from balora_jax.training.assemble import Loaded
+
+SIZES = {"vocab_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 32}
+DECODER = {
+    **SIZES,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+LLAMA = {**DECODER, "model_type": "llama"}
+WIDE = {**LLAMA, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+MODELS = {
+    "llama": LLAMA,
+    "wide": WIDE,
+    "mixtral": {
+        **DECODER,
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 6,
+    },
+    "gemma2": {
+        **DECODER,
+        "model_type": "gemma2",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 7,
+        "sliding_window": 5,
+        "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 4.0,
+        "tie_word_embeddings": True,
+    },
+    "qwen3": {**DECODER, "model_type": "qwen3", "attention_bias": True},
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": 48,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 32,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+    },
+    "phi3": {**DECODER, "model_type": "phi3", "num_attention_heads": 2, "pad_token_id": 0},
+    "bert": {
+        **SIZES,
+        "model_type": "bert",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_attention_heads": 4,
+        "type_vocab_size": 2,
+        "layer_norm_eps": 1e-5,
+        "hidden_act": "gelu",
+        "pad_token_id": 0,
+    },
+}
+# Title → model, adapter section, quantization.
+CASES = {
+    "mixtral": ("mixtral", {"target_modules": ["k_proj", "o_proj", "w1", "w2", "w3"]}, "none"),
+    "mixtral dora": ("mixtral", {"target_modules": ["w1", "w2"], "method": "dora"}, "none"),
+    "gemma2": ("gemma2", {"target_modules": "all-linear"}, "none"),
+    "qwen3": ("qwen3", {"target_modules": "all-linear", "start": "olora"}, "none"),
+    "gpt2": ("gpt2", {"target_modules": "all-linear"}, "none"),
+    "phi3": ("phi3", {"target_modules": "all-linear", "start": "lora"}, "none"),
+    "dora": ("llama", {"method": "dora"}, "none"),
+    "lora_fa": ("llama", {"method": "lora_fa"}, "none"),
+    "int8": ("wide", {"target_modules": ["q_proj", "down_proj"]}, "int8"),
+    "nf4": ("wide", {"target_modules": ["v_proj", "o_proj"]}, "nf4"),
+    "nf4 dora": ("wide", {"target_modules": ["o_proj"], "method": "dora"}, "nf4"),
+    "bert": ("bert", {"target_modules": "all-linear"}, "none"),
+}
+MESHES = {"2x2x2": (2, 2, 2), "1x4x2": (1, 4, 2), "1x1x8": (1, 1, 8)}
+# The second mesh of a case; phi3's two heads are then split inside.
+SECOND = dict.fromkeys(CASES, "1x4x2") | dict.fromkeys(("gemma2", "phi3", "lora_fa"), "1x1x8")
+PAIRS = [(case, mesh) for case in CASES for mesh in ("2x2x2", SECOND[case])]
+ROWS, LENGTH = 8, 12
+
+
+def available():
+    """The cases that can run here: quantised ones need the package qwix."""
+    without = importlib.util.find_spec("qwix") is None
+    return [case for case, (_, _, kind) in CASES.items() if kind == "none" or not without]
+
+
+def config_of(folder, adapter, quantization):
+    """All three terms on, constant; plain gradient steps, so that an update is a gradient."""
+    labels = {"text_columns": ["text"], "labels": ["a", "b", "c"]}
+    is_encoder = folder.name == "bert"
+    schedules = {f"{term}_schedule": "constant" for term in ("consistency", "diversity")}
+    return parse_config(
+        {
+            "task": "nlu" if is_encoder else "nlg",
+            "model": {"name_or_path": str(folder), "quantization": quantization},
+            "adapter": {"rank": 2, "alpha": 3.0, "start": "pissa", **adapter},
+            "regularizers": {
+                "consistency": 0.5,
+                "diversity": 0.2,
+                "spectral": 0.3,
+                "top_k": 5,
+                "k": 2,
+                **schedules,
+                "spectral_schedule": "constant",
+            },
+            "data": {"train": "unread", **(labels if is_encoder else {})},
+            "training": {
+                "max_steps": 2,
+                "batch_size": 2 * ROWS,
+                "accumulation": 2,
+                "optimizer": "sgd",
+                "learning_rate": 0.5,
+                "schedule": "constant",
+                "warmup": 0.0,
+                "head_chunk": 16,
+            },
+            "eval": {"task": "none"},
+        },
+        folder.name,
+    )
+
+
+def noise(name, shape, size=0.3):
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    return (size * rng.standard_normal(shape)).astype(np.float32)
+
+
+def write_checkpoint(folder, raw):
+    """Random weights under the names of the family's table."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(raw))
+    save_file({}, folder / "model.safetensors")  # to open it, for the shapes
+    is_encoder = raw["model_type"] == "bert"
+    base = open_encoder(str(folder), num_labels=3) if is_encoder else open_base(str(folder))
+    shapes = (encoder_structure if is_encoder else structure)(base.config).frozen
+    tensors = {}
+    for rule in base.rules:
+        value = noise(rule.path, shapes[rule.path].shape)
+        value = value + 1 if rule.path.endswith("scale") else value
+        parts = value if rule.stacked else [value]
+        for name, part in zip(rule.names(len(value)), parts, strict=True):
+            tensors[name] = np.ascontiguousarray(part.T if rule.transpose else part)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def batch_of(is_encoder):
+    rng = np.random.default_rng(3)
+    shape = (2, ROWS, LENGTH)
+    ids = rng.integers(3, 48, shape).astype(np.int32)
+    if is_encoder:
+        mask = (np.arange(LENGTH) < rng.integers(5, LENGTH + 1, (2, ROWS, 1))).astype(np.int32)
+        return {
+            "input_ids": ids * mask,
+            "attention_mask": mask,
+            "token_type_ids": np.broadcast_to(np.arange(LENGTH) // 6, shape).astype(np.int32),
+            "labels": rng.integers(0, 3, shape[:2]).astype(np.int32),
+        }
+    # Two texts in every row, and a different number of answers' tokens on every device.
+    return {
+        "input_ids": ids,
+        "positions": np.broadcast_to(np.arange(LENGTH) % 7, shape).astype(np.int32),
+        "segment_ids": np.broadcast_to(1 + np.arange(LENGTH) // 7, shape).astype(np.int32),
+        "loss_mask": (rng.random(shape) < np.linspace(0.3, 1, ROWS)[:, None]).astype(np.int32),
+    }
+
+
+def prepared(config, folder, mesh):
+    """Program, step and arrays on a mesh, as a run makes them."""
+    if config.task == "nlu":
+        base = open_encoder(str(folder), num_labels=3)
+        program, peft = label_run.label_program(config, base, mesh)
+        parts = program.step_parts(2)
+    else:
+        base = open_base(str(folder))
+        program, peft = assemble.program_of(config, base.config, mesh)
+        parts = assemble.step_parts(program, 2)
+    frozen = base.load_for(program.plain, mesh)
+    trainable, origin = assemble.begin(config, program.modules, frozen, peft, mesh)
+    if config.task == "nlu":
+        head = sharding.placed(base.load_head(jax.random.key(1)), mesh)
+        copies = {path: jnp.array(value, copy=True) for path, value in head.items()}
+        return parts, trainable | head, labelled.Constants(frozen, origin, copies)
+    return parts, trainable, assemble.constants_of(program, Loaded(frozen, origin, trainable))
+
+
+def run(case, folder, mesh):
+    """Metrics, updates of the adapters and layouts after one step from adapters that moved."""
+    model, adapter, quantization = CASES[case]
+    config = config_of(folder / model, adapter, quantization)
+    with jax.set_mesh(mesh):
+        parts, trainable, constants = prepared(config, folder / model, mesh)
+        before = {path: np.asarray(value) for path, value in trainable.items()}
+        # At the start the student is the teacher, and consistency would have no gradient.
+        before = {path: value + noise(path, value.shape, 0.1) for path, value in before.items()}
+        state = steps.initial_state(sharding.placed(before, mesh), parts.optimizer, mesh)
+        step = steps.compile_step(parts, state, mesh)
+        batch = steps.place_batch(batch_of(config.task == "nlu"), mesh)
+        state, metrics = step(state, constants, batch, jax.random.key(0))
+    held = {**constants.frozen, **constants.origin, **state.adapters}
+    return (
+        {name: float(value) for name, value in metrics.items()},
+        {path: np.asarray(value, np.float64) - before[path] for path, value in state.adapters.items()},
+        {path: np.asarray(value) for path, value in constants.frozen.items()},
+        {path: value for path, value in held.items() if value.sharding.spec != sharding.spec_of(path)},
+    )  # fmt: skip
+
+
+def compared(one, other):
+    """Largest differences, each as a share of the largest number of its kind."""
+    (values, updates, frozen, _), (found, moved, held, elsewhere) = one, other
+    names = ("loss", "task_loss", "consistency", "diversity", "spectral", "grad_norm")
+    return {
+        "values": max(abs(found[n] - values[n]) / max(abs(values[n]), 1e-3) for n in names),
+        "updates": max(
+            np.abs(moved[path] - update).max() / np.abs(update).max()
+            for path, update in updates.items()
+        ),
+        "smallest update": min(np.abs(update).max() for update in updates.values()),
+        "terms": {name: values[name] for name in names},
+        "same frozen": all(np.array_equal(held[path], value) for path, value in frozen.items()),
+        "codes": sorted({str(v.dtype) for p, v in held.items() if f"{p}_scale" in held}),
+        "elsewhere": sorted(elsewhere),
+    }
+
+
+def main():
+    found = {}
+    one = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        for name, raw in MODELS.items():
+            write_checkpoint(folder / name, raw)
+        for case in available():
+            alone = run(case, folder, one)
+            for title in [mesh for name, mesh in PAIRS if name == case]:
+                sizes = dict(zip(sharding.AXES, MESHES[title], strict=True))
+                mesh = sharding.make_mesh(MeshConfig(**sizes))
+                found[f"{case} / {title}"] = compared(alone, run(case, folder, mesh))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
