@@ -24,13 +24,22 @@ BASES = {
         "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 32, "max_position_embeddings": 4096, "tie_word_embeddings": False,
     },
+    "gemma_7b_metamath": {
+        "model_type": "gemma", "vocab_size": 256000, "hidden_size": 3072,
+        "intermediate_size": 24576, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "head_dim": 256, "max_position_embeddings": 8192,
+    },
     "mistral_7b_metamath": {
         "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096,
         "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "max_position_embeddings": 32768, "tie_word_embeddings": False,
     },
 }  # fmt: skip
-PUBLISHED_COUNTS = {"llama2_7b_metamath": 319_815_680, "mistral_7b_metamath": 167_772_160}
+PUBLISHED_COUNTS = {
+    "llama2_7b_metamath": 319_815_680,
+    "mistral_7b_metamath": 167_772_160,
+    "gemma_7b_metamath": 200_015_872,
+}
 
 
 def test_there_are_configs():

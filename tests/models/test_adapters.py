@@ -123,14 +123,28 @@ MISTRAL_7B = {
     "sliding_window": 4096,
 }
 
+GEMMA_7B = {
+    **LLAMA_2_7B,
+    "model_type": "gemma",
+    "vocab_size": 256000,
+    "hidden_size": 3072,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+}
+
 
 @pytest.mark.parametrize(
     ("raw", "rank", "trainable", "total"),
     [
         (LLAMA_2_7B, 128, 319_815_680, 6_738_415_616),
         (MISTRAL_7B, 64, 167_772_160, 7_241_732_096),
+        (GEMMA_7B, 64, 200_015_872, 8_537_680_896),
     ],
-    ids=["llama2-7b", "mistral-7b"],
+    ids=["llama2-7b", "mistral-7b", "gemma-7b"],
 )
 def test_published_counts_from_shapes_alone(raw, rank, trainable, total):
     config = registry.decoder_config(raw, "config.json")

@@ -1,0 +1,69 @@
+"""What does a quantised base save, and what does it change before anything trains?
+
+``python -m balora_jax.bench.quantization CONFIG [--set …]`` prints the bytes of the frozen weights
+from shapes alone and, where the checkpoint has weights, the error of the pretrained model's logits
+on rows of the config's own data.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import jax
+import numpy as np
+
+from balora_jax.bench.workload import shapes_only
+from balora_jax.config import RunConfig, load_config
+from balora_jax.errors import InputError
+from balora_jax.models.decoder import structure
+from balora_jax.models.quantized import Quantization, bytes_of
+from balora_jax.training import label_run, text_run
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a table with a line for each way of holding the weights."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="YAML file of a run")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.PATH=VALUE")
+    options = parser.parse_args(arguments)
+    reference = None
+    print(f"{'weights':>10}  {'GiB':>8}  {'largest error':>13}  {'root mean square':>16}")
+    for kind in get_args(Quantization):
+        config = load_config(options.config, [*options.set, f"model.quantization={kind}"])
+        try:
+            size, logits = measured(config)
+        except InputError as error:
+            print(f"{kind:>10}  {error}")
+            continue
+        name = config.model.dtype if kind == "none" else kind
+        line = f"{name:>10}  {size / 2**30:8.3f}"
+        if logits is not None and reference is not None:
+            error = (logits - reference) / np.ptp(reference)
+            line += f"  {np.abs(error).max():13.2%}  {np.sqrt(np.mean(error**2)):16.3%}"
+        reference = logits if kind == "none" else reference
+        print(line, flush=True)
+
+
+def measured(config: RunConfig) -> tuple[int, np.ndarray | None]:
+    """Bytes of the frozen arrays on all devices; logits [rows, C] or [tokens, V], float32."""
+    shapes = shapes_only(config.model.name_or_path)
+    if shapes is not None:
+        options: Any = {"dtype": config.model.dtype, "quantization": config.model.quantization}
+        return bytes_of(structure(shapes.config, **options).frozen), None
+    run = label_run.check(config) if config.task == "nlu" else text_run.check(config)
+    frozen = run.base.load_for(run.plain, run.mesh)
+    batch = next(run.batches())
+    if isinstance(run, label_run.LabelRun):
+        head = run.base.load_head(jax.random.key(config.training.seed))
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        forward = label_run.logits_forward(run.plain.bind)
+        logits = np.asarray(forward((frozen, head), *(batch[name][0] for name in names)))
+    else:
+        names, valid = ("input_ids", "segment_ids"), batch["segment_ids"][0] > 0
+        forward = jax.jit(lambda parts, *arrays: run.plain.bind(*parts)(*arrays))
+        logits = np.asarray(forward((frozen,), *(batch[name][0] for name in names)))[valid]
+    return bytes_of(frozen), logits
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""New families, methods and codes on eight devices: the same step as on one, and a row for all."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from balora_jax.models.adapters import adapter_shapes, plan_adapters
+from balora_jax.models.decoder import structure
+from balora_jax.models.encoder import encoder_structure
+from balora_jax.models.encoder_registry import encoder_config, encoder_weight_rules
+from balora_jax.models.registry import decoder_config
+from balora_jax.models.weight_names import linear_shapes, weight_rules
+from balora_jax.training import sharding
+from tests.models import tiny_encoders
+from tests.models.tiny_families import FAMILIES
+from tests.run import mesh_program
+
+# Widths that blocks of nf4 divide, in every family's names.
+WIDE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+WIDE_GPT2 = {"n_embd": 64, "n_inner": 128}
+WIDE_ENCODER = {"hidden_size": 64, "intermediate_size": 128}
+ENCODERS = {
+    "bert": tiny_encoders.bert,
+    "roberta": tiny_encoders.roberta,
+    "deberta": tiny_encoders.deberta,
+}
+
+
+@pytest.fixture(scope="module")
+def found():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.run.mesh_program"],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize(("case", "mesh"), mesh_program.PAIRS)
+def test_a_step_equals_that_of_one_device(found, case, mesh):
+    kind = mesh_program.CASES[case][2]
+    if kind != "none":
+        pytest.importorskip("qwix")
+    seen = found[f"{case} / {mesh}"]
+    assert seen["values"] < 2e-5
+    assert seen["updates"] < 2e-5
+    assert seen["smallest update"] > 1e-3
+    assert seen["same frozen"]
+    assert seen["elsewhere"] == []
+    assert seen["codes"] == {"none": [], "int8": ["int8"], "nf4": ["uint8"]}[kind]
+    # Every term is at work, so none of them is equal for want of anything to compute.
+    assert min(abs(value) for value in seen["terms"].values()) > 1e-2
+
+
+@pytest.fixture(scope="module", params=[*FAMILIES, *ENCODERS])
+def family(request):
+    """From options to the structure of a family's model with every layer adapted, and its layers."""
+    name = request.param
+    if name in ENCODERS:
+        config = ENCODERS[name](**WIDE_ENCODER).config.to_dict()
+        config = encoder_config(config, "config.json", num_labels=3)
+        build, rules = encoder_structure, encoder_weight_rules(config)
+    else:
+        torch_model = FAMILIES[name](**(WIDE_GPT2 if name == "gpt2" else WIDE))
+        config = decoder_config(torch_model.config.to_dict(), "config.json")
+        build, rules = structure, weight_rules(config)
+    linears = linear_shapes(rules, build(config).frozen)
+
+    def make(method, quantization):
+        modules = plan_adapters(
+            linears, rank=2, alpha=2.0, target_modules="all-linear", method=method
+        )
+        adapters = adapter_shapes(modules, origin=True)
+        return build(config, adapters=adapters, quantization=quantization)
+
+    return make, [shape.path for shape in linears]
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("method", ["lora", "dora", "lora_fa"])
+def test_every_array_has_a_row(family, method, quantization):
+    make, layers = family
+    made = make(method, quantization)
+    groups = [made.frozen, made.adapters, made.origin, getattr(made, "head", {})]
+    arrays = {path: leaf for group in groups for path, leaf in group.items()}
+    axes = {path: tuple(sharding.spec_of(path)) for path in arrays}
+    for path, leaf in arrays.items():
+        assert len(axes[path]) == len(leaf.shape), path
+        used = [axis for entry in axes[path] for axis in (entry if isinstance(entry, tuple) else [entry])]  # fmt: skip
+        assert len([axis for axis in used if axis]) == len({axis for axis in used if axis}), path
+    whole = {"tensor": ("tensor", "fsdp"), "fsdp": "fsdp"}
+    for layer in layers:
+        _, d_in, d_out = axes[f"{layer}.kernel"]
+        assert {d_in, d_out} == {"tensor", "fsdp"}, layer
+        frozen_a = method == "lora_fa"
+        assert f"{layer}.lora_a" in (made.origin if frozen_a else made.adapters)
+        expected = {
+            "lora_a": (None, whole[d_in], None),
+            "lora_b": (None, None, whole[d_out]),
+            "origin_a": (None, whole[d_in], None),
+            "origin_b": (None, None, whole[d_out]),
+            "lora_magnitude": (None, whole[d_out]),
+            "origin_norm": (None, whole[d_out]),
+            "lora_scale": (None,),
+            "kernel_scale": (None, None, d_out),
+        }
+        leaves = {path.rpartition(".")[2] for path in arrays if path.startswith(f"{layer}.")}
+        assert {"lora_b", "origin_b", "lora_scale"} <= leaves
+        assert ("lora_magnitude" in leaves) == ("origin_norm" in leaves) == (method == "dora")
+        for leaf in leaves - {"kernel", "bias"}:
+            assert axes[f"{layer}.{leaf}"] == expected[leaf], (layer, leaf)
+    held = {path for path in made.frozen if path.endswith(".kernel_scale")}
+    quantised = {f"{layer}.kernel_scale" for layer in layers if "experts" not in layer}
+    assert held == (set() if quantization == "none" else quantised)
+
+
+def test_a_path_without_a_row_is_an_error():
+    with pytest.raises(KeyError, match=r"no sharding rule for 'layers\.mlp\.strange\.kernel'"):
+        sharding.spec_of("layers.mlp.strange.lora_a")
