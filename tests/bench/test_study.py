@@ -18,7 +18,7 @@ from balora_jax.config import dump_config, load_config, parse_config
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.io import metrics
 from balora_jax.training import loop
-from tests.tiny_run import FEW, write_config, write_inputs
+from tests.tiny_label_run import write_label_config, write_label_inputs
 
 GRID = {
     "datasets": {"d1": {"data.max_length": 8, "adapter.rank": 3}, "d2": {"data.max_length": 9}},
@@ -75,6 +75,7 @@ def fit(monkeypatch):
     def put(scores=None, draw=lambda figures, path: False):
         made = StandIn(scores)
         monkeypatch.setattr(study, "draw", draw)
+        monkeypatch.setattr(study.gc, "collect", int)  # the arrays of other tests take their time
         monkeypatch.setattr(study, "fit", made)
         return made
 
@@ -381,15 +382,11 @@ def quick_compiler():
 def test_a_real_study_of_two_runs(tmp_path, capsys, monkeypatch):
     """One diverges, one is scored; the scored one is done by the loop's own terms."""
     monkeypatch.setattr(metrics, "draw_curves", lambda rows, path: False)
-    inputs = write_inputs(tmp_path)
-    sgd = {"optimizer": "sgd", "clip_norm": None, "schedule": "constant", "warmup": 0.0}
-    config = write_config(
+    config = write_label_config(
         tmp_path / "study.yaml",
-        inputs,
-        adapter=FEW,
-        training={**sgd, "max_steps": 2, "checkpoint_every": 0, "accumulation": 1},
+        write_label_inputs(tmp_path),
+        training={"max_steps": 2, "accumulation": 1, "optimizer": "sgd", "clip_norm": None},
         regularizers={"diversity": 0.0, "spectral": 0.0},
-        eval={"task": "exact_match", "max_new_tokens": 2, "limit": 2},
         study={
             "variants": {
                 "huge": {"training.learning_rate": 1e30},
@@ -410,7 +407,8 @@ def test_a_real_study_of_two_runs(tmp_path, capsys, monkeypatch):
         key: summary[key] for key in study.RECORDED
     }
     assert load_config(folder / "config.yaml").training.seed == 5
-    assert re.search(r"\| LoRA \| \d+\.\d\d \(1\) \| \d+\.\d\d \|", out)
+    points = re.escape(f"{100 * summary['after']['accuracy']:.2f}")
+    assert re.search(rf"\| LoRA \| {points} \(1\) \| {points} \|", out)
     log = (folder / "log.txt").read_text()
     assert "trainable parameters" in log
     assert "adapter: " in log
