@@ -143,7 +143,7 @@ class DataConfig(Section):
 
     Attributes:
         train, validation: a JSON-lines, CSV or parquet file, or a hub data-set name. With
-            ``glue`` the hub's splits where not given.
+            ``glue`` the hub's splits where not given, and ``{glue}`` in a path is the task.
         glue: name of a GLUE task (``task: nlu``): columns, labels and metrics follow from it.
         text_columns, label_column, labels, regression: the same for data of one's own: one text
             or two, names of the classes in the order of their ids, or a score instead.

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from balora_jax.bench.study import plan_runs
 from balora_jax.config import load_config
 from balora_jax.evals.run import example_settings
-from balora_jax.models import registry
+from balora_jax.models import encoder_registry, registry
 from balora_jax.models.adapters import trainable_parameters
 from balora_jax.models.decoder import structure
+from balora_jax.models.encoder import encoder_structure
 from balora_jax.models.weight_names import linear_shapes, weight_rules
 from balora_jax.training import assemble, optim
 
@@ -89,3 +91,49 @@ def test_trainable_parameters_are_those_published(name):
         linear_shapes(weight_rules(decoder), structure(decoder, dtype="bfloat16").frozen),
     )
     assert trainable_parameters(modules) == PUBLISHED_COUNTS[name]
+
+
+# Epochs, batch, learning rate and alpha of the published GLUE runs.
+DEBERTA = {
+    "mnli": (5, 16, 5e-4, 8), "sst2": (20, 16, 3e-5, 8), "mrpc": (20, 32, 2e-4, 8),
+    "cola": (20, 16, 1e-4, 8), "qnli": (10, 32, 1e-4, 16), "qqp": (10, 16, 1e-4, 8),
+    "rte": (50, 16, 1e-4, 8), "stsb": (20, 8, 3e-4, 8),
+}  # fmt: skip
+DEBERTA_V3_BASE = {
+    "model_type": "deberta-v2", "vocab_size": 128100, "hidden_size": 768,
+    "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "max_position_embeddings": 512, "relative_attention": True, "position_buckets": 256,
+    "max_relative_positions": -1, "share_att_key": True, "pos_att_type": ["p2c", "c2p"],
+    "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0,
+    "pad_token_id": 0, "layer_norm_eps": 1e-7, "hidden_act": "gelu", "pooler_hidden_act": "gelu",
+    "pooler_hidden_size": 768, "pooler_dropout": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", DEBERTA)
+def test_the_published_settings_of_glue(task):
+    config = load_config(CONFIGS / f"deberta_v3_base_{task}.yaml")
+    training, terms = config.training, config.regularizers
+    found = (training.epochs, training.batch_size, training.learning_rate, config.adapter.alpha)
+    assert found == DEBERTA[task]
+    assert (config.task, config.data.glue, config.data.max_length) == ("nlu", task, 128)
+    assert (terms.consistency, terms.diversity, terms.spectral, terms.k) == (0.15, 0.03, 0.03, 5)
+    assert (training.schedule, training.warmup, training.seed) == ("linear", 0.1, 42)
+    base = encoder_registry.encoder_config(DEBERTA_V3_BASE, task, num_labels=2)
+    rules = encoder_registry.encoder_weight_rules(base)
+    shapes = linear_shapes(rules, encoder_structure(base, dtype="float32").parameters)
+    _, modules = assemble.plan(config.adapter, shapes)
+    # 12 layers, Q, K and V, rank 8, from 768 to 768.
+    assert trainable_parameters(modules) == 12 * 3 * 8 * (768 + 768) == 442_368
+
+
+def test_the_study_is_45_runs_of_five_tasks():
+    runs = plan_runs(load_config(CONFIGS / "study_minilm_glue.yaml"), CONFIGS)
+    assert len({run.folder for run in runs}) == 45
+    weights = {
+        (run.variant, run.config.adapter.start, run.config.regularizers.consistency) for run in runs
+    }
+    assert weights == {("LoRA", "lora", 0), ("PiSSA", "pissa", 0), ("BA-LoRA", "pissa", 0.15)}
+    tasks = {(run.config.data.glue, run.config.data.max_length) for run in runs}
+    assert tasks == {("sst2", 48), ("mrpc", 64), ("rte", 64), ("cola", 32), ("stsb", 48)}
+    assert all(run.dataset == run.config.data.glue for run in runs)

@@ -35,7 +35,10 @@ MODEL = {
 
 
 def random_weights(seed=0):
-    """All tensors of a pretrained BERT by name; it has a pooler and no classifier."""
+    """All tensors of a pretrained BERT by name; it has a pooler and no classifier.
+
+    The words of ``GOOD`` (ids 4 to 7) and ``BAD`` (8 to 11) lie on two sides.
+    """
     rng = np.random.default_rng(seed)
     tensors = {}
 
@@ -49,6 +52,10 @@ def random_weights(seed=0):
 
     for name, rows in (("word", VOCAB_SIZE), ("position", POSITIONS), ("token_type", 2)):
         table = (1.0 if name == "word" else 0.1) * rng.standard_normal((rows, WIDTH))
+        if name == "word":  # what a text says can be read from its features
+            said = 2.0 * rng.standard_normal(WIDTH)
+            table[4:8] += said
+            table[8:12] -= said
         tensors[f"bert.embeddings.{name}_embeddings.weight"] = table
     norm("embeddings")
     for i in range(LAYERS):

@@ -1,6 +1,6 @@
 """What is a pretrained checkpoint, before its weights are loaded?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -138,6 +138,27 @@ class EncoderBase(Checkpoint):
                 if rule.name in names
             }
 
+    def check_ids(self, examples: Iterable[Any]) -> None:
+        """Raises InputError for a token, or its type, that no row of a table belongs to.
+
+        Args:
+            examples: with ``input_ids`` and ``token_type_ids``, as a tokenizer made them.
+        """
+        sizes = {"input_ids": "vocab_size"}
+        if self.config.type_vocab_size > 0:
+            sizes["token_type_ids"] = "type_vocab_size"
+        highest = dict.fromkeys(sizes, 0)
+        for example in examples:
+            for name in sizes:
+                highest[name] = max(highest[name], int(getattr(example, name).max()))
+        for name, size in sizes.items():
+            if highest[name] >= getattr(self.config, size):
+                raise InputError(
+                    f"{self.folder}: expected {name} below {size} {getattr(self.config, size)}, "
+                    f"got {highest[name]} from its tokenizer. Use the tokenizer that belongs to "
+                    "the weights."
+                )
+
     def load_head(self, key: PRNGKeyArray) -> dict[str, Array]:
         """A head, float32: the parts that the checkpoint holds in this size, the rest new.
 
@@ -234,3 +255,21 @@ def head_from_peft(peft: PeftAdapter, rules: Sequence[WeightRule]) -> dict[str, 
         for rule in rules
         if rule.name in peft.saved
     }
+
+
+def check_head(
+    base: EncoderBase, peft: PeftAdapter | None, where: str, teacher_head: str
+) -> None:
+    """Raises InputError where an adapter brings a head that a run on labels cannot begin with."""
+    brought = {} if peft is None else head_from_peft(peft, base.head_rules)
+    outputs = len(brought.get("head.out.bias", ()))
+    if brought and outputs not in (0, base.config.num_labels):
+        raise InputError(
+            f"{where}: expected a head of {base.config.num_labels} outputs, got one of {outputs}. "
+            "Name an adapter of the same task, or the data that it was trained on."
+        )
+    if brought and teacher_head == "probe":
+        raise InputError(
+            "regularizers.teacher_head: expected student_init with an adapter that brings its "
+            "head, got probe. Set it to student_init."
+        )

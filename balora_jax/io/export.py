@@ -9,7 +9,14 @@ import numpy as np
 from balora_jax.array_types import Array
 from balora_jax.config import RunConfig
 from balora_jax.errors import InputError
-from balora_jax.io.base import Base, EncoderBase, open_base, open_encoder, peft_modules
+from balora_jax.io.base import (
+    Base,
+    EncoderBase,
+    head_from_peft,
+    open_base,
+    open_encoder,
+    peft_modules,
+)
 from balora_jax.io.hf_export import MergeReport, export_merged, module_deltas
 from balora_jax.io.peft_adapter import ExportReport, PeftAdapter, export_peft, read_peft
 from balora_jax.io.pretrained import host_copy
@@ -103,7 +110,9 @@ def head_settings(base: Base | EncoderBase) -> dict[str, Any]:
         "architectures": [CLASSES[base.config.model_type]],
         "id2label": labels,
         "label2id": {name: int(i) for i, name in labels.items()},
-        **({"problem_type": "regression"} if len(labels) == 1 else {}),
+        "num_labels": len(labels),
+        # Named in either case: the base may have been fine-tuned for the other.
+        "problem_type": "regression" if len(labels) == 1 else "single_label_classification",
     }
 
 
@@ -122,6 +131,9 @@ def write_model(
         layers = value if rule.stacked else [value]
         for name, layer in zip(rule.names(len(value)), layers, strict=True):
             changed[name] = layer.T if rule.transpose else layer
+    if isinstance(base, Base) and base.config.tie_word_embeddings:
+        # Some checkpoints store the tied head as well; transformers would not tie what differs.
+        changed["lm_head.weight"] = np.asarray(trainable["embed_tokens.embedding"], np.float32)
     return export_merged(
         folder,
         source=base.folder,
@@ -217,5 +229,8 @@ def _base_of(config: RunConfig, peft: PeftAdapter) -> Base | EncoderBase:
     name, revision = config.model.name_or_path, config.model.revision
     if config.task == "nlg":
         return open_base(name, revision)
-    outputs = [len(value) for key, value in peft.saved.items() if key.endswith(".bias")]
-    return open_encoder(name, revision, num_labels=min(outputs, default=None))
+    base = open_encoder(name, revision)
+    head = head_from_peft(peft, base.head_rules)
+    if "head.out.bias" not in head:
+        return base
+    return open_encoder(name, revision, num_labels=len(head["head.out.bias"]))

@@ -24,7 +24,7 @@ from balora_jax.data.labelled import (
 from balora_jax.data.sources import load_rows
 from balora_jax.errors import InputError
 from balora_jax.evals.classification import score_labels
-from balora_jax.io.base import EncoderBase, head_from_peft, open_encoder
+from balora_jax.io.base import EncoderBase, check_head, head_from_peft, open_encoder
 from balora_jax.io.peft_adapter import PeftAdapter
 from balora_jax.io.pretrained import load_encoder
 from balora_jax.io.teacher_cache import TeacherCache
@@ -33,7 +33,13 @@ from balora_jax.models.encoder import Encoder, EncoderStructure, encoder_structu
 from balora_jax.numerics.objective import Objective
 from balora_jax.training import assemble, probe, sharding, steps
 from balora_jax.training.assemble import Loaded
-from balora_jax.training.labelled import TEACHER, Constants, LabelLoss, counts_of
+from balora_jax.training.labelled import (
+    TEACHER,
+    Constants,
+    LabelLoss,
+    counts_of,
+    spectral_remarks,
+)
 from balora_jax.training.rows import over_rows
 
 Arrays = dict[str, Array]
@@ -198,6 +204,7 @@ class LabelRun(LabelProgram):
             self.config,
             pad_id=self.pad_id,
             mesh=self.mesh,
+            max_length=self.base.config.max_length,
         )
 
     def describe(self) -> list[str]:
@@ -222,7 +229,10 @@ class LabelScorer:
         *,
         pad_id: int,
         mesh: Mesh,
+        max_length: int,
     ):
+        # A position past the last has no embedding, not even under padding.
+        self.max_length = min(config.data.max_length, max_length)
         self.forward, self.validation, self.task = forward, validation, task
         self.config, self.pad_id, self.mesh = config, pad_id, mesh
 
@@ -250,7 +260,7 @@ class LabelScorer:
             parts,
             rows.examples,
             batch_size=forward_rows(self.config, self.mesh),
-            length=padded_length(rows.examples, self.config.data.max_length),
+            length=padded_length(rows.examples, self.max_length),
             pad_id=self.pad_id,
             mesh=self.mesh,
             title=title,
@@ -319,6 +329,7 @@ def label_program(
     }
     plain = encoder_structure(base.config, **options)
     peft, modules = assemble.plan(config.adapter, base.linears(plain.parameters))
+    check_head(base, peft, config.adapter.start, config.regularizers.teacher_head)
     sharding.shardings(plain.frozen, mesh)
     shapes = assemble.shapes_of(config.adapter, modules)
     student = encoder_structure(base.config, adapters=shapes, **options)
@@ -345,6 +356,8 @@ def check(config: RunConfig) -> LabelRun:
         title: encode_labelled(rows, tokenizer, task, most)
         for title, rows in _validation_rows(config, task).items()
     }
+    for encoded in (data, *validation.values()):
+        base.check_ids(encoded.examples)
     return LabelRun(
         **vars(program),
         base=base,
@@ -388,6 +401,7 @@ def evaluate(config: RunConfig, *, adapter: str | None) -> dict[str, Any]:
         config,
         pad_id=int(model.tokenizer.pad_token_id or 0),
         mesh=sharding.make_mesh(config.mesh),
+        max_length=model.config.max_length,
     )
     return scorer.score(model.parts, "score")
 
@@ -402,19 +416,13 @@ def remarks(program: LabelProgram) -> list[str]:
             "left out. Consistency is the mean squared difference of the scores."
         )
     rows = program.config.training.batch_size // program.config.training.accumulation
-    smaller = min(rows, program.outputs)
-    if spec.spectral and spec.norm == "nuclear" and spec.k >= smaller:
-        lines.append(
-            f"warning: regularizers.k = {spec.k} takes all {smaller} singular values of a batch "
-            f"of {rows} rows and {program.outputs} classes: the spectral term is the constant -1 "
-            "and has no gradient. " + ("Use k = 1." if smaller == 2 else f"Use k below {smaller}.")
-        )
-    return lines
+    return lines + spectral_remarks(spec, rows, program.outputs)
 
 
 def _train_rows(config: DataConfig, task: LabelledTask) -> Any:
     if config.train is not None:
-        return load_rows(config.train, split=config.split, limit=config.train_limit)
+        file = _named(config.train, config)
+        return load_rows(file, split=config.split, limit=config.train_limit)
     return load_rows(_hub(task), split=task.train_split, limit=config.train_limit)
 
 
@@ -426,7 +434,8 @@ def _validation_rows(config: RunConfig, task: LabelledTask) -> dict[str, Any]:
     limits = [n for n in (evaluation.limit, data.validation_limit) if n is not None]
     limit = min(limits) if limits else None
     if data.validation is not None:
-        rows = load_rows(data.validation, split=data.validation_split, limit=limit)
+        file = _named(data.validation, data)
+        rows = load_rows(file, split=data.validation_split, limit=limit)
         return {"validation": rows}
     if data.train is not None or task.hub is None:
         return {}
@@ -434,6 +443,11 @@ def _validation_rows(config: RunConfig, task: LabelledTask) -> dict[str, Any]:
         title: load_rows(_hub(task), split=split, limit=limit)
         for title, split in task.validation_splits.items()
     }
+
+
+def _named(file: str, config: DataConfig) -> str:
+    """A path in which ``{glue}`` stands for the task, so that one setting serves a whole study."""
+    return file.replace("{glue}", config.glue or "{glue}")
 
 
 def _hub(task: LabelledTask) -> str:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from balora_jax.array_types import Array, Float, PRNGKeyArray, Scalar
 from balora_jax.models.encoder import EncoderStructure
 from balora_jax.numerics import losses, regularizers
-from balora_jax.numerics.logit_terms import TermScales
+from balora_jax.numerics.logit_terms import TermScales, TermSpec
 from balora_jax.numerics.objective import Objective, adaptive_weight
 from balora_jax.numerics.regularizers import ConsistencyForm
 
@@ -60,6 +60,21 @@ def consistency_form(variant: str, outputs: int) -> ConsistencyForm:
     if outputs == 1:
         return "mse"
     return "normalized_mse" if variant == "arxiv_v1" else "kl"
+
+
+def spectral_remarks(spec: TermSpec, rows: int, outputs: int) -> list[str]:
+    """A warning where the nuclear ratio takes in every singular value of a batch."""
+    # Rows less their mean lie in a space of one dimension less.
+    most = min(rows, outputs - 1 if spec.center_rows else outputs)
+    if not spec.spectral or spec.norm != "nuclear" or spec.k < most:
+        return []
+    advice = {1: "Set regularizers.spectral to 0.", 2: "Use k = 1."}
+    centred = " with regularizers.center_rows" if spec.center_rows else ""
+    return [
+        f"warning: regularizers.k = {spec.k} takes all {most} singular values of a batch of "
+        f"{rows} rows and {outputs} classes{centred}: the spectral term is the constant -1 and "
+        f"has no gradient. {advice.get(most, f'Use k below {most}.')}"
+    ]
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ def fit(config: RunConfig, *, workdir: str | Path, resume: bool = False) -> dict
     """
     folder = Path(workdir)
     check_workdir(folder, resume)
+    check_model_folder(config, folder, resume)
     began = time.monotonic()
     run = label_run.check(config) if config.task == "nlu" else text_run.check(config)
     if resume and checkpoint.has_checkpoints(folder / "checkpoints"):
@@ -215,7 +216,7 @@ class Training:
         print(written)
         if drawn:
             print(f"curves:  {self.folder / 'curves.png'}")
-        for name in (name for name in after if name not in ("rows", "answered")):
+        for name in (n for n in after if n in self.before and not _is_count(n)):
             rise = f"{self.before[name]:.3f} -> {after[name]:.3f}"
             title = name.replace("_", " ")
             print(f"{title} on held-out rows: {rise} in {summary['wall_seconds']:.0f} s")
@@ -241,6 +242,11 @@ class Training:
             overwrite=True,
         )
         return f"adapter: {report.folder} (PEFT, rank {report.rank}, {report.parameters:,} numbers)"
+
+
+def _is_count(figure: str) -> bool:
+    """Whether a figure of a score is a number of rows (MNLI's two sets name theirs)."""
+    return figure == "answered" or figure.split("_")[0] == "rows"
 
 
 class Reporter:
@@ -329,6 +335,17 @@ def check_workdir(folder: Path, resume: bool) -> None:
             f"--workdir {folder}: expected a folder that can be written, got "
             f"{os.strerror(error.errno or 0)}. Choose another or change its permissions."
         ) from error
+
+
+def check_model_folder(config: RunConfig, folder: Path, resume: bool) -> None:
+    """Raises InputError where the model of a full fine-tuning would replace one of the user's."""
+    target = folder / export.MODEL
+    full = config.adapter.method == "full"
+    if full and target.exists() and not (resume and (folder / "config.yaml").exists()):
+        raise InputError(
+            f"--workdir {folder}: expected no {export.MODEL}/ in it before a full fine-tuning, "
+            "which writes one, got one. Choose another folder."
+        )
 
 
 @contextmanager

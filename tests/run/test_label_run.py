@@ -73,7 +73,8 @@ def test_everything_is_written(finished):
     _, run, outcome = finished
     names = {path.name for path in run.iterdir()}
     assert names == {
-        *("config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "adapter", CACHE)
+        *("config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "adapter", CACHE),
+        "curves.png",
     }
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert [set(json.loads(line)) for line in lines] == [METRICS] * STEPS
@@ -267,6 +268,18 @@ THREE = {"labels": ["bad", "good", "neither"]}
             "warning: regularizers.k = 3 takes all 3 singular values of a batch of 4 rows and 3 "
             "classes: the spectral term is the constant -1 and has no gradient. Use k below 3.",
         ),
+        (
+            {"regularizers": {"k": 2, "center_rows": True}, "data": THREE},
+            "warning: regularizers.k = 2 takes all 2 singular values of a batch of 4 rows and 3 "
+            "classes with regularizers.center_rows: the spectral term is the constant -1 and has "
+            "no gradient. Use k = 1.",
+        ),
+        (
+            {"training": {"batch_size": 2}},
+            "warning: regularizers.k = 1 takes all 1 singular values of a batch of 1 rows and 2 "
+            "classes: the spectral term is the constant -1 and has no gradient. Set "
+            "regularizers.spectral to 0.",
+        ),
         ({"regularizers": {"k": 2}, "data": THREE}, None),
         ({"regularizers": {"k": 5, "norm": "frobenius"}}, None),
         ({"regularizers": {"k": 5, "spectral": 0.0}}, None),
@@ -324,9 +337,15 @@ def test_no_tokenizer_and_one_of_another_model_are_refused(inputs, tmp_path):
     write_tokenizer(model, extra=VOCAB_SIZE - 3)
     refused(
         tree,
-        f"{model}: expected token ids below vocab_size {VOCAB_SIZE}, got ",
-        "Use the tokenizer that belongs to the weights.",
+        f"{model}: expected input_ids below vocab_size {VOCAB_SIZE}, got ",
+        " from its tokenizer. Use the tokenizer that belongs to the weights.",
     )
+    pairs = {**tree, "data": {**tree["data"], "text_columns": ["text", "kind"]}}
+    one_type = random_weights()
+    one_type["bert.embeddings.token_type_embeddings.weight"] = np.zeros((1, WIDTH), np.float32)
+    write_model(model, tensors=one_type, type_vocab_size=1)
+    refused(pairs, f"{model}: expected token_type_ids below type_vocab_size 1, got 1 from its")
+    write_model(model)
     (model / "tokenizer.json").unlink()
     (model / "tokenizer_config.json").unlink()
     refused(tree, f"{model}: expected a tokenizer (tokenizer.json), got: ", "Save the tokenizer")
@@ -337,7 +356,13 @@ def test_an_adapter_of_another_base_or_head_is_refused(finished, inputs, tmp_pat
     start = {"start": str(adapter)}
     refused(
         label_config_tree(inputs, adapter=start, data=THREE),
-        f"{adapter}: expected a head of 3 outputs, got one of 2",
+        f"{adapter}: expected a head of 3 outputs, got one of 2. Name an adapter of the same task, "
+        "or the data that it was trained on.",
+    )
+    refused(
+        label_config_tree(inputs, adapter=start, regularizers={"teacher_head": "probe"}),
+        "regularizers.teacher_head: expected student_init with an adapter that brings its head, "
+        "got probe. Set it to student_init.",
     )
     narrow = {name: value for name, value in random_weights().items() if "layer.1" not in name}
     model = write_model(tmp_path / "model", tensors=narrow, num_hidden_layers=1)
@@ -348,36 +373,7 @@ def test_an_adapter_of_another_base_or_head_is_refused(finished, inputs, tmp_pat
     )
 
 
-def test_a_score_is_of_rows_as_long_as_the_model_takes(tmp_path):
-    """One length for all rows, a multiple of 8 elsewhere, may not pass the last position."""
-    inputs = write_label_inputs(tmp_path / "inputs")
-    long = {"text": " ".join(["the"] * 60), "kind": "good"}
-    write_rows(inputs / "validation.jsonl", [long, *reviews(3, 1)])
-    tensors = random_weights()
-    tensors["bert.embeddings.position_embeddings.weight"] = np.ones((21, WIDTH), np.float32)
-    write_model(inputs / "model", tensors=tensors, max_position_embeddings=21)
-    run = label_run.check(parse_config(label_config_tree(inputs), "config"))
-    lengths = []
-
-    class Scorer(label_run.LabelScorer):
-        def __init__(self, run):
-            super().__init__(run)
-            forward = self._forward
-
-            def watched(parts, ids, *arrays):
-                lengths.append(ids.shape[1])
-                return forward(parts, ids, *arrays)
-
-            self._forward = watched
-
-    loaded = run.load()
-    constants = run.constants(loaded)
-    with jax.set_mesh(run.mesh):
-        Scorer(run)(constants, loaded.trainable, jax.random.key(0), "before")
-    assert lengths == [21]
-
-
-def test_glue_scores_each_validation_split(finished, tmp_path, inputs, monkeypatch):
+def test_glue_scores_each_validation_split(tmp_path, inputs, monkeypatch, capsys):
     """Of MNLI there are two; the rows come from files here."""
     rows = [
         {"premise": "the sun", "hypothesis": text, "label": i % 3}
@@ -396,12 +392,16 @@ def test_glue_scores_each_validation_split(finished, tmp_path, inputs, monkeypat
     tree["data"] = {"glue": "mnli", "validation_limit": 5}
     config = parse_config(tree, "config")
     summary = loop.fit(config, workdir=tmp_path / "run")
-    names = {"matched": "validation_matched", "mismatched": "validation_mismatched"}
-    assert {split for _, split, _ in asked} == {"train", *names.values()}
+    assert {split for _, split, _ in asked} == {
+        *("train", "validation_matched", "validation_mismatched")
+    }
     assert {limit for _, split, limit in asked if split != "train"} == {4}
     titles = [key.removeprefix("accuracy_") for key in summary["after"] if "accuracy" in key]
     assert len(titles) == 2
     assert set(summary["after"]) == {f"{n}_{t}" for n in ("accuracy", "rows") for t in titles}
+    lines = [line for line in capsys.readouterr().out.splitlines() if "on held-out rows" in line]
+    assert len(lines) == 2
+    assert all(line.startswith("accuracy ") for line in lines)
 
 
 def test_rows_are_not_a_score(finished):
