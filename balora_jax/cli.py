@@ -98,8 +98,11 @@ def run_eval(options: argparse.Namespace) -> None:
     """``balora eval``."""
     from balora_jax import load_config
     from balora_jax.evals.run import evaluate
+    from balora_jax.training import label_score
 
-    figures = evaluate(load_config(options.config, options.set), adapter=options.adapter)
+    config = load_config(options.config, options.set)
+    score = label_score.evaluate if config.task == "nlu" else evaluate
+    figures = score(config, adapter=options.adapter)
     _report(figures, options.json)
 
 
@@ -109,6 +112,8 @@ def run_generate(options: argparse.Namespace) -> None:
     from balora_jax.evals.run import continue_prompts
 
     config = load_config(options.config, options.set)
+    if config.task == "nlu":
+        raise InputError("generate: expected task nlg, got nlu. Use balora eval for labels.")
     texts = continue_prompts(config, options.prompt, adapter=options.adapter, raw=options.raw)
     for prompt, text in zip(options.prompt, texts, strict=True):
         print(f"> {prompt}\n{text}")

@@ -32,7 +32,7 @@ BASICS = ("errors", "array_types")
 COMPUTE = (*BASICS, "config", "numerics", "models")
 STEP = tuple(f"training.{name}" for name in ("sharding", "optim", "steps", "causal", "labelled"))
 WIRED = (*COMPUTE, *STEP, "io", "data", "evals")
-RUNS = tuple(f"training.{name}" for name in ("assemble", "text_run", "label_run"))
+RUNS = tuple(f"training.{n}" for n in ("assemble", "text_run", "label_run", "label_score"))
 MAY_IMPORT = {
     "array_types": (),
     "errors": (),
@@ -54,14 +54,27 @@ MAY_IMPORT = {
     "training.probe": COMPUTE,
     "training.rows": (*COMPUTE, *STEP, "data"),
     "training.text_run": (*WIRED, "training.assemble"),
-    "training.label_run": (*WIRED, "training.assemble", "training.probe", "training.rows"),
+    "training.label_score": (*WIRED, "training.rows"),
+    "training.label_run": (
+        *(*WIRED, "training.assemble", "training.probe"),
+        *("training.rows", "training.label_score"),
+    ),
     "training.loop": (*COMPUTE, *STEP, "io", *RUNS),
     "bench": (*WIRED, "paths", *RUNS, "bench"),
     "bench.torch_reference": (),  # a program of its own
     "bench.study": ("config", "errors", "io.metrics", "training.loop"),
     "quickstart": (*BASICS, "data", "models", "quickstart"),
     "": ("config", "errors", "io.pretrained", "training.loop"),  # the package's own __init__
-    "cli": ("errors", "bench.run", "bench.study", "evals.run", "io.export", "io.metrics", ""),
+    "cli": (
+        "errors",
+        "training.label_score",
+        "bench.run",
+        "bench.study",
+        "evals.run",
+        "io.export",
+        "io.metrics",
+        "",
+    ),
 }
 
 # What arrays-in, arrays-out code needs; none of these opens a file or a socket.
@@ -371,8 +384,10 @@ def test_the_readme_opens_with_two_commands_for_a_fresh_machine():
 
 
 def test_the_readmes_config_and_python_are_valid():
-    (text,) = readme_blocks("yaml")
-    parse_config(yaml.safe_load(text), "README.md")
+    texts = readme_blocks("yaml")
+    assert texts
+    for text in texts:
+        parse_config(yaml.safe_load(text), "README.md")
     blocks = readme_blocks("python")
     assert blocks
     for block in blocks:

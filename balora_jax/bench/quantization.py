@@ -17,7 +17,7 @@ from balora_jax.config import RunConfig, load_config
 from balora_jax.errors import InputError
 from balora_jax.models.decoder import structure
 from balora_jax.models.quantized import Quantization, bytes_of
-from balora_jax.training import label_run, text_run
+from balora_jax.training import label_run, label_score, text_run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -56,7 +56,7 @@ def measured(config: RunConfig) -> tuple[int, np.ndarray | None]:
     if isinstance(run, label_run.LabelRun):
         head = run.base.load_head(jax.random.key(config.training.seed))
         names = ("input_ids", "attention_mask", "token_type_ids")
-        forward = label_run.logits_forward(run.plain.bind)
+        forward = label_score.logits_forward(run.plain.bind)
         logits = np.asarray(forward((frozen, head), *(batch[name][0] for name in names)))
     else:
         names, valid = ("input_ids", "segment_ids"), batch["segment_ids"][0] > 0

@@ -30,6 +30,11 @@ from balora_jax.models.weight_names import WeightRule
 from balora_jax.paths import resolve_path
 from balora_jax.training.sharding import placed, with_shardings
 
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt"),
+    *("spiece.model", "spm.model", "sentencepiece.bpe.model"),
+)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -83,6 +88,12 @@ class Checkpoint:
         """The checkpoint's own tokenizer (``transformers``), never with remote code."""
         from transformers import AutoTokenizer
 
+        if not any((self.folder / name).is_file() for name in TOKENIZER_FILES):
+            # transformers would make up a BERT tokenizer that knows no word at all.
+            raise InputError(
+                f"{self.folder}: expected a tokenizer (tokenizer.json), got: no file of one. Save "
+                "the tokenizer beside the weights."
+            )
         try:
             return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
@@ -257,9 +268,7 @@ def head_from_peft(peft: PeftAdapter, rules: Sequence[WeightRule]) -> dict[str, 
     }
 
 
-def check_head(
-    base: EncoderBase, peft: PeftAdapter | None, where: str, teacher_head: str
-) -> None:
+def check_head(base: EncoderBase, peft: PeftAdapter | None, where: str, teacher_head: str) -> None:
     """Raises InputError where an adapter brings a head that a run on labels cannot begin with."""
     brought = {} if peft is None else head_from_peft(peft, base.head_rules)
     outputs = len(brought.get("head.out.bias", ()))
