@@ -117,12 +117,21 @@ def weights_of(config: RunConfig) -> tuple[Base, Weights]:
 
 
 def random_arrays(shapes: dict[str, jax.ShapeDtypeStruct], program: Program) -> Arrays:
-    """Normal weights of standard deviation 0.02, norms of 1, each made where it belongs."""
+    """Normal weights of standard deviation 0.02, norms of 1, each made where it belongs.
+
+    Codes are uniform, with the scale that gives the weights they stand for about this size.
+    """
+    step = 0.02 / {"none": 1.0, "int8": 73.0, "nf4": 0.57}[program.config.model.quantization]
 
     def draw(path: str, leaf: jax.ShapeDtypeStruct) -> Array:
         key = jax.random.fold_in(jax.random.key(0), zlib.crc32(path.encode()))
         if path.endswith(".scale"):
             return jnp.ones(leaf.shape, leaf.dtype)
+        if path.endswith(".kernel_scale"):
+            return jnp.full(leaf.shape, step, leaf.dtype)
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            bits = jax.random.bits(key, leaf.shape, jnp.uint8)
+            return jax.lax.bitcast_convert_type(bits, leaf.dtype)
         return 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
 
     layout = sharding.shardings(shapes, program.mesh)
@@ -155,36 +164,46 @@ def loaded_for(program: Program, weights: Weights) -> Loaded:
     Random weights get random factors of the size that a start would have: a decomposition of a 7B
     model takes minutes and does not change the time of a step.
     """
-    key = jax.random.key(program.config.training.seed)
-    start = program.config.adapter.start
-    if not weights.random or start == "lora":
-        adapters, origin = starts.start_adapters(
-            program.modules, weights.frozen, start=start, key=key
-        )
-    else:
-        origin = random_arrays(
-            {k: v for k, v in program.student.origin.items() if not k.endswith("lora_scale")},
-            program,
-        )
-        adapters = {
-            # A copy: the step is given this array for good.
-            path: jnp.array(origin[path.replace(".lora_", ".origin_")], jnp.float32)
-            for path in program.student.adapters
-        }
-        origin |= {
-            path: jnp.full(leaf.shape, program.modules[0].scale, leaf.dtype)
-            for path, leaf in program.student.origin.items()
-            if path.endswith("lora_scale")
-        }
+    config, mesh = program.config, program.mesh
+    if not weights.random or config.adapter.start == "lora" or config.adapter.method == "full":
+        trainable, origin = assemble.begin(config, program.modules, weights.frozen, None, mesh)
+        return Loaded(weights.frozen, origin, trainable)
+    drawn = (".lora_a", ".origin_a", ".origin_b")
+    shapes = program.student.origin
+    origin = random_arrays({k: v for k, v in shapes.items() if k.endswith(drawn)}, program)
+    kernels = assemble.kernels_of(weights.frozen, config.model)
+    for path, leaf in shapes.items():
+        stem, _, name = path.rpartition(".")
+        if name == "lora_scale":
+            origin[path] = jnp.full(leaf.shape, program.modules[0].scale, leaf.dtype)
+        elif name == "origin_norm":
+            origin[path] = starts.squared_norms(kernels[f"{stem}.kernel"])
+    adapters = {
+        path: jnp.sqrt(origin[path.replace(".lora_magnitude", ".origin_norm")])
+        if path.endswith(".lora_magnitude")
+        # A copy: the step is given this array for good.
+        else jnp.array(origin[path.replace(".lora_", ".origin_")], jnp.float32)
+        for path in program.student.adapters
+    }
     place = sharding.placed
-    return Loaded(weights.frozen, place(origin, program.mesh), place(adapters, program.mesh))
+    return Loaded(weights.frozen, place(origin, mesh), place(adapters, mesh))
+
+
+def trained_shapes(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
+    """What trains, float32: the adapters, or every weight of a full fine-tuning."""
+    if program.config.adapter.method != "full":
+        return program.student.adapters
+    return {
+        path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+        for path, leaf in program.plain.frozen.items()
+    }
 
 
 def abstract_arguments(program: Program, total_steps: int) -> tuple[Any, ...]:
     """Shapes and shardings of a step's arguments: (state, constants, batch, key)."""
     mesh = program.mesh
     parts = assemble.step_parts(program, total_steps)
-    state = steps.abstract_state(program.student.adapters, parts.optimizer, mesh)
+    state = steps.abstract_state(trained_shapes(program), parts.optimizer, mesh)
     frozen: Any = sharding.with_shardings(program.plain.frozen, mesh)
     origin: Any = sharding.with_shardings(program.student.origin, mesh)
     factor: Any = None
@@ -206,8 +225,11 @@ def model_flops(program: Program, shape: Sequence[int], counted: int) -> float:
     """Floating point operations that a step cannot do without, as PERFORMANCE figures count them.
 
     ``4·P·N + 6·P_A·N + 4·V·D·M + 3·attention``, and ``2·P·N + 2·V·D·M + attention`` for a teacher:
-    P parameters of the frozen linear layers, P_A of the adapters (twice with an origin), N tokens,
-    M counted tokens. Attention is causal, so half of the square. Rematerialisation is not counted.
+    P parameters of the frozen linear layers (of experts, those that a token takes), P_A of the
+    adapters (twice with an origin), N tokens, M counted tokens. LoRA-FA's A has no gradient, so 4
+    there and no second half; a full fine-tuning has 6 for P and for the head, and no adapters.
+    Attention is causal, so half of the square. Rematerialisation is not counted, nor what does not
+    grow with the tokens, such as DoRA's norms.
 
     Args:
         program: the step.
@@ -215,15 +237,36 @@ def model_flops(program: Program, shape: Sequence[int], counted: int) -> float:
         counted: M.
     """
     decoder, length, tokens = program.decoder, shape[-1], math.prod(shape)
-    linear = sum(leaf.size for path, leaf in program.plain.parameters.items() if "kernel" in path)
-    adapted = program.trainable * (2 if program.config.adapter.start != "lora" else 1)
+    linear = sum(
+        leaf.size * taken_share(program, path)
+        for path, leaf in program.plain.parameters.items()
+        if path.endswith(".kernel")
+    )
+    passes = 6.0 if program.config.adapter.method == "full" else 4.0
     head = decoder.vocab_size * decoder.hidden_size * counted
     heads = decoder.num_layers * decoder.num_heads * decoder.head_dim
     attention = 2 * 2 * heads * length * tokens / 2
-    flops = 4.0 * linear * tokens + 6.0 * adapted * tokens + 4.0 * head + 3 * attention
+    flops = passes * (linear * tokens + head) + adapter_flops(program) * tokens + 3 * attention
     if program.objective.needs_teacher:
         flops += 2.0 * linear * tokens + 2.0 * head + attention
     return flops
+
+
+def adapter_flops(program: Program) -> float:
+    """Operations of the adapters' products for one token, forward and backward."""
+    twice = 2 if starts.start_has_origin(program.config.adapter.start) else 1
+    total = 0.0
+    for module in program.modules:
+        a, b = module.rank * module.in_features, module.rank * module.out_features
+        one = 4.0 * a + 6.0 * b if module.method == "lora_fa" else 6.0 * (a + b) * twice
+        total += one * taken_share(program, module.path)
+    return total
+
+
+def taken_share(program: Program, path: str) -> float:
+    """The share of a stack's layers that a token goes through: all, but for experts."""
+    decoder = program.decoder
+    return decoder.experts_per_token / decoder.experts if ".experts." in path else 1.0
 
 
 def cases_named(names: Sequence[str]) -> tuple[Case, ...]:

@@ -42,11 +42,14 @@ DECODER = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
-LLAMA = {**DECODER, "model_type": "llama"}
-WIDE = {**LLAMA, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 MODELS = {
-    "llama": LLAMA,
-    "wide": WIDE,
+    "llama": {
+        **DECODER,
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "head_dim": 16,
+    },
     "mixtral": {
         **DECODER,
         "model_type": "mixtral",
@@ -89,28 +92,33 @@ MODELS = {
         "initializer_range": 0.5,
     },
 }
-# Title → model, adapter section, quantization.
+# Title → model, adapter section, quantization; every method and kind of codes once.
 CASES = {
-    "mixtral": ("mixtral", {"target_modules": ["o_proj", "w1", "w2"]}, "none"),
+    "mixtral, DoRA": (
+        "mixtral",
+        {"target_modules": ["o_proj", "w1", "w2"], "method": "dora"},
+        "none",
+    ),
     "gemma2": ("gemma2", {"target_modules": ["k_proj", "down_proj"]}, "none"),
-    "qwen3": ("qwen3", {"target_modules": ["q_proj", "up_proj"]}, "none"),
-    "gpt2": ("gpt2", {"target_modules": "all-linear"}, "none"),
-    "phi3": ("phi3", {"target_modules": ["qkv_proj", "gate_up_proj"]}, "none"),
-    "dora": ("llama", {"target_modules": ["v_proj", "down_proj"], "method": "dora"}, "none"),
-    "lora_fa": (
-        "llama",
+    "qwen3, LoRA-FA": (
+        "qwen3",
         {"target_modules": ["o_proj", "gate_proj"], "method": "lora_fa", "start": "pissa"},
         "none",
     ),
-    "int8": ("wide", {"target_modules": ["q_proj", "down_proj"], "start": "pissa"}, "int8"),
-    "nf4": ("wide", {"target_modules": ["v_proj"]}, "nf4"),
-    "nf4 dora": ("wide", {"target_modules": ["o_proj"], "method": "dora"}, "nf4"),
+    "gpt2, int8": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "start": "pissa"}, "int8"),
+    "phi3": ("phi3", {"target_modules": ["qkv_proj", "gate_up_proj"]}, "none"),
+    "llama, nf4, DoRA": (
+        "llama",
+        {"target_modules": ["o_proj", "up_proj"], "method": "dora"},
+        "nf4",
+    ),
     "bert": ("bert", {"target_modules": ["query", "intermediate.dense"]}, "none"),
 }
 MESHES = {"2x2x2": (2, 2, 2), "1x4x2": (1, 4, 2), "1x1x8": (1, 1, 8)}
-# On eight devices phi3's two heads are split inside, and on four a block of nf4.
-MORE = [("mixtral", "1x4x2"), ("phi3", "1x1x8"), ("nf4 dora", "1x4x2")]
-PAIRS = [(case, "2x2x2") for case in CASES if case != "nf4 dora"] + MORE
+# On eight devices phi3's two heads are split inside, on four a block of nf4's codes.
+MORE = [("mixtral, DoRA", "2x2x2")]
+SPECIAL = {"phi3": "1x1x8", "mixtral, DoRA": "1x4x2", "llama, nf4, DoRA": "1x4x2"}
+PAIRS = [(case, SPECIAL.get(case, "2x2x2")) for case in CASES] + MORE
 ROWS, LENGTH = 8, 12
 
 

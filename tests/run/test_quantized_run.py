@@ -287,4 +287,3 @@ def test_experts_stay_in_floating_point(tmp_path):
     # The layers of an adapter's start are found in both forms.
     kernels = assemble.kernels_of(frozen, ModelConfig(name_or_path="unread", quantization="int8"))
     assert {kernels[path].dtype for path in kernels} == {np.dtype(np.float32)}
-
