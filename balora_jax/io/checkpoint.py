@@ -19,6 +19,7 @@ FREE_KEYS = (
     "data.validation",
     "data.validation_limit",
     "data.validation_split",
+    "regularizers.teacher_cache",
     "training.stop_at",
     "training.head",
     "training.head_chunk",
