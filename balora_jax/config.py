@@ -86,6 +86,14 @@ class AdapterConfig(Section):
                 f"adapter.dropout: expected 0 with start {self.start!r}, got {self.dropout}: the "
                 "delta from the start would no longer be zero. Set it to 0, or start from 'lora'."
             )
+        named = self.start.removeprefix("pissa_niter_").isdigit() or self.start in (
+            *("lora", "pissa", "olora", "milora", "orthogonal"),
+        )
+        if self.method == "full" and not named:
+            raise ValueError(
+                f"adapter.start: expected no folder with method 'full', got {self.start!r}: there "
+                "are no adapters. Leave it out."
+            )
         if self.dropout > 0.0 and self.method in ("dora", "full"):
             raise ValueError(
                 f"adapter.dropout: expected 0 with method {self.method!r}, got {self.dropout}. "

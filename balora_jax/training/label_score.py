@@ -121,6 +121,8 @@ def evaluate(config: RunConfig, *, adapter: str | None) -> dict[str, Any]:
     validation = {
         title: encode_labelled(rows, model.tokenizer, task, most) for title, rows in found.items()
     }
+    for encoded in validation.values():
+        model.base.check_ids(encoded.examples)
     scorer = LabelScorer(
         logits_forward(model.bind),
         validation,

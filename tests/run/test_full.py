@@ -188,7 +188,9 @@ def test_dropout_is_refused(text_inputs):
     tree = texts.config_tree(
         text_inputs, adapter={**FULL, "start": "lora", "dropout": 0.1}, training=PLAIN
     )
-    with pytest.raises(InputError, match=r"adapter\.dropout: expected 0 with method 'full', got 0.1"):
+    with pytest.raises(
+        InputError, match=r"adapter\.dropout: expected 0 with method 'full', got 0.1"
+    ):
         parse_config(tree, "config")
 
 
