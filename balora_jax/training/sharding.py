@@ -98,8 +98,7 @@ def logical_axes(path: str) -> tuple[str | None, ...]:
         layers, _, d_out = logical_axes(f"{stem}.kernel")
         return (layers, f"adapter_{d_out}")
     if leaf == "kernel_scale":
-        layers, _, d_out = logical_axes(f"{stem}.kernel")
-        return (layers, None, d_out)
+        return logical_axes(f"{stem}.kernel")
     for pattern, axes in LOGICAL_AXES:
         if re.fullmatch(pattern, path):
             return axes
@@ -126,17 +125,22 @@ def shardings(arrays: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[st
 
 
 def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """The sharding of one array, after checking that every axis divides."""
-    spec = spec_of(path)
-    for size, axis in zip(shape, spec, strict=True):
+    """The sharding of one array, after checking that every axis divides.
+
+    Blocks of a quantised kernel's scale need not: those that do not divide lie whole everywhere.
+    """
+    spec = list(spec_of(path))
+    for i, (size, axis) in enumerate(zip(shape, spec, strict=True)):
         axes = (axis,) if isinstance(axis, str) else axis or ()
         parts = math.prod(mesh.shape[name] for name in axes)
-        if size % parts:
+        if size % parts and path.endswith(".kernel_scale") and i == 1:
+            spec[i] = None
+        elif size % parts:
             raise InputError(
                 f"mesh.{' x mesh.'.join(axes)}: expected a divisor of {size}, an axis of {path} "
                 f"{shape}, got {parts}. Choose another size for this part of the mesh."
             )
-    return NamedSharding(mesh, spec)
+    return NamedSharding(mesh, P(*spec))
 
 
 def with_shardings(

@@ -111,7 +111,7 @@ def test_every_array_has_a_row(family, method, quantization):
             "lora_magnitude": (None, whole[d_out]),
             "origin_norm": (None, whole[d_out]),
             "lora_scale": (None,),
-            "kernel_scale": (None, None, d_out),
+            "kernel_scale": (None, d_in, d_out),
         }
         leaves = {path.rpartition(".")[2] for path in arrays if path.startswith(f"{layer}.")}
         assert {"lora_b", "origin_b", "lora_scale"} <= leaves
