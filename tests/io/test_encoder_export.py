@@ -30,7 +30,6 @@ TARGETS = {
 CASES = [
     ("bert", "lora", "pissa"),
     ("bert", "dora", "lora"),
-    ("bert", "lora_fa", "pissa"),
     ("roberta", "lora", "pissa"),
     ("deberta", "lora", "pissa"),
 ]

@@ -124,9 +124,16 @@ MISTRAL_7B = {
 }
 
 GEMMA_7B = {
-    **{**LLAMA_2_7B, "model_type": "gemma", "vocab_size": 256000, "tie_word_embeddings": True},
-    **{"hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28, "head_dim": 256},
-    **{"num_attention_heads": 16, "num_key_value_heads": 16},
+    **LLAMA_2_7B,
+    "model_type": "gemma",
+    "vocab_size": 256000,
+    "tie_word_embeddings": True,
+    "hidden_size": 3072,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 28,
+    "head_dim": 256,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
 }
 
 

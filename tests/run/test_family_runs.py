@@ -16,7 +16,6 @@ from tests.tiny_run import metrics_of, sums, write_config, write_rows, write_tok
 # One layer of attention and one of the MLP, in each family's names.
 TARGETS = {
     "gemma2": ["q_proj", "down_proj"],
-    "qwen3": ["k_proj", "up_proj"],
     "phi3": ["qkv_proj", "gate_up_proj"],
     "mixtral": ["v_proj", "w1", "w2", "w3"],
     "gpt2": ["c_attn", "c_proj"],
