@@ -26,7 +26,39 @@ _MOST_BINS = 64
 _NO_THREADS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
-class BatchIterator:
+class Resumable:
+    """An iterator of batches whose position is a few plain values.
+
+    A subclass sets `_iterator`, grain's, and `_identity`: what must be the same for a saved
+    position to mean the same batches.
+    """
+
+    _iterator: Any
+    _identity: dict[str, Any]
+
+    def get_state(self) -> dict[str, Any]:
+        """The position after the last batch given out, as plain JSON values."""
+        return {**self._identity, "position": self._iterator.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go to a saved position: the next batches are bit for bit those that came after it.
+
+        Args:
+            state: What `get_state` of an iterator over the same examples gave.
+
+        Raises:
+            InputError: The state belongs to other examples or another setting.
+        """
+        for key, mine in self._identity.items():
+            if state.get(key) != mine:
+                raise InputError(
+                    f"data position: expected {key} = {mine}, got {state.get(key)} in the "
+                    "checkpoint. Resume with the data and the settings of the first run."
+                )
+        self._iterator.set_state(state["position"])
+
+
+class BatchIterator(Resumable):
     """Batches without end, each a dict of arrays [accumulation, batch_size, length].
 
     ==============  =======  =====================================================================
@@ -78,8 +110,7 @@ class BatchIterator:
         _check_lengths(examples, length)
         self._rows, self._accumulation = batch_size * accumulation, accumulation
         self._length, self._mode, self._pad_id = length, mode, pad_id
-        # What must be the same for a saved position to mean the same batches.
-        self._identity: dict[str, Any] = {
+        self._identity = {
             "examples": _digest(examples),
             "batch_size": batch_size,
             "accumulation": accumulation,
@@ -104,27 +135,6 @@ class BatchIterator:
         batch = next(self._iterator)
         shape = (self._accumulation, -1, self._length)
         return {key: value.reshape(shape) for key, value in batch.items()}
-
-    def get_state(self) -> dict[str, Any]:
-        """The position after the last batch given out, as plain JSON values."""
-        return {**self._identity, "position": self._iterator.get_state()}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Go to a saved position: the next batches are bit for bit those that came after it.
-
-        Args:
-            state: What `get_state` of an iterator over the same examples gave.
-
-        Raises:
-            InputError: The state belongs to other examples or another setting.
-        """
-        for key, mine in self._identity.items():
-            if state.get(key) != mine:
-                raise InputError(
-                    f"data position: expected {key} = {mine}, got {state.get(key)} in the "
-                    "checkpoint. Resume with the data and the settings of the first run."
-                )
-        self._iterator.set_state(state["position"])
 
     def batches_per_epoch(self) -> int:
         """Batches that one epoch fills, the last perhaps not wholly; packing is tried to count."""

@@ -15,7 +15,7 @@ import grain
 import numpy as np
 from tqdm import tqdm
 
-from balora_jax.data.batches import Batch
+from balora_jax.data.batches import Batch, Resumable
 from balora_jax.data.glue import Label, LabelledTask, label_cell, label_of, texts_of
 from balora_jax.data.templates import Row
 from balora_jax.errors import InputError
@@ -219,7 +219,7 @@ def describe_labelled(example: LabelledExample, tokenizer: Any, task: LabelledTa
     return f"{len(example.input_ids)} tokens, {said}: {' '.join(text.split())}"
 
 
-class LabelledBatches:
+class LabelledBatches(Resumable):
     """Batches without end, each a dict of arrays.
 
     ================  ==============  =======================  =====================================
@@ -270,8 +270,7 @@ class LabelledBatches:
                     f"row {number}: expected a label to train on, got none. Leave the row out."
                 )
         self._rows, self._accumulation = batch_size * accumulation, accumulation
-        # What must be the same for a saved position to mean the same batches.
-        self._identity: dict[str, Any] = {
+        self._identity = {
             "examples": _digest(examples),
             "batch_size": batch_size,
             "accumulation": accumulation,
@@ -292,27 +291,6 @@ class LabelledBatches:
             key: value.reshape(self._accumulation, -1, *value.shape[1:])
             for key, value in batch.items()
         }
-
-    def get_state(self) -> dict[str, Any]:
-        """The position after the last batch given out, as plain JSON values."""
-        return {**self._identity, "position": self._iterator.get_state()}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Go to a saved position: the next batches are bit for bit those that came after it.
-
-        Args:
-            state: What `get_state` of an iterator over the same examples gave.
-
-        Raises:
-            InputError: The state belongs to other examples or another setting.
-        """
-        for key, mine in self._identity.items():
-            if state.get(key) != mine:
-                raise InputError(
-                    f"data position: expected {key} = {mine}, got {state.get(key)} in the "
-                    "checkpoint. Resume with the data and the settings of the first run."
-                )
-        self._iterator.set_state(state["position"])
 
     def batches_per_epoch(self) -> int:
         """Batches that one epoch fills, the last perhaps not wholly."""

@@ -10,6 +10,7 @@ from typing import Any
 from balora_jax.errors import InputError
 from balora_jax.models.disentangled import DisentangledConfig
 from balora_jax.models.encoder import ENCODER_ACTIVATIONS, EncoderConfig
+from balora_jax.models.registry import required
 from balora_jax.models.weight_names import WeightRule
 
 # Of each family: the prefix of its weights, and what transformers assumes where a key is missing.
@@ -50,16 +51,16 @@ def encoder_config(raw: Mapping[str, Any], where: str, *, num_labels: int) -> En
         )
     raw = {"hidden_act": "gelu", "initializer_range": 0.02, **DEFAULTS[model_type], **raw}
     deberta, roberta = model_type == "deberta-v2", model_type == "roberta"
-    positions = _required(raw, "max_position_embeddings", where)
-    offset = _required(raw, "pad_token_id", where) + 1 if roberta else 0
+    positions = required(raw, "max_position_embeddings", where)
+    offset = required(raw, "pad_token_id", where) + 1 if roberta else 0
     _check_options(raw, where)
     return EncoderConfig(
         model_type=model_type,
-        vocab_size=_required(raw, "vocab_size", where),
-        hidden_size=_required(raw, "hidden_size", where),
-        intermediate_size=_required(raw, "intermediate_size", where),
-        num_layers=_required(raw, "num_hidden_layers", where),
-        num_heads=_required(raw, "num_attention_heads", where),
+        vocab_size=required(raw, "vocab_size", where),
+        hidden_size=required(raw, "hidden_size", where),
+        intermediate_size=required(raw, "intermediate_size", where),
+        num_layers=required(raw, "num_hidden_layers", where),
+        num_heads=required(raw, "num_attention_heads", where),
         norm_eps=float(raw["layer_norm_eps"]),
         activation=_activation(raw, "hidden_act", where),
         max_positions=positions,
@@ -76,7 +77,7 @@ def encoder_config(raw: Mapping[str, Any], where: str, *, num_labels: int) -> En
 
 def _check_options(raw: Mapping[str, Any], where: str) -> None:
     """Refuse what would be silently misread: options of other architectures."""
-    width, heads = (_required(raw, key, where) for key in ("hidden_size", "num_attention_heads"))
+    width, heads = (required(raw, key, where) for key in ("hidden_size", "num_attention_heads"))
     if width % heads:
         raise InputError(
             f"{where}: expected hidden_size to be a multiple of num_attention_heads, "
@@ -150,15 +151,6 @@ def _activation(raw: Mapping[str, Any], key: str, where: str) -> str:
         raise InputError(
             f"{where}: expected {key} to be one of {', '.join(ENCODER_ACTIVATIONS)}, "
             f"got {raw[key]!r}. This checkpoint cannot be run exactly."
-        )
-    return raw[key]
-
-
-def _required(raw: Mapping[str, Any], key: str, where: str) -> Any:
-    if raw.get(key) is None:
-        raise InputError(
-            f"{where}: expected the key {key!r}, got none. Use the config.json that was "
-            "saved with the weights."
         )
     return raw[key]
 

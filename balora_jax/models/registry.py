@@ -83,7 +83,7 @@ def _qwen_windows(raw: Raw, where: str) -> dict[str, Any]:
     """Layers from ``max_window_layers`` on have the window, if it is used at all."""
     if not raw.get("use_sliding_window", False) or raw.get("sliding_window", 4096) is None:
         return {}
-    layers, first = _required(raw, "num_hidden_layers", where), raw.get("max_window_layers", 28)
+    layers, first = required(raw, "num_hidden_layers", where), raw.get("max_window_layers", 28)
     slides = tuple(i >= first for i in range(layers))
     return _windows(raw, where, raw.get("sliding_window", 4096), slides)
 
@@ -98,7 +98,7 @@ def _gemma(raw: Raw, where: str, **changes: Any) -> DecoderConfig:
         "activation": "gelu_pytorch_tanh" if activation == "gelu" else activation,
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings", True)),
         "norm": "rms_plus_one",
-        "embedding_scale": float(_required(raw, "hidden_size", where)) ** 0.5,
+        "embedding_scale": float(required(raw, "hidden_size", where)) ** 0.5,
         "qkv_bias": bias,
         "output_bias": bias,
     }
@@ -132,7 +132,7 @@ def _gemma3(raw: Raw, where: str) -> DecoderConfig:
 
 def _gemma_attention(raw: Raw, where: str, *, every: int) -> dict[str, Any]:
     """Norms on both sides, and a window in all but each ``every``-th layer."""
-    layers = _required(raw, "num_hidden_layers", where)
+    layers = required(raw, "num_hidden_layers", where)
     slides = tuple((i + 1) % every != 0 for i in range(layers))
     return {
         "sandwich_norms": True,
@@ -158,13 +158,13 @@ def _gpt2(raw: Raw, where: str) -> DecoderConfig:
                 f"{where}: expected {option} to be false, got {raw[option]!r}. This checkpoint "
                 "cannot be run exactly."
             )
-    width, heads = _required(raw, "n_embd", where), _required(raw, "n_head", where)
+    width, heads = required(raw, "n_embd", where), required(raw, "n_head", where)
     return DecoderConfig(
         model_type="gpt2",
-        vocab_size=_required(raw, "vocab_size", where),
+        vocab_size=required(raw, "vocab_size", where),
         hidden_size=width,
         intermediate_size=raw.get("n_inner") or 4 * width,
-        num_layers=_required(raw, "n_layer", where),
+        num_layers=required(raw, "n_layer", where),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=width // heads,
@@ -172,7 +172,7 @@ def _gpt2(raw: Raw, where: str) -> DecoderConfig:
         norm="layer",
         activation=_activation(raw.get("activation_function", "gelu_new"), where),
         rope=None,
-        max_length=_required(raw, "n_positions", where),
+        max_length=required(raw, "n_positions", where),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", True)),
         query_scale=None if raw.get("scale_attn_weights", True) else 1.0,
     )
@@ -198,22 +198,22 @@ def _shared(
 ) -> DecoderConfig:
     """What these families state alike; ``kv_heads`` and ``norm_eps`` are the family's defaults."""
     heads, width = (
-        _required(raw, "num_attention_heads", where),
-        _required(raw, "hidden_size", where),
+        required(raw, "num_attention_heads", where),
+        required(raw, "hidden_size", where),
     )
     found: dict[str, Any] = {
         "model_type": raw["model_type"],
-        "vocab_size": _required(raw, "vocab_size", where),
+        "vocab_size": required(raw, "vocab_size", where),
         "hidden_size": width,
-        "intermediate_size": _required(raw, "intermediate_size", where),
-        "num_layers": _required(raw, "num_hidden_layers", where),
+        "intermediate_size": required(raw, "intermediate_size", where),
+        "num_layers": required(raw, "num_hidden_layers", where),
         "num_heads": heads,
         "num_kv_heads": raw.get("num_key_value_heads", kv_heads or heads) or heads,
         "head_dim": raw.get("head_dim") or width // heads,
         "norm_eps": float(raw.get("rms_norm_eps", norm_eps)),
         "activation": raw.get("hidden_act", "silu"),
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
-        "max_length": _required(raw, "max_position_embeddings", where),
+        "max_length": required(raw, "max_position_embeddings", where),
         **options,
     }
     found["activation"] = _activation(found["activation"], where)
@@ -245,7 +245,8 @@ def _activation(name: str, where: str) -> str:
     return name
 
 
-def _required(raw: Mapping[str, Any], key: str, where: str) -> Any:
+def required(raw: Raw, key: str, where: str) -> Any:
+    """The value of a key that every config of its family has."""
     if raw.get(key) is None:
         raise InputError(
             f"{where}: expected the key {key!r}, got none. Use the config.json that was "
