@@ -24,8 +24,10 @@ def found():
 @pytest.mark.parametrize("case", sharded_head.CASES)
 def test_equals_one_device(found, case, mesh):
     errors = found[f"{case} / {mesh}"]
-    # Under a cap the singular values come from an iteration; see below.
-    assert errors["values"] < (4e-6 if case == "soft cap" else 2e-6)
+    assert errors["values"] < 2e-6
+    # A small difference of large sums of logarithms, which a split vocabulary rounds apart: under
+    # the cap 2.5e-6 of the term on one kind of processor, below 2e-6 on another.
+    assert errors["consistency"] < (4e-6 if case == "soft cap" else 2e-6)
     # The iteration starts from other vectors where rows of Z are split, so it ends elsewhere within
     # its tolerance; all else differs by the order of sums.
     assert errors["gradient"] < (1e-3 if case == "soft cap" else 1e-5)
