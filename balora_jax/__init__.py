@@ -14,7 +14,8 @@ absl_logging.get_absl_logger().addFilter(
     lambda record: "Grain multiprocess worker profiling" not in record.getMessage()
 )
 
-from balora_jax.config import RunConfig, load_config  # noqa: E402
+from balora_jax.config import RunConfig  # noqa: E402
+from balora_jax.config_file import load_config  # noqa: E402
 from balora_jax.errors import InputError, RunStoppedError  # noqa: E402
 from balora_jax.io.pretrained import (  # noqa: E402
     PretrainedEncoder,

@@ -1,14 +1,8 @@
-"""The run's schema, one section per factory, and the YAML loader with its error messages."""
+"""The run's schema: one section per factory."""
 
-import difflib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from balora_jax.errors import InputError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -203,6 +197,10 @@ class TrainingConfig(Section):
         clip_norm: largest global gradient norm; None for no clipping.
         lora_plus_ratio: learning rate of B over that of A (LoRA+).
         seed: of starts, order of the data and dropout.
+        spike_sigmas: leave out the update of a step whose loss or gradient norm lies this many
+            standard deviations above the mean of the steps before it; None for no such check. A
+            step whose loss or gradient is not finite is always left out.
+        max_skipped: stop the run when more updates than this were left out one after another.
         head: ``fused``: logits exist for one chunk of tokens at a time; ``plain``: all of them at
             once, with automatic derivatives (a reference, large).
         head_chunk: tokens of a chunk on a device; by ``head_memory_mib`` where it is not given.
@@ -212,6 +210,8 @@ class TrainingConfig(Section):
         log_gradient_share_every: steps between measurements of each term's gradient norm; 0 never.
         checkpoint_every: steps between checkpoints; 0 only at the end.
         keep_checkpoints: how many of the newest are kept.
+        profile_steps: first and last step of a trace in ``profile/``, which TensorBoard and
+            Perfetto open; None for none.
     """
 
     max_steps: Positive | None = None
@@ -230,6 +230,8 @@ class TrainingConfig(Section):
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     lora_plus_ratio: Annotated[float, Field(gt=0)] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
+    spike_sigmas: Annotated[float, Field(gt=0)] | None = None
+    max_skipped: Annotated[int, Field(ge=0)] = 5
     head: Literal["fused", "plain"] = "fused"
     head_chunk: Positive | None = None
     head_memory_mib: Positive | None = None
@@ -237,6 +239,7 @@ class TrainingConfig(Section):
     log_gradient_share_every: Annotated[int, Field(ge=0)] = 0
     checkpoint_every: Annotated[int, Field(ge=0)] = 100
     keep_checkpoints: Positive = 2
+    profile_steps: tuple[Positive, Positive] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainingConfig":
@@ -250,6 +253,11 @@ class TrainingConfig(Section):
                 f"training.accumulation: expected a divisor of batch_size {self.batch_size}, got "
                 f"{self.accumulation}. Choose one that divides it."
             )
+        if self.profile_steps and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError(
+                "training.profile_steps: expected first <= last, got "
+                f"{list(self.profile_steps)}. Swap them."
+            )
         return self
 
 
@@ -260,19 +268,21 @@ class MeshConfig(Section):
         data: copies of the model; rows of the batch are split over data and fsdp.
         fsdp: parts of every weight matrix, gathered for use.
         tensor: parts of heads, inner width and vocabulary.
+        sequence: parts of every row's tokens; keys and values of a row are gathered.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    sequence: int = 1
 
     @model_validator(mode="after")
     def _sizes(self) -> "MeshConfig":
-        sizes = (self.data, self.fsdp, self.tensor)
+        sizes = (self.data, self.fsdp, self.tensor, self.sequence)
         if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
             raise ValueError(
                 f"mesh: expected positive sizes with at most one -1, got data={self.data}, "
-                f"fsdp={self.fsdp}, tensor={self.tensor}. Correct them."
+                f"fsdp={self.fsdp}, tensor={self.tensor}, sequence={self.sequence}. Correct them."
             )
         return self
 
@@ -352,92 +362,3 @@ class RunConfig(Section):
                 "neither. Name a GLUE task, or the file and its columns."
             )
         return self
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML config and apply ``key.path=value`` overrides.
-
-    Raises:
-        InputError: a missing or malformed file, an unknown key (with a suggestion), a value of
-            the wrong type or out of range; the message names the key.
-
-    Example:
-        >>> load_config("configs/absent.yaml")
-        Traceback (most recent call last):
-        balora_jax.errors.InputError: configs/absent.yaml: expected a config file, found none. ...
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: expected a config file, found none. Check the path.")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = " ".join(str(error).split())
-        raise InputError(f"{path}: expected YAML, got: {line}. Correct the file.") from error
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: expected sections such as 'model:', got {tree!r}. Fill it in.")
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree, str(path))
-
-
-def parse_config(tree: Mapping[str, Any], where: str) -> RunConfig:
-    """Validate a nested mapping; ``where`` opens every message."""
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise InputError(f"{where}: {_describe(error)}") from error
-
-
-def dump_config(config: RunConfig) -> str:
-    """The resolved config as YAML that ``load_config`` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise InputError(f"--set: expected key.path=value, got {override!r}. Write it so.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {key}: expected a YAML value, got {text!r}. Quote it.") from error
-    *parents, leaf = key.strip().split(".")
-    node = tree
-    for parent in parents:
-        below = node.setdefault(parent, {})
-        if not isinstance(below, dict):
-            raise InputError(f"--set {key}: {parent!r} is not a section. Check the key.")
-        node = below
-    node[leaf] = value
-
-
-def _describe(error: ValidationError) -> str:
-    """The first problem as one sentence; pydantic's own wording is not a user's."""
-    first = error.errors()[0]
-    location = ".".join(str(part) for part in first["loc"] if not _is_type_tag(part))
-    kind, got = first["type"], first.get("input")
-    if kind == "extra_forbidden":
-        return _unknown_key([str(part) for part in first["loc"]])
-    if kind == "missing":
-        return f"{location}: expected a value, got none. Add the key."
-    if kind == "value_error":
-        return str(first.get("ctx", {}).get("error", first["msg"]))
-    expected = first["msg"].removeprefix("Input should be ").rstrip(".")
-    return f"{location}: expected {expected}, got {got!r}. Correct the value."
-
-
-def _is_type_tag(part: Any) -> bool:
-    """Pydantic adds the branch of a union ('str', 'tuple[str, ...]') to a location."""
-    return isinstance(part, str) and (part in ("str", "int", "float") or "[" in part)
-
-
-def _unknown_key(location: list[str]) -> str:
-    section: type[BaseModel] = RunConfig
-    for part in location[:-1]:
-        section = section.model_fields[part].annotation  # type: ignore[assignment]
-    known = list(section.model_fields)
-    near = difflib.get_close_matches(location[-1], known, n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else f"It knows {', '.join(known)}."
-    where = ".".join(location[:-1]) or "the top level"
-    return f"{'.'.join(location)}: unknown key in {where}. {hint}"

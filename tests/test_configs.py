@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from balora_jax.bench.study import plan_runs
-from balora_jax.config import load_config
+from balora_jax.config_file import load_config
 from balora_jax.evals.run import example_settings
 from balora_jax.models import encoder_registry, registry
 from balora_jax.models.adapters import trainable_parameters

@@ -14,7 +14,8 @@ import yaml
 
 import balora_jax
 from balora_jax.cli import make_parser
-from balora_jax.config import RunConfig, load_config, parse_config
+from balora_jax.config import RunConfig
+from balora_jax.config_file import load_config, parse_config
 from balora_jax.io.checkpoint import FREE_KEYS
 from balora_jax.numerics.objective import Objective
 
@@ -31,13 +32,14 @@ MODULES = {
 BASICS = ("errors", "array_types")
 COMPUTE = (*BASICS, "config", "numerics", "models")
 STEP = tuple(f"training.{name}" for name in ("sharding", "optim", "steps", "causal", "labelled"))
-WIRED = (*COMPUTE, *STEP, "io", "data", "evals")
+WIRED = (*COMPUTE, "config_file", *STEP, "io", "data", "evals")
 RUNS = tuple(f"training.{n}" for n in ("assemble", "text_run", "label_run", "label_score"))
 MAY_IMPORT = {
     "array_types": (),
     "errors": (),
     "paths": ("errors",),
-    "config": ("errors",),
+    "config": (),
+    "config_file": ("config", "errors"),
     "numerics": (*BASICS, "numerics"),
     "models": (*BASICS, "numerics", "models"),
     "training": (*COMPUTE, *STEP),
@@ -59,12 +61,13 @@ MAY_IMPORT = {
         *(*WIRED, "training.assemble", "training.probe"),
         *("training.rows", "training.label_score"),
     ),
-    "training.loop": (*COMPUTE, *STEP, "io", *RUNS),
+    "training.loop": (*COMPUTE, "config_file", *STEP, "io", *RUNS),
     "bench": (*WIRED, "paths", *RUNS, "bench"),
     "bench.torch_reference": (),  # a program of its own
-    "bench.study": ("config", "errors", "io.metrics", "training.loop"),
+    "bench.study": ("config", "config_file", "errors", "io.metrics", "training.loop"),
     "quickstart": (*BASICS, "data", "models", "quickstart"),
-    "": ("config", "errors", "io.pretrained", "training.loop"),  # the package's own __init__
+    # The package's own __init__.
+    "": ("config", "config_file", "errors", "io.pretrained", "training.loop"),
     "cli": (
         "errors",
         "training.label_score",
@@ -83,7 +86,7 @@ PURE = {
     *("typing", "zlib", "jax", "jaxtyping", "flax", "numpy", "qwix"),
 }
 READS_OR_WRITES = {"open", "read_text", "write_text", "read_bytes", "write_bytes", "safe_open"}
-MAY_OPEN = ("config", "io", "data", "bench", "quickstart")
+MAY_OPEN = ("config_file", "io", "data", "bench", "quickstart")
 
 TOP_LEVEL = {
     *("balora_jax", "configs", "train.py", "tests", "colab", "pyproject.toml", "README.md"),

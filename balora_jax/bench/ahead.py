@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from balora_jax.config import RunConfig, dump_config, load_config
+from balora_jax.config import RunConfig
+from balora_jax.config_file import dump_config, load_config
 from balora_jax.errors import InputError
 
 ENVIRONMENT = {

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from balora_jax.bench.workload import shapes_only
-from balora_jax.config import RunConfig, load_config
+from balora_jax.config import RunConfig
+from balora_jax.config_file import load_config
 from balora_jax.errors import InputError
 from balora_jax.models.decoder import structure
 from balora_jax.models.quantized import Quantization, bytes_of

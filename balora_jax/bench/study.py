@@ -19,7 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from balora_jax.config import RunConfig, StudyConfig, load_config, parse_config
+from balora_jax.config import RunConfig, StudyConfig
+from balora_jax.config_file import load_config, parse_config
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.io import metrics
 from balora_jax.training.loop import check_workdir, fit

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from balora_jax.array_types import Array
-from balora_jax.config import RunConfig, parse_config
+from balora_jax.config import RunConfig
+from balora_jax.config_file import parse_config
 from balora_jax.io.base import Base, base_of
 from balora_jax.io.hf_files import read_json_config
 from balora_jax.models import starts

@@ -15,7 +15,8 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from balora_jax.config import RunConfig, TrainingConfig, dump_config
+from balora_jax.config import RunConfig, TrainingConfig
+from balora_jax.config_file import dump_config
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.io import checkpoint, export, metrics
 from balora_jax.training import label_run, steps, text_run

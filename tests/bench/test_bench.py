@@ -10,7 +10,7 @@ import pytest
 from balora_jax import cli
 from balora_jax.bench import measure, report, workload
 from balora_jax.bench.run import bench
-from balora_jax.config import parse_config
+from balora_jax.config_file import parse_config
 from balora_jax.training import assemble
 
 SHAPE = {

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from balora_jax.bench import workload
-from balora_jax.config import parse_config
+from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 from balora_jax.training import assemble, steps
 from tests.bench.test_bench import SHAPE

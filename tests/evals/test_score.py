@@ -6,7 +6,7 @@ import jax
 import pytest
 from transformers import AutoTokenizer
 
-from balora_jax.config import parse_config
+from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 from balora_jax.evals import run
 from balora_jax.evals.score import gold_answer, score_answers

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 import balora_jax
 from balora_jax.cli import main
-from balora_jax.config import parse_config
+from balora_jax.config_file import parse_config
 from balora_jax.io.base import open_encoder
 from balora_jax.io.export import head_settings
 from balora_jax.training import loop

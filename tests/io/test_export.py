@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from balora_jax.config import parse_config
+from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 from balora_jax.io.base import open_base
 from balora_jax.io.export import export_run, write_adapter

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from balora_jax.config import MeshConfig, parse_config
+from balora_jax.config import MeshConfig
+from balora_jax.config_file import parse_config
 from balora_jax.io.base import open_base, open_encoder
 from balora_jax.models.decoder import structure
 from balora_jax.models.encoder import encoder_structure

@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from balora_jax.config import parse_config
+from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 from balora_jax.training import label_run, loop, text_run
 from tests import tiny_label_run as labels

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from balora_jax.config import parse_config
+from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 from balora_jax.io.teacher_cache import NAME as CACHE
 from balora_jax.io.teacher_cache import TeacherCache
@@ -176,7 +176,7 @@ def test_a_cache_is_of_one_base_head_data_dtype_and_length(tmp_path):
 @pytest.mark.parametrize("other", ["base", "head", "data"])
 def test_the_cache_of_another_run_is_not_used(finished, tmp_path, other):
     """A file left in the folder does not belong to this base, head or data."""
-    from balora_jax.config import load_config
+    from balora_jax.config_file import load_config
 
     config, run, _ = finished
     changes = {}

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from balora_jax.config import ModelConfig, load_config
+from balora_jax.config import ModelConfig
+from balora_jax.config_file import load_config
 from balora_jax.io.base import open_base
 from balora_jax.models.decoder import structure
 from balora_jax.models.quantized import bytes_of

@@ -1,0 +1,101 @@
+"""How does a YAML file become a checked config, and which sentence does a wrong one get?"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from balora_jax.config import RunConfig
+from balora_jax.errors import InputError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML config and apply ``key.path=value`` overrides.
+
+    Raises:
+        InputError: a missing or malformed file, an unknown key (with a suggestion), a value of
+            the wrong type or out of range; the message names the key.
+
+    Example:
+        >>> load_config("configs/absent.yaml")
+        Traceback (most recent call last):
+        balora_jax.errors.InputError: configs/absent.yaml: expected a config file, found none. ...
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: expected a config file, found none. Check the path.")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = " ".join(str(error).split())
+        raise InputError(f"{path}: expected YAML, got: {line}. Correct the file.") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: expected sections such as 'model:', got {tree!r}. Fill it in.")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: Mapping[str, Any], where: str) -> RunConfig:
+    """Validate a nested mapping; ``where`` opens every message."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(f"{where}: {_describe(error)}") from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML that ``load_config`` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"--set: expected key.path=value, got {override!r}. Write it so.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {key}: expected a YAML value, got {text!r}. Quote it.") from error
+    *parents, leaf = key.strip().split(".")
+    node = tree
+    for parent in parents:
+        below = node.setdefault(parent, {})
+        if not isinstance(below, dict):
+            raise InputError(f"--set {key}: {parent!r} is not a section. Check the key.")
+        node = below
+    node[leaf] = value
+
+
+def _describe(error: ValidationError) -> str:
+    """The first problem as one sentence; pydantic's own wording is not a user's."""
+    first = error.errors()[0]
+    location = ".".join(str(part) for part in first["loc"] if not _is_type_tag(part))
+    kind, got = first["type"], first.get("input")
+    if kind == "extra_forbidden":
+        return _unknown_key([str(part) for part in first["loc"]])
+    if kind == "missing":
+        return f"{location}: expected a value, got none. Add the key."
+    if kind == "value_error":
+        return str(first.get("ctx", {}).get("error", first["msg"]))
+    expected = first["msg"].removeprefix("Input should be ").rstrip(".")
+    return f"{location}: expected {expected}, got {got!r}. Correct the value."
+
+
+def _is_type_tag(part: Any) -> bool:
+    """Pydantic adds the branch of a union ('str', 'tuple[str, ...]') to a location."""
+    return isinstance(part, str) and (part in ("str", "int", "float") or "[" in part)
+
+
+def _unknown_key(location: list[str]) -> str:
+    section: type[BaseModel] = RunConfig
+    for part in location[:-1]:
+        section = section.model_fields[part].annotation  # type: ignore[assignment]
+    known = list(section.model_fields)
+    near = difflib.get_close_matches(location[-1], known, n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else f"It knows {', '.join(known)}."
+    where = ".".join(location[:-1]) or "the top level"
+    return f"{'.'.join(location)}: unknown key in {where}. {hint}"
