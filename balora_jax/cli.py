@@ -10,22 +10,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from balora_jax import supervise
 from balora_jax.errors import InputError, RunStoppedError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns 0 (done), 2 (bad input) or 3 (the run had to stop)."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = make_parser().parse_args(arguments)
+    options.arguments = arguments
     try:
         _check_report(getattr(options, "json", None))
-        options.run(options)
+        return options.run(options) or 0
     except (InputError, RunStoppedError) as error:
-        print(f"balora: {error}", file=sys.stderr)
-        return error.exit_code
+        print(f"balora: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
     except KeyboardInterrupt:
         print("balora: interrupted before a checkpoint could be written.", file=sys.stderr)
-        return RunStoppedError.exit_code
-    return 0
+        code = RunStoppedError.exit_code
+    if supervise.is_child():
+        from balora_jax import hosts
+
+        hosts.leave(code)
+    return code
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -36,6 +43,19 @@ def make_parser() -> argparse.ArgumentParser:
     train = _command(commands, "train", run_train, "fine-tune as a config says")
     train.add_argument("--workdir", required=True, help="folder that gets everything of the run")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    several = train.add_argument_group(
+        "several processes", "one on each host; found out by itself on Cloud TPU, SLURM, Open MPI"
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    several.add_argument("--processes", type=int, help="how many there are")
+    several.add_argument("--process", type=int, help="number of this one, from 0")
+    several.add_argument(
+        "--host-timeout",
+        type=int,
+        default=60,
+        metavar="SECONDS",
+        help="how long a host may be silent before the others stop",
+    )
 
     evaluate = _command(commands, "eval", run_eval, "score a base model or an adapter")
     evaluate.add_argument("--adapter", help="PEFT folder; the base alone without it")
@@ -87,11 +107,22 @@ def _command(commands: Any, name: str, run: Any, help_text: str) -> argparse.Arg
     return parser
 
 
-def run_train(options: argparse.Namespace) -> None:
-    """``balora train``."""
-    from balora_jax import fit, load_config
+def run_train(options: argparse.Namespace) -> int:
+    """``balora train``; with several processes, as the child of a process that watches it."""
+    from balora_jax import fit, hosts, load_config
 
-    fit(load_config(options.config, options.set), workdir=options.workdir, resume=options.resume)
+    config = load_config(options.config, options.set)
+    start = hosts.start_of(
+        *(options.coordinator, options.processes, options.process, options.host_timeout),
+        os.environ,
+    )
+    if start is not None:
+        if not supervise.is_child():
+            return supervise.run_child(supervise.module_command(options.arguments))
+        supervise.end_with_parent()
+        hosts.connect(start)
+    fit(config, workdir=options.workdir, resume=options.resume)
+    return 0
 
 
 def run_eval(options: argparse.Namespace) -> None:

@@ -29,14 +29,17 @@ MODULES = {
 
 # Who may import whom inside the package; the longest name that a module's own begins with decides.
 # The order of the table is the order of the layers: nobody may name a later line.
-BASICS = ("errors", "array_types")
+BASICS = ("errors", "array_types", "hosts")
 COMPUTE = (*BASICS, "config", "numerics", "models")
-STEP = tuple(f"training.{name}" for name in ("sharding", "optim", "steps", "causal", "labelled"))
+PARTS = ("sharding", "optim", "guard", "steps", "causal", "labelled")
+STEP = tuple(f"training.{name}" for name in PARTS)
 WIRED = (*COMPUTE, "config_file", *STEP, "io", "data", "evals")
 RUNS = tuple(f"training.{n}" for n in ("assemble", "text_run", "label_run", "label_score"))
+ENTRY = ("training.loop", "training.workdir")
 MAY_IMPORT = {
     "array_types": (),
     "errors": (),
+    "hosts": ("errors",),
     "paths": ("errors",),
     "config": (),
     "config_file": ("config", "errors"),
@@ -61,15 +64,24 @@ MAY_IMPORT = {
         *(*WIRED, "training.assemble", "training.probe"),
         *("training.rows", "training.label_score"),
     ),
-    "training.loop": (*COMPUTE, "config_file", *STEP, "io", *RUNS),
+    "training.workdir": ("config", "errors", "hosts", "io"),
+    "training.reporting": ("hosts", "io"),
+    "training.profiling": ("hosts",),
+    "training.loop": (
+        *(*COMPUTE, "config_file", *STEP, "io", *RUNS),
+        *("training.workdir", "training.reporting", "training.profiling"),
+    ),
     "bench": (*WIRED, "paths", *RUNS, "bench"),
     "bench.torch_reference": (),  # a program of its own
-    "bench.study": ("config", "config_file", "errors", "io.metrics", "training.loop"),
+    "bench.study": ("config", "config_file", "errors", "io.metrics", *ENTRY),
     "quickstart": (*BASICS, "data", "models", "quickstart"),
     # The package's own __init__.
     "": ("config", "config_file", "errors", "io.pretrained", "training.loop"),
+    "supervise": ("errors",),
     "cli": (
         "errors",
+        "hosts",
+        "supervise",
         "training.label_score",
         "bench.run",
         "bench.study",

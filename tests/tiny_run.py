@@ -171,7 +171,7 @@ def write_config(file, inputs, **overrides):
     return str(file)
 
 
-def metrics_of(workdir, without=("tokens_per_second",)):
+def metrics_of(workdir, without=("tokens_per_second", "step_seconds", "mfu")):
     """Rows of a run's metrics, without what the clock decides."""
     lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]

@@ -23,7 +23,8 @@ from balora_jax.config import RunConfig, StudyConfig
 from balora_jax.config_file import load_config, parse_config
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.io import metrics
-from balora_jax.training.loop import check_workdir, fit
+from balora_jax.training.loop import fit
+from balora_jax.training.workdir import check_workdir
 
 RECORDED = ("before", "after", "wall_seconds", "trainable_parameters", "device")
 COUNTS = ("rows", "answered")  # of a score: what it was taken on, not how good it is

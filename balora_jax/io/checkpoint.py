@@ -1,14 +1,19 @@
 """Checkpoints: what a run needs to go on exactly where it was, and when it must refuse to."""
 
+import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 
-from balora_jax.errors import InputError
+from balora_jax import hosts
+from balora_jax.errors import InputError, RunStoppedError
+from balora_jax.io import seals
 
 # Keys that may differ when a run goes on: they change where or how often, not what is computed.
 FREE_KEYS = (
@@ -24,6 +29,8 @@ FREE_KEYS = (
     "training.head",
     "training.head_chunk",
     "training.head_memory_mib",
+    "training.max_skipped",
+    "training.profile_steps",
     "training.log_every",
     "training.log_gradient_share_every",
     "training.checkpoint_every",
@@ -64,19 +71,24 @@ class Checkpoints:
     """The newest few checkpoints of a run, written in the background, each whole or not there.
 
     One checkpoint holds the adapters, their origin, the optimizer's state and the step; the
-    position in the data; the resolved config; and the fingerprint of the base.
+    position in the data; the resolved config; and the fingerprint of the base. It is sealed by a
+    digest of every file once it is on disk. An older one is removed only when the next is about to
+    be written: until then the newest is not known to be good.
+
+    Every method is to be called by all processes of a run, at the same steps.
     """
 
     def __init__(self, folder: Path, *, keep: int):
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, enable_async_checkpointing=True
+            max_to_keep=None, create=True, enable_async_checkpointing=True
         )
-        self.folder = folder.absolute()
+        self.folder, self.keep = folder.absolute(), keep
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._unsealed: int | None = None
 
     def latest_step(self, before: int | None = None) -> int | None:
         """The step of the newest finished checkpoint (of those before a step), or None."""
-        steps = self._manager.all_steps()
+        steps = [step for step in self._manager.all_steps() if step != self._unsealed]
         return max((s for s in steps if before is None or s < before), default=None)
 
     def path_of(self, step: int) -> Path:
@@ -84,19 +96,69 @@ class Checkpoints:
         return self.folder / str(step)
 
     def save(self, step: int, state: Any, data: Mapping[str, Any], identity: Identity) -> None:
-        """Start writing; returns once the arrays are copied off the devices."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=ocp.args.JsonSave(dict(data)),
-                run=ocp.args.JsonSave(identity._asdict()),
-            ),
-        )
+        """Start writing; returns once the arrays are copied off the devices.
+
+        Raises:
+            RunStoppedError: this or the checkpoint before cannot be written.
+        """
+        self.wait()
+        for old in sorted(self._manager.all_steps())[: -self.keep]:
+            self._manager.delete(old)
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    data=ocp.args.JsonSave(dict(data)),
+                    run=ocp.args.JsonSave(identity._asdict()),
+                ),
+            )
+        self._unsealed = step
+
+    def poll(self) -> None:
+        """Seal what was started, if it is on disk by now; to be called between steps."""
+        if self._unsealed is not None and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
-        """Until what was started is on disk."""
-        self._manager.wait_until_finished()
+        """Until what was started is on disk and sealed.
+
+        Raises:
+            RunStoppedError: it cannot be written.
+        """
+        if self._unsealed is None:
+            return
+        with self._writing():
+            self._manager.wait_until_finished()
+            if hosts.is_first():
+                seals.seal(self.path_of(self._unsealed))
+        self._unsealed = None
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn the system's refusal to write into the end of the run."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            # The writer of arrays reports what the system said as a ValueError.
+            found = re.search(r"os_error_code='(\d+)'|OS error (\d+)", str(error))
+            number = error.errno if isinstance(error, OSError) else None
+            if found is not None:
+                number = int(found[1] or found[2])
+            if number is None:
+                raise
+            self._unsealed = None
+            good = self.latest_whole()
+            kept = "there is no earlier one" if good is None else f"{self.path_of(good)} is whole"
+            raise RunStoppedError(
+                f"{self.folder}: expected room for a checkpoint, got: {os.strerror(number)}; "
+                f"{kept}. Make room there and go on with --resume."
+            ) from error
+
+    def latest_whole(self) -> int | None:
+        """The newest checkpoint that was sealed."""
+        steps = (s for s in self._manager.all_steps() if seals.is_sealed(self.path_of(s)))
+        return max(steps, default=None)
 
     def identity(self, step: int) -> Identity:
         """The config and base that a checkpoint was made with."""
@@ -104,7 +166,7 @@ class Checkpoints:
         return Identity(**found["run"])
 
     def restore(self, step: int, like: Any) -> Restored:
-        """Read a checkpoint onto the shapes and shardings of ``like``."""
+        """Read a checkpoint onto the shapes and shardings of ``like``, whatever wrote it."""
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
         )
@@ -117,15 +179,50 @@ class Checkpoints:
         return Restored(step, found["state"], found["data"])
 
     def close(self) -> None:
-        """Finish writing and let go."""
+        """Finish writing, remove what is not to be kept, and let go."""
+        self.wait()
+        for old in sorted(self._manager.all_steps())[: -self.keep]:
+            self._manager.delete(old)
         self._manager.close()
 
 
-def has_checkpoints(folder: Path) -> bool:
-    """Whether any finished checkpoint lies in ``folder`` (without touching it)."""
-    return folder.is_dir() and any(
-        child.is_dir() and child.name.isdigit() for child in folder.iterdir()
-    )
+def newest_whole(folder: Path) -> tuple[int | None, list[str]]:
+    """The newest checkpoint whose every file is as it was written, and what was found on the way.
+
+    One whose writing was cut short is removed; a damaged one is put aside as ``damaged-STEP``.
+
+    Raises:
+        InputError: there are checkpoints, but all of them are damaged.
+    """
+    steps = sorted((int(child.name) for child in _finished(folder)), reverse=True)
+    found: list[str] = []
+    damaged = 0
+    for step in steps:
+        path = folder / str(step)
+        if not seals.is_sealed(path):
+            found.append(f"{path}: removed, as writing it was cut short")
+            shutil.rmtree(path)
+            continue
+        damage = seals.damage(path)
+        if damage is None:
+            return step, found
+        aside = folder / f"damaged-{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        damaged += 1
+        found.append(f"{path}: damaged, as {damage}; put aside as {aside.name}")
+    if damaged:
+        raise InputError(
+            f"{folder}: expected a whole checkpoint, got only damaged ones ({'; '.join(found)}). "
+            "Bring one back from a copy, or use a new --workdir."
+        )
+    return None, found
+
+
+def _finished(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [child for child in folder.iterdir() if child.is_dir() and child.name.isdigit()]
 
 
 def discard(folder: Path) -> None:

@@ -37,7 +37,7 @@ class MetricsLog:
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, row: Mapping[str, float]) -> None:
+    def write(self, row: Mapping[str, float | None]) -> None:
         """Add one row, flushed: a killed run keeps every row it logged."""
         ordered = {name: row[name] for name in COLUMNS} | dict(row)
         self._file.write(json.dumps(ordered) + "\n")

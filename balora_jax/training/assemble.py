@@ -267,6 +267,7 @@ def parts_of(
         optimizer=optim.make_optimizer(config.training, total_steps),
         learning_rate=optim.learning_rate_schedule(config.training, total_steps),
         dropout=config.adapter.dropout > 0.0,
+        spike_sigmas=config.training.spike_sigmas,
     )
 
 

@@ -1,11 +1,11 @@
 """One run from start to end: score, train with checkpoints, export, score again."""
 
+import functools
 import json
 import math
 import os
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,14 +15,18 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from balora_jax import hosts
 from balora_jax.config import RunConfig, TrainingConfig
 from balora_jax.config_file import dump_config
-from balora_jax.errors import InputError, RunStoppedError
+from balora_jax.errors import RunStoppedError
 from balora_jax.io import checkpoint, export, metrics
 from balora_jax.training import label_run, steps, text_run
 from balora_jax.training.assemble import Loaded
 from balora_jax.training.label_run import LabelRun
+from balora_jax.training.profiling import Profile
+from balora_jax.training.reporting import Reporter, divergence, progress
 from balora_jax.training.text_run import TextRun
+from balora_jax.training.workdir import check_model_folder, check_workdir, make_folder
 
 Run = TextRun | LabelRun
 
@@ -41,24 +45,64 @@ def fit(config: RunConfig, *, workdir: str | Path, resume: bool = False) -> dict
 
     Raises:
         InputError: bad input or configuration; nothing was written.
-        RunStoppedError: diverged, or interrupted after a checkpoint.
+        RunStoppedError: diverged, interrupted after a checkpoint, or a device, a host or the disk
+            failed.
     """
-    folder = Path(workdir)
+    folder, began = Path(workdir), time.monotonic()
+    hosts.by_first(functools.partial(check_folders, config, folder, resume))
+    check = label_run.check if config.task == "nlu" else text_run.check
+    run: Run = hosts.together(functools.partial(check, config))
+    step = None
+    if resume:
+        step, found = hosts.by_first(lambda: checkpoint.newest_whole(folder / "checkpoints"))
+        hosts.say(*found)
+    if step is not None:
+        check_identity(run, folder, step)
+    with failures(folder):
+        loaded = run.load()
+        describe(run)
+        with jax.set_mesh(run.mesh), interruptions() as interrupted:
+            return Training(run, loaded, folder, began, interrupted).run(step)
+
+
+def check_folders(config: RunConfig, folder: Path, resume: bool) -> None:
+    """Raises InputError unless the run may write to ``folder``."""
     check_workdir(folder, resume)
     check_model_folder(config, folder, resume)
-    began = time.monotonic()
-    run = label_run.check(config) if config.task == "nlu" else text_run.check(config)
-    if resume and checkpoint.has_checkpoints(folder / "checkpoints"):
-        store = checkpoint.Checkpoints(folder / "checkpoints", keep=10**6)
-        step = store.latest_step()
-        if step is not None:
-            where = f"{folder}: --resume"
-            checkpoint.check_same_run(store.identity(step), identity_of(run), where)
-        store.close()
-    loaded = run.load()
-    describe(run)
-    with jax.set_mesh(run.mesh), interruptions() as interrupted:
-        return Training(run, loaded, folder, began, interrupted).run(resume)
+
+
+def check_identity(run: Run, folder: Path, step: int) -> None:
+    """Raises InputError unless the checkpoint of a step is one of this run."""
+    store = checkpoint.Checkpoints(folder / "checkpoints", keep=10**6)
+    checkpoint.check_same_run(store.identity(step), identity_of(run), f"{folder}: --resume")
+    store.close()
+
+
+@contextmanager
+def failures(folder: Path) -> Iterator[None]:
+    """Turn what a device, another host or the disk does to a run into its end.
+
+    Raises:
+        RunStoppedError: in one sentence.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        line = " ".join(str(error).split())[:300]
+        advice = "Go on with --resume."
+        if "RESOURCE_EXHAUSTED" in line:
+            advice = (
+                "Lower training.batch_size, raise training.accumulation or mesh.fsdp, or set "
+                "model.remat=full; balora plan says what fits."
+            )
+        elif jax.process_count() > 1:
+            advice = "Another host may be gone. Start all processes again with --resume."
+        raise RunStoppedError(f"{folder}: a device or a host failed: {line} {advice}") from error
+    except OSError as error:
+        raise RunStoppedError(
+            f"{folder}: expected to read and write there, got: {error.strerror or error}. Correct "
+            "that and go on with --resume."
+        ) from error
 
 
 class Training:
@@ -85,14 +129,19 @@ class Training:
         self.key = jax.random.key(training.seed)
         self.before: dict[str, Any] = {}
         self.saved: int | None = None
+        self.postponed = False
 
-    def run(self, resume: bool) -> dict[str, Any]:
-        """Everything after loading."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        metrics.write_atomically(self.folder / "config.yaml", dump_config(self.setup.config))
-        self.store = self.open_store(resume)
-        start = self.restore() if resume else 0
-        self.log = metrics.MetricsLog(self.folder / "metrics.jsonl", keep_until=start)
+    def run(self, resumed: int | None) -> dict[str, Any]:
+        """Everything after loading, from the checkpoint of a step on if one is given."""
+        make_folder(self.folder)
+        if hosts.is_first():
+            text = dump_config(self.setup.config)
+            metrics.write_atomically(self.folder / "config.yaml", text)
+        self.store = self.open_store(resumed)
+        start = 0 if resumed is None else self.restore(resumed)
+        self.log = None
+        if hosts.is_first():
+            self.log = metrics.MetricsLog(self.folder / "metrics.jsonl", keep_until=start)
         self.scorer = self.setup.scorer()
         self.teacher: Any = self.setup.teacher(self.constants, self.folder)
         if not self.before:
@@ -100,29 +149,28 @@ class Training:
         try:
             self.train(start)
         finally:
-            self.log.close()
-            self.store.close()
+            if self.log is not None:
+                self.log.close()
+        self.store.close()
         return self.finish()
 
-    def open_store(self, resume: bool) -> checkpoint.Checkpoints:
+    def open_store(self, resumed: int | None) -> checkpoint.Checkpoints:
         """The checkpoint folder; what a killed first save left there is removed."""
         folder = self.folder / "checkpoints"
-        if not (resume and checkpoint.has_checkpoints(folder)):
+        if resumed is None and hosts.is_first():
             checkpoint.discard(folder)
+        hosts.barrier("checkpoints")
         return checkpoint.Checkpoints(folder, keep=self.setup.config.training.keep_checkpoints)
 
-    def restore(self) -> int:
-        """Go to the newest checkpoint; returns its step."""
-        latest = self.store.latest_step()
-        if latest is None:
-            return 0
-        found = self.store.restore(latest, self.saved_tree())
+    def restore(self, step: int) -> int:
+        """Go to the checkpoint of a step; returns it."""
+        found = self.store.restore(step, self.saved_tree())
         self.constants = self.constants._replace(origin=found.state["origin"])
         self.state = steps.TrainState(**found.state["train"])
         self.batches.set_state(found.data["batches"])
-        self.before, self.saved = found.data["before"], latest
-        print(f"resumed at step {latest} from {self.store.path_of(latest)}", flush=True)
-        return latest
+        self.before, self.saved = found.data["before"], step
+        hosts.say(f"resumed at step {step} from {self.store.path_of(step)}")
+        return step
 
     def saved_tree(self) -> dict[str, Any]:
         """The arrays of a checkpoint; the origin too, as another machine's SVD may differ."""
@@ -133,52 +181,76 @@ class Training:
         training, mesh = self.setup.config.training, self.setup.mesh
         step_fn = steps.compile_step(self.parts, self.state, mesh)
         shares_fn = steps.gradient_shares(self.parts)
-        report = Reporter(self.log, training.log_every)
-        bar = tqdm(total=self.stop_at, initial=start, desc="training", unit="step")
-        with bar:
+        self.report = Reporter(self.log, training.log_every)
+        profile = Profile(training.profile_steps, self.folder / "profile")
+        with progress(self.stop_at, start) as bar, profile:
             for step in range(start + 1, self.stop_at + 1):
-                self.stop_if_interrupted(step - 1, report, bar)
+                self.stop_if_interrupted(step - 1, bar)
                 rows = self.setup.prepare(next(self.batches), self.teacher)
                 batch = steps.place_batch(rows, mesh)
                 every = training.log_gradient_share_every
                 shares = {}
                 if every and step % every == 0:
                     shares = shares_fn(self.state, self.constants, batch, self.key)
+                profile.before(step, self.state)
                 self.state, values = step_fn(self.state, self.constants, batch, self.key)
-                self.check_finite(report.take(step, values | shares, bar))
+                profile.after(step, self.state)
+                self.check_row(self.report.take(step, values | shares, bar))
+                self.store.poll()
                 due = training.checkpoint_every and step % training.checkpoint_every == 0
-                if due or step == self.stop_at:
-                    self.check_finite(report.flush(bar))
-                    self.save(step)
-            self.stop_if_interrupted(self.stop_at, report, bar)
+                if due or self.postponed or step == self.stop_at:
+                    self.save_if_good(step, bar)
+            self.stop_if_interrupted(self.stop_at, bar)
+
+    def save_if_good(self, step: int, bar: tqdm) -> None:
+        """A checkpoint of this step, or of the next one whose update was made.
+
+        While updates are left out the weights may be to blame, and older checkpoints must stay.
+        """
+        row = self.report.flush(bar)
+        self.check_row(row)
+        self.postponed = row is not None and row["skipped_in_a_row"] > 0 and step < self.stop_at
+        if not self.postponed:
+            self.save(step)
 
     def save(self, step: int) -> None:
         """Start a checkpoint of this step."""
+        if not bool(steps.all_finite(self.state.adapters)):
+            raise RunStoppedError(
+                f"training diverged by step {step}: expected finite weights, got others; "
+                f"{self.good_before(step)}. Lower training.learning_rate and start again."
+            )
         data = {"batches": self.batches.get_state(), "before": self.before}
         self.store.save(step, self.saved_tree(), data, identity_of(self.setup))
         self.saved = step
 
-    def check_finite(self, row: dict[str, float] | None) -> None:
-        """Raises RunStoppedError at the first loss or gradient that is not a number."""
-        if row is None or (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+    def check_row(self, row: dict[str, float] | None) -> None:
+        """Raises RunStoppedError where more updates were left out in a row than may be."""
+        most = self.setup.config.training.max_skipped
+        if row is None or row["skipped_in_a_row"] <= most:
             return
-        self.store.wait()
         # A loss is that of the weights before its step, so the checkpoint just before is not good.
-        good = self.store.latest_step(before=int(row["step"]) - 1)
-        kept = "there is no good checkpoint yet"
-        if good is not None:
-            kept = f"the last good checkpoint is {self.store.path_of(good)}"
-        raise RunStoppedError(
-            f"training diverged at step {row['step']:.0f}: expected a finite loss and gradient, "
-            f"got loss {row['loss']} and gradient norm {row['grad_norm']}; {kept}. Lower "
-            "training.learning_rate and start again, or look at the data of this step."
-        )
+        first = int(row["step"] - row["skipped_in_a_row"]) + 1
+        raise RunStoppedError(divergence(row, most, self.good_before(first - 1)))
 
-    def stop_if_interrupted(self, step: int, report: "Reporter", bar: tqdm) -> None:
-        """On SIGTERM or SIGINT: log and save the steps done, and end with exit code 3."""
+    def good_before(self, step: int) -> str:
+        """Says which checkpoint is the newest before a step."""
+        self.store.wait()
+        good = self.store.latest_step(before=step)
+        if good is None:
+            return "there is no good checkpoint yet"
+        return f"the last good checkpoint is {self.store.path_of(good)}"
+
+    def stop_if_interrupted(self, step: int, bar: tqdm) -> None:
+        """On SIGTERM or SIGINT: log and save the steps done, and end with exit code 3.
+
+        With several processes all of them stop at the same step, whichever got the signal.
+        """
+        if hosts.preempted(step):
+            self.interrupted.append("SIGTERM")
         if not self.interrupted:
             return
-        self.check_finite(report.flush(bar))
+        self.check_row(self.report.flush(bar))
         if self.saved != step:
             self.save(step)
         self.store.wait()
@@ -198,38 +270,34 @@ class Training:
         setup = self.setup
         written = self.export()
         after = self.score("after")
-        drawn = metrics.draw_curves(
-            metrics.read_metrics(self.folder / "metrics.jsonl"), self.folder / "curves.png"
-        )
         summary = {
             "before": self.before,
             "after": after,
             "trainable_parameters": setup.trainable,
             "total_parameters": setup.total,
             "steps": int(self.state.step),
+            "skipped_updates": int(self.state.guard.skipped),
             "wall_seconds": round(time.monotonic() - self.began, 3),
             "peak_memory_bytes": metrics.peak_memory_bytes(),
             "versions": metrics.versions(),
             "device": metrics.device_description(),
         }
-        text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
-        metrics.write_atomically(self.folder / "summary.json", text)
-        print(written)
-        if drawn:
-            print(f"curves:  {self.folder / 'curves.png'}")
-        for name in (n for n in after if n in self.before and not _is_count(n)):
-            rise = f"{self.before[name]:.3f} -> {after[name]:.3f}"
-            title = name.replace("_", " ")
-            print(f"{title} on held-out rows: {rise} in {summary['wall_seconds']:.0f} s")
+        if hosts.is_first():
+            write_results(self.folder, summary, written)
+        hosts.barrier("finished")
         return summary
 
     def export(self) -> str:
         """Write the adapter, or of a full fine-tuning the whole model; says what was written."""
         setup, model = self.setup, self.setup.config.model
+        trainable = hosts.gathered_all(self.state.adapters)
+        origin = hosts.gathered_all(self.constants.origin)
+        if not hosts.is_first():
+            return ""
         if setup.config.adapter.method == "full":
             shutil.rmtree(self.folder / export.MODEL, ignore_errors=True)
             found = export.write_model(
-                self.folder / export.MODEL, setup.base, self.state.adapters, model.dtype
+                self.folder / export.MODEL, setup.base, trainable, model.dtype
             )
             return f"model: {found.folder} ({found.merged} tensors changed)"
         report = export.write_adapter(
@@ -237,50 +305,33 @@ class Training:
             setup.base,
             model.name_or_path,
             setup.modules,
-            self.state.adapters,
-            self.constants.origin,
+            trainable,
+            origin,
             use_rslora=use_rslora(setup),
             overwrite=True,
         )
         return f"adapter: {report.folder} (PEFT, rank {report.rank}, {report.parameters:,} numbers)"
 
 
+def write_results(folder: Path, summary: dict[str, Any], written: str) -> None:
+    """The summary and the curves of a finished run, and what was gained, for the reader."""
+    rows = metrics.read_metrics(folder / "metrics.jsonl")
+    drawn = metrics.draw_curves(rows, folder / "curves.png")
+    text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+    metrics.write_atomically(folder / "summary.json", text)
+    print(written)
+    if drawn:
+        print(f"curves:  {folder / 'curves.png'}")
+    before, after = summary["before"], summary["after"]
+    for name in (n for n in after if n in before and not _is_count(n)):
+        rise = f"{before[name]:.3f} -> {after[name]:.3f}"
+        title = name.replace("_", " ")
+        print(f"{title} on held-out rows: {rise} in {summary['wall_seconds']:.0f} s")
+
+
 def _is_count(figure: str) -> bool:
     """Whether a figure of a score is a number of rows (MNLI's two sets name theirs)."""
     return figure == "answered" or figure.split("_")[0] == "rows"
-
-
-class Reporter:
-    """Metrics from the device to the log, one step behind the computation."""
-
-    def __init__(self, log: metrics.MetricsLog, every: int):
-        self.log, self.every = log, every
-        self.pending: tuple[int, Any] | None = None
-        self.clock, self.tokens = time.monotonic(), 0.0
-
-    def take(self, step: int, values: Any, bar: tqdm) -> dict[str, float] | None:
-        """Remember a step's metrics; log and return those of the step before."""
-        row = self.flush(bar)
-        self.pending = (step, values)
-        return row
-
-    def flush(self, bar: tqdm) -> dict[str, float] | None:
-        """Log what is remembered."""
-        if self.pending is None:
-            return None
-        step, values = self.pending
-        self.pending = None
-        row = {"step": step} | {name: float(v) for name, v in jax.device_get(values).items()}
-        self.tokens += row["tokens"]
-        bar.update(1)
-        bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-        finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
-        if finite and (step % self.every == 0 or step == 1):
-            now = time.monotonic()
-            speed = self.tokens / max(now - self.clock, 1e-9)
-            self.clock, self.tokens = now, 0.0
-            self.log.write(row | {"tokens": int(row["tokens"]), "tokens_per_second": speed})
-        return row
 
 
 def total_steps(config: TrainingConfig, batches_per_epoch: Callable[[], int]) -> int:
@@ -305,62 +356,39 @@ def identity_of(run: Run) -> checkpoint.Identity:
 
 def describe(run: Run) -> None:
     """What is about to run: config, layers, counts, data and one example with its loss mask."""
-    print(dump_config(run.config).rstrip())
     kinds = sorted({module.path.rsplit(".", 1)[-1] for module in run.modules})
     layers = f"{len(run.modules)} layers ({', '.join(kinds)})" if kinds else "none, full model"
     share = 100.0 * run.trainable / run.total
-    print(f"base: {run.base.folder} ({run.base.config.model_type}, {run.total:,} parameters)")
-    print(f"adapters: {layers}, {run.trainable:,} trainable parameters ({share:.2f} %)")
-    print(f"devices: {metrics.device_description()}, mesh {dict(run.mesh.shape)}")
-    print(*run.describe(), sep="\n", flush=True)
-
-
-def check_workdir(folder: Path, resume: bool) -> None:
-    """Raises InputError unless the folder can be written and does not hold another run."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--workdir {folder}: expected a folder, got a file. Choose another.")
-    holds_run = (folder / "config.yaml").exists() or (folder / "checkpoints").exists()
-    if holds_run and not resume:
-        raise InputError(
-            f"--workdir {folder}: expected a new or empty folder, got one that holds a run. "
-            "Add --resume to go on with it, or choose another folder."
-        )
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"--workdir {folder}: expected a folder that can be written, got "
-            f"{os.strerror(error.errno or 0)}. Choose another or change its permissions."
-        ) from error
-
-
-def check_model_folder(config: RunConfig, folder: Path, resume: bool) -> None:
-    """Raises InputError where the model of a full fine-tuning would replace one of the user's."""
-    target = folder / export.MODEL
-    full = config.adapter.method == "full"
-    if full and target.exists() and not (resume and (folder / "config.yaml").exists()):
-        raise InputError(
-            f"--workdir {folder}: expected no {export.MODEL}/ in it before a full fine-tuning, "
-            "which writes one, got one. Choose another folder."
-        )
+    devices = f"devices: {metrics.device_description()}, mesh {dict(run.mesh.shape)}"
+    if jax.process_count() > 1:
+        devices += f", {jax.process_count()} processes"
+    hosts.say(
+        dump_config(run.config).rstrip(),
+        f"base: {run.base.folder} ({run.base.config.model_type}, {run.total:,} parameters)",
+        f"adapters: {layers}, {run.trainable:,} trainable parameters ({share:.2f} %)",
+        devices,
+        *run.describe(),
+    )
 
 
 @contextmanager
 def interruptions() -> Iterator[list[str]]:
     """Collect the names of SIGTERM and SIGINT instead of dying; the loop looks between steps."""
     received: list[str] = []
+    several = jax.process_count() > 1
 
     def note(number: int, _frame: object) -> None:
+        if several:
+            # The runtime takes SIGTERM, and lets all processes agree on the step to stop after.
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
         received.append(signal.Signals(number).name)
         if len(received) > 1:
             raise KeyboardInterrupt
 
     try:
-        previous = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+        taken = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+        previous = {s: signal.signal(s, note) for s in taken}
     except ValueError:  # not in the main thread: the embedding program handles signals
         yield received
         return

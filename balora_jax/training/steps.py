@@ -10,6 +10,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from balora_jax.array_types import Array, PRNGKeyArray, Scalar
 from balora_jax.numerics.logit_terms import TermScales
+from balora_jax.training import guard
+from balora_jax.training.guard import Guard
 from balora_jax.training.sharding import batch_sharding, replicated, shardings
 
 Metrics = dict[str, Scalar]
@@ -19,14 +21,16 @@ class TrainState(NamedTuple):
     """What training changes.
 
     Attributes:
-        step: optimizer steps done, int32.
+        step: optimizer steps done, int32, those without an update among them.
         adapters: trainable arrays by path, float32.
         opt_state: of the optax chain.
+        guard: what decides whether an update is left out.
     """
 
     step: Scalar
     adapters: dict[str, Array]
     opt_state: Any
+    guard: Guard
 
 
 class StepParts(NamedTuple):
@@ -40,6 +44,7 @@ class StepParts(NamedTuple):
         optimizer: the optax chain.
         learning_rate: step → its learning rate.
         dropout: whether the loss wants a key.
+        spike_sigmas: of :func:`guard.accepts`.
     """
 
     loss: Callable[..., tuple[Scalar, Metrics]]
@@ -48,6 +53,7 @@ class StepParts(NamedTuple):
     optimizer: optax.GradientTransformation
     learning_rate: Callable[[Scalar], Any]
     dropout: bool
+    spike_sigmas: float | None = None
 
 
 def train_step(
@@ -58,6 +64,9 @@ def train_step(
     key: PRNGKeyArray,
 ) -> tuple[TrainState, Metrics]:
     """The next state and this step's metrics; every mean is over the global batch.
+
+    Where the guard does not accept the loss and the gradient, adapters and optimizer stay as they
+    were, the schedule of the learning rate with them.
 
     Args:
         parts: static functions.
@@ -88,18 +97,30 @@ def train_step(
     (loss, values), grads = like
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (loss, values, grads))
     (loss, values, grads), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(micro_batches), batch))
+    norm = optax.global_norm(grads)
+    good = guard.accepts(state.guard, loss, norm, parts.spike_sigmas)
     updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.adapters)
     adapters = jax.tree.map(jnp.add, state.adapters, updates)
+    adapters, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(good, new, old),
+        (adapters, opt_state),
+        (state.adapters, state.opt_state),
+    )
+    seen = guard.noted(state.guard, good, loss, norm)
     metrics = {
         "loss": loss,
         **values,
         "lambda2": weights[1],
         "lambda3": weights[2],
-        "learning_rate": jnp.asarray(parts.learning_rate(state.step), jnp.float32),
-        "grad_norm": optax.global_norm(grads),
+        "learning_rate": jnp.asarray(
+            parts.learning_rate(state.step - state.guard.skipped), jnp.float32
+        ),
+        "grad_norm": norm,
         "tokens": jnp.asarray(counts.tokens, jnp.float32),
+        "skipped": seen.skipped,
+        "skipped_in_a_row": seen.in_a_row,
     }
-    return TrainState(state.step + 1, adapters, opt_state), metrics
+    return TrainState(state.step + 1, adapters, opt_state, seen), metrics
 
 
 def compile_step(parts: StepParts, state: TrainState, mesh: Mesh) -> Callable[..., Any]:
@@ -119,7 +140,12 @@ def initial_state(
     shapes = {path: jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in adapters.items()}
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(shapes, optimizer, mesh))
     opt_state = jax.jit(optimizer.init, out_shardings=layout.opt_state)(adapters)
-    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), layout.step), adapters, opt_state)
+    begin = jax.jit(
+        lambda: (jnp.zeros((), jnp.int32), guard.new_guard()),
+        out_shardings=(layout.step, layout.guard),
+    )
+    step, seen = begin()
+    return TrainState(step, adapters, opt_state, seen)
 
 
 def abstract_state(
@@ -139,7 +165,10 @@ def abstract_state(
         transform_non_params=lambda leaf: struct(leaf, replicated(mesh)),
     )
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
-    return TrainState(step, jax.tree.map(struct, adapters, placed), opt_state)
+    seen = jax.tree.map(
+        lambda leaf: struct(leaf, replicated(mesh)), jax.eval_shape(guard.new_guard)
+    )
+    return TrainState(step, jax.tree.map(struct, adapters, placed), opt_state, seen)
 
 
 def gradient_shares(parts: StepParts) -> Callable[..., Metrics]:
@@ -169,6 +198,19 @@ def gradient_shares(parts: StepParts) -> Callable[..., Metrics]:
     return jax.jit(measure)
 
 
+@jax.jit
+def all_finite(arrays: dict[str, Array]) -> Scalar:
+    """Whether every number is finite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in arrays.values()]))
+
+
 def place_batch(batch: dict, mesh: Mesh) -> dict[str, Array]:
-    """Host arrays [micro-batches, B, T] onto the devices that hold their rows."""
-    return jax.device_put(batch, batch_sharding(mesh))
+    """Host arrays [micro-batches, B, T] onto the devices that hold their rows.
+
+    Every process has the whole batch and places the part of its own devices.
+    """
+    layout = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_callback(value.shape, layout, value.__getitem__)
+        for name, value in batch.items()
+    }

@@ -30,17 +30,22 @@ def diverge(tmp_path, inputs, **training):
             "weight_decay": 0.0,
             "schedule": "constant",
             "warmup": 0.5,
+            "max_skipped": 0,
             **training,
         },
     )
     code, _, err = invoke("train", config, "--workdir", tmp_path / "run")
     message = err.splitlines()[-1]
     assert code == 3
-    assert message.startswith("balora: training diverged at step 3: expected a finite loss")
+    last = 3 + training.get("max_skipped", 0)
+    assert message.startswith(f"balora: training diverged at step {last}: expected a finite loss")
     assert "Traceback" not in err
     rows = metrics_of(tmp_path / "run")
-    assert [row["step"] for row in rows] == [1, 2]
-    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert [row["step"] for row in rows] == list(range(1, last + 1))
+    assert all(math.isfinite(value) for row in rows[:2] for value in row.values())
+    for i, row in enumerate(rows[2:], 1):
+        assert row["loss"] is None
+        assert (row["skipped"], row["skipped_in_a_row"]) == (i, i)
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)  # NaN and Infinity are no JSON
     assert not (tmp_path / "run" / "adapter").exists()
@@ -61,6 +66,35 @@ def test_the_last_good_checkpoint_is_kept_and_named(tmp_path, inputs):
     for path, value in adapters.items():  # nothing was learnt yet
         assert np.array_equal(value, origin[path.replace(".lora_", ".origin_")]), path
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored))
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_later_steps_without_an_update_leave_checkpoints_alone(tmp_path, inputs, keep):
+    """Three more steps without an update write none, so the last good one is not removed."""
+    training = {"checkpoint_every": 1, "keep_checkpoints": keep, "max_skipped": 3}
+    message = diverge(tmp_path, inputs, **training)
+    assert " for 4 steps one after another; the last good checkpoint is " in message
+    assert checkpoint_steps(tmp_path / "run") == [1, 2]
+    assert str(tmp_path / "run" / "checkpoints" / "1") in message
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, inputs):
+    """Here the update itself is not finite, though loss and gradient are."""
+    config = write_config(
+        tmp_path / "config.yaml",
+        inputs,
+        adapter=FEW,
+        training={
+            **{"max_steps": 2, "optimizer": "sgd", "learning_rate": 1e38, "clip_norm": None},
+            **{"schedule": "constant", "warmup": 0.0, "lora_plus_ratio": 1e38},
+        },
+    )
+    code, _, err = invoke("train", config, "--workdir", tmp_path / "run")
+    assert code == 3
+    message = err.splitlines()[-1]
+    assert message.startswith("balora: training diverged by step 2: expected finite weights")
+    assert "there is no good checkpoint yet" in message
+    assert checkpoint_steps(tmp_path / "run") == []
 
 
 def test_no_checkpoint_yet(tmp_path, inputs):

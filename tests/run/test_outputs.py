@@ -26,7 +26,8 @@ from tests.tiny_run import (
 
 COLUMNS = {
     "step", "loss", "task_loss", "consistency", "diversity", "spectral", "lambda1", "lambda2",
-    "lambda3", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "spectral_residual",
+    "lambda3", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "step_seconds",
+    "spectral_residual", "skipped", "skipped_in_a_row",
 }  # fmt: skip
 TERMS = ("task_loss", "consistency", "diversity", "spectral")
 SHARES = {f"gradient_{kind}_{term}" for kind in ("share", "norm") for term in TERMS}
@@ -78,7 +79,9 @@ def test_a_row_for_every_step(finished):
         assert row.keys() - SHARES == COLUMNS
         assert all(math.isfinite(value) for value in row.values())
         assert row["tokens_per_second"] > 0
+        assert row["step_seconds"] > 0
         assert isinstance(row["tokens"], int)
+        assert (row["skipped"], row["skipped_in_a_row"]) == (0, 0)
 
 
 def test_the_loss_is_the_weighted_sum(finished):
@@ -131,8 +134,8 @@ def test_gradient_shares(finished):
 def test_the_summary(finished):
     summary = json.loads((finished.workdir / "summary.json").read_text())
     assert summary.keys() == {
-        "before", "after", "trainable_parameters", "total_parameters", "steps", "wall_seconds",
-        "peak_memory_bytes", "versions", "device",
+        "before", "after", "trainable_parameters", "total_parameters", "steps",
+        "skipped_updates", "wall_seconds", "peak_memory_bytes", "versions", "device",
     }  # fmt: skip
     for name in ("before", "after"):
         assert summary[name].keys() == {"exact_match", "answered", "rows"}

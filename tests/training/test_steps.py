@@ -143,7 +143,8 @@ def test_metrics_equal_numpy(full, run):
         want["learning_rate"] = [0.0, 0.0, 0.0, 0.1 * (1 + np.cos(np.pi / 8)) / 2][i]
         for name, value in want.items():
             assert metrics[i][name] == pytest.approx(value, rel=2e-5, abs=1e-7), name
-        assert set(metrics[i]) == {*want, "grad_norm", "spectral_residual"}
+        rest = {"grad_norm", "spectral_residual", "skipped", "skipped_in_a_row"}
+        assert set(metrics[i]) == {*want, *rest}
         assert 0.07 < want["lambda1"] < 0.7
         assert want["consistency"] > 1e-3
 

@@ -14,7 +14,7 @@ from balora_jax.models.rotary import RopeConfig
 from balora_jax.models.weight_names import linear_shapes, weight_rules
 from balora_jax.numerics import linalg
 from balora_jax.numerics.objective import Objective, weights
-from balora_jax.training import causal, optim, steps
+from balora_jax.training import causal, guard, optim, steps
 
 LAYERS, VOCABULARY, CHUNK = 3, 23, 7
 MODEL = DecoderConfig(
@@ -117,5 +117,8 @@ class Tiny:
         """Step 0 from the given adapters (a copy: a step donates its state)."""
         adapters = {k: jnp.array(v) for k, v in (adapters or self.adapters).items()}
         return steps.TrainState(
-            jnp.zeros((), jnp.int32), adapters, self.parts.optimizer.init(adapters)
+            jnp.zeros((), jnp.int32),
+            adapters,
+            self.parts.optimizer.init(adapters),
+            guard.new_guard(),
         )

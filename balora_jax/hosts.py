@@ -1,0 +1,230 @@
+"""What do several processes of one run need of each other: a start, one voice, one opinion?
+
+Everything here is also right, and does nothing, in a run of one process.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from balora_jax.errors import InputError, RunStoppedError
+
+Result = TypeVar("Result")
+
+START_TIMEOUT = 300
+"""Seconds that a process waits for all others to appear."""
+
+CLUSTERS = {
+    "SLURM_NTASKS": "SLURM",
+    "OMPI_COMM_WORLD_SIZE": "Open MPI",
+    "MEGASCALE_NUM_SLICES": "Cloud TPU",
+}
+"""Environment variables that count the processes of a job, and who sets them."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How this process finds the others; all None where the environment tells.
+
+    Attributes:
+        coordinator: ``HOST:PORT`` of process 0.
+        processes: how many there are.
+        process: number of this one, from 0.
+        timeout: seconds after which a silent process counts as dead.
+    """
+
+    coordinator: str | None
+    processes: int | None
+    process: int | None
+    timeout: int
+
+
+def start_of(
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
+    timeout: int,
+    environment: Mapping[str, str],
+) -> Start | None:
+    """How to start with these options in this environment; None for a run of one process.
+
+    Raises:
+        InputError: options that do not belong together.
+
+    Example:
+        >>> start_of(None, None, None, 60, {"SLURM_NTASKS": "4", "SLURM_PROCID": "1"})
+        Start(coordinator=None, processes=None, process=None, timeout=60)
+        >>> start_of(None, None, None, 60, {}) is None
+        True
+    """
+    if timeout < 5:
+        raise InputError(
+            f"--host-timeout: expected at least 5 seconds, got {timeout}. Raise it: a slow network "
+            "would look like a dead host."
+        )
+    given = (coordinator, processes, process)
+    if all(value is None for value in given):
+        return Start(None, None, None, timeout) if _in_cluster(environment) else None
+    if coordinator is None or processes is None or process is None:
+        raise InputError(
+            "--coordinator, --processes, --process: expected all three or none, got "
+            f"{coordinator}, {processes} and {process}. Give the address of process 0, their "
+            "number, and the number of this one."
+        )
+    host, colon, port = coordinator.rpartition(":")
+    if not (colon and host and port.isdigit()):
+        raise InputError(
+            f"--coordinator: expected HOST:PORT, got {coordinator!r}. Write it so, as "
+            "10.0.0.1:8476."
+        )
+    if not 0 <= process < processes:
+        raise InputError(
+            f"--process: expected a number from 0 to {processes - 1}, got {process}. Number the "
+            "processes from 0."
+        )
+    return Start(coordinator, processes, process, timeout)
+
+
+def _in_cluster(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher started several processes, or this is a host of a TPU slice."""
+    if any(int(environment.get(name) or 1) > 1 for name in CLUSTERS):
+        return True
+    workers = environment.get("TPU_WORKER_HOSTNAMES", "")
+    return "," in workers and "TPU_SKIP_MDS_QUERY" not in environment
+
+
+def connect(start: Start) -> None:
+    """Join the other processes; to be called before anything asks for a device.
+
+    Raises:
+        InputError: the environment does not tell who the others are, or they do not appear.
+    """
+    try:
+        jax.distributed.initialize(
+            start.coordinator,
+            start.processes,
+            start.process,
+            initialization_timeout=START_TIMEOUT,
+            heartbeat_timeout_seconds=start.timeout,
+            shutdown_timeout_seconds=start.timeout,
+        )
+    except (ValueError, RuntimeError) as error:
+        line = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"start of {start.processes or 'several'} processes: expected all of them to find "
+            f"{start.coordinator or 'each other'}, got: {line} Check that every host runs the same "
+            "command and can reach that address, or give --coordinator, --processes and --process."
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this process speaks and writes for all."""
+    return jax.process_index() == 0
+
+
+def say(*lines: object) -> None:
+    """Print lines, once for all processes."""
+    if is_first():
+        print(*lines, sep="\n", flush=True)
+
+
+def barrier(name: str) -> None:
+    """Wait for all processes; ``name`` must be the same everywhere."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def from_first(value: Any) -> Any:
+    """The first process's value (anything JSON can hold) in all of them."""
+    if jax.process_count() == 1:
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8) if is_first() else np.zeros(0)
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(text), np.int32)))
+    padded = text.astype(np.uint8) if is_first() else np.zeros(size, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+
+
+def by_first(action: Callable[[], Result]) -> Result:
+    """What the first process's ``action`` returns (anything JSON can hold), in all processes.
+
+    Raises:
+        InputError: in all of them, where the action raised one.
+    """
+    if jax.process_count() == 1:
+        return action()
+    outcome = None
+    if is_first():
+        try:
+            outcome = [True, action()]
+        except InputError as error:
+            outcome = [False, str(error)]
+    good, value = from_first(outcome)
+    if not good:
+        raise InputError(value)
+    return value
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """``action()`` of every process, or an error in all of them where one has failed.
+
+    Raises:
+        InputError: where this process's own action raised it.
+        RunStoppedError: where only another's did.
+    """
+    if jax.process_count() == 1:
+        return action()
+    failure, result = None, None
+    try:
+        result = action()
+    except InputError as error:
+        failure = error
+    failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(failure is not None)))
+    if failure is not None:
+        raise failure
+    if failed.size:
+        raise RunStoppedError(
+            f"process {failed[0]} of {jax.process_count()} could not start; its own output says "
+            "why. Correct that and start all processes again."
+        )
+    return result  # type: ignore[return-value]
+
+
+def gathered(value: Any) -> np.ndarray:
+    """The whole of an array on this host, wherever its parts lie; all processes must ask."""
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        if value.is_fully_replicated:
+            return np.asarray(value.addressable_data(0))
+        return np.asarray(multihost_utils.process_allgather(value, tiled=True))
+    return np.asarray(value)
+
+
+def gathered_all(values: Mapping[str, Any]) -> dict[str, Any]:
+    """:func:`gathered` for each array of a dict, in the order of its keys."""
+    return {name: gathered(values[name]) for name in sorted(values)}
+
+
+def preempted(step: int) -> bool:
+    """Whether all processes are to save and stop after this step; asked at every step.
+
+    Any process's SIGTERM makes it true, in all of them at the same step.
+    """
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
+def leave(code: int) -> None:
+    """End this process with a code at once where others may not answer any more.
+
+    An ordinary exit would wait for all of them first. The first process gives the others a moment
+    to end by themselves: they take its end for a failure.
+    """
+    if jax.process_count() > 1:
+        if is_first():
+            time.sleep(1.0)
+        os._exit(code)

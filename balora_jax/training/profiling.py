@@ -1,0 +1,47 @@
+"""A trace of some steps of a run."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from balora_jax import hosts
+
+
+class Profile:
+    """What the devices did between two steps, for TensorBoard and Perfetto.
+
+    Args:
+        steps: first and last step, or None for no trace.
+        folder: where it is written, by the first process.
+    """
+
+    def __init__(self, steps: tuple[int, int] | None, folder: Path):
+        self.first, self.last = steps if steps and hosts.is_first() else (0, 0)
+        self.folder, self.on = folder, False
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def before(self, step: int, state: Any) -> None:
+        """Begin with the first step, when all before it is done."""
+        if step == self.first:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
+            self.on = True
+
+    def after(self, step: int, state: Any) -> None:
+        """End with the last step, when it is done."""
+        if step == self.last:
+            jax.block_until_ready(state)
+            self.stop()
+
+    def stop(self) -> None:
+        """Write what was traced; also where the run ends early."""
+        if self.on:
+            self.on = False
+            jax.profiler.stop_trace()
+            print(f"profile: {self.folder} (steps {self.first} to {self.last})", flush=True)

@@ -1,0 +1,94 @@
+"""What is said and logged of a run while it trains."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from balora_jax import hosts
+from balora_jax.io import metrics
+
+COUNTS = ("tokens", "skipped", "skipped_in_a_row")
+
+
+class Reporter:
+    """Metrics from the devices to the log, one step behind the computation.
+
+    Args:
+        log: the file, or None in a process that does not write it.
+        every: steps between its rows.
+        flops: model FLOPs of a step by its counted tokens; None where nobody counts them.
+        peak: FLOPs per second of all devices; None where not known.
+    """
+
+    def __init__(
+        self,
+        log: metrics.MetricsLog | None,
+        every: int,
+        flops: Callable[[float], float] | None = None,
+        peak: float | None = None,
+    ):
+        self.log, self.every, self.flops, self.peak = log, every, flops, peak
+        self.pending: tuple[int, Any] | None = None
+        self._restart()
+
+    def _restart(self) -> None:
+        self.clock, self.tokens, self.steps, self.work = time.monotonic(), 0.0, 0, 0.0
+
+    def take(self, step: int, values: Any, bar: tqdm) -> dict[str, float] | None:
+        """Remember a step's metrics; log and return those of the step before."""
+        row = self.flush(bar)
+        self.pending = (step, values)
+        return row
+
+    def flush(self, bar: tqdm) -> dict[str, float] | None:
+        """Wait for the remembered step, log it if it is due, return it."""
+        if self.pending is None:
+            return None
+        step, values = self.pending
+        self.pending = None
+        row = {"step": step} | {name: float(v) for name, v in jax.device_get(values).items()}
+        self.tokens += row["tokens"]
+        self.steps += 1
+        if self.flops is not None:
+            self.work += self.flops(row["tokens"])
+        bar.update(1)
+        shown = {"loss": f"{row['loss']:.4f}"}
+        if row["skipped"]:
+            shown["skipped"] = f"{row['skipped']:.0f}"
+        bar.set_postfix(shown, refresh=False)
+        if step % self.every == 0 or step == 1 or row["skipped_in_a_row"]:
+            self._write(row)
+        return row
+
+    def _write(self, row: dict[str, float]) -> None:
+        seconds = max(time.monotonic() - self.clock, 1e-9)
+        speed = {"tokens_per_second": self.tokens / seconds, "step_seconds": seconds / self.steps}
+        if self.peak is not None and self.work:
+            speed["mfu"] = self.work / seconds / self.peak
+        if self.log is not None:
+            whole = {name: int(row[name]) for name in COUNTS}
+            # JSON knows no NaN: what is not finite is null.
+            finite = {name: v if math.isfinite(v) else None for name, v in row.items()}
+            self.log.write(finite | whole | speed)
+        self._restart()
+
+
+def progress(total: int, start: int) -> tqdm:
+    """The bar of the optimizer steps; the first process shows it."""
+    return tqdm(
+        total=total, initial=start, desc="training", unit="step", disable=not hosts.is_first()
+    )
+
+
+def divergence(row: dict[str, float], most: int, kept: str) -> str:
+    """The sentence for a run that stops because its updates cannot be trusted any more."""
+    times = "" if most == 0 else f" for {row['skipped_in_a_row']:.0f} steps one after another"
+    return (
+        f"training diverged at step {row['step']:.0f}: expected a finite loss and gradient without "
+        f"a spike, got loss {row['loss']} and gradient norm {row['grad_norm']}{times}; {kept}. "
+        "Lower training.learning_rate and start again, or look at the data of this step."
+    )

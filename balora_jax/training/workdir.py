@@ -1,0 +1,70 @@
+"""May a run write to this folder, and do all of its hosts see the same one?"""
+
+import os
+import tempfile
+from pathlib import Path
+
+from balora_jax import hosts
+from balora_jax.config import RunConfig
+from balora_jax.errors import InputError
+from balora_jax.io import export
+
+TOKEN = "hosts_see_this"
+
+
+def check_workdir(folder: Path, resume: bool) -> None:
+    """Raises InputError unless the folder can be written and does not hold another run."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--workdir {folder}: expected a folder, got a file. Choose another.")
+    holds_run = (folder / "config.yaml").exists() or (folder / "checkpoints").exists()
+    if holds_run and not resume:
+        raise InputError(
+            f"--workdir {folder}: expected a new or empty folder, got one that holds a run. "
+            "Add --resume to go on with it, or choose another folder."
+        )
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"--workdir {folder}: expected a folder that can be written, got "
+            f"{os.strerror(error.errno or 0)}. Choose another or change its permissions."
+        ) from error
+
+
+def check_model_folder(config: RunConfig, folder: Path, resume: bool) -> None:
+    """Raises InputError where the model of a full fine-tuning would replace one of the user's."""
+    target = folder / export.MODEL
+    full = config.adapter.method == "full"
+    if full and target.exists() and not (resume and (folder / "config.yaml").exists()):
+        raise InputError(
+            f"--workdir {folder}: expected no {export.MODEL}/ in it before a full fine-tuning, "
+            "which writes one, got one. Choose another folder."
+        )
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder, and check that every host sees it.
+
+    Raises:
+        InputError: a host looks at another disk: its parts of the checkpoints would be lost.
+    """
+    token = folder / TOKEN
+    if hosts.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    hosts.barrier("workdir made")
+
+    def look() -> None:
+        if not token.exists():
+            raise InputError(
+                f"--workdir {folder}: expected a folder that all hosts share, got one that this "
+                "host does not see. Name a folder on NFS, Filestore or a mounted bucket."
+            )
+
+    hosts.together(look)
+    if hosts.is_first():
+        token.unlink()
