@@ -43,19 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     train = _command(commands, "train", run_train, "fine-tune as a config says")
     train.add_argument("--workdir", required=True, help="folder that gets everything of the run")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    several = train.add_argument_group(
-        "several processes", "one on each host; found out by itself on Cloud TPU, SLURM, Open MPI"
-    )
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    several.add_argument("--processes", type=int, help="how many there are")
-    several.add_argument("--process", type=int, help="number of this one, from 0")
-    several.add_argument(
-        "--host-timeout",
-        type=int,
-        default=60,
-        metavar="SECONDS",
-        help="how long a host may be silent before the others stop",
-    )
+    _add_hosts(train)
 
     evaluate = _command(commands, "eval", run_eval, "score a base model or an adapter")
     evaluate.add_argument("--adapter", help="PEFT folder; the base alone without it")
@@ -90,6 +78,23 @@ def make_parser() -> argparse.ArgumentParser:
     study.add_argument("--picture", help="draw the bars to this PNG, not to study.png")
     study.add_argument("--json", help="write the figures to this file")
     return parser
+
+
+def _add_hosts(train: argparse.ArgumentParser) -> None:
+    """How the processes of a run on several hosts find each other."""
+    several = train.add_argument_group(
+        "several processes", "one on each host; found out by itself on Cloud TPU, SLURM, Open MPI"
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    several.add_argument("--processes", type=int, help="how many there are")
+    several.add_argument("--process", type=int, help="number of this one, from 0")
+    several.add_argument(
+        "--host-timeout",
+        type=int,
+        default=60,
+        metavar="SECONDS",
+        help="how long a host may be silent before the others stop",
+    )
 
 
 def _command(commands: Any, name: str, run: Any, help_text: str) -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from balora_jax import hosts
 from balora_jax.array_types import Array
 from balora_jax.config import AdapterConfig, ModelConfig, RegularizersConfig, RunConfig
 from balora_jax.errors import InputError
@@ -228,9 +229,11 @@ def constants_of(program: Program, loaded: Loaded) -> causal.Constants:
     factor = None
     if needs_factor(program):
         table = "embed_tokens" if program.decoder.tie_word_embeddings else "lm_head"
-        weights = np.asarray(loaded.frozen[f"{table}.embedding"]).astype(np.float32)
-        factor = linalg.head_factor(weights, center=program.objective.center_rows)
-        factor = jax.device_put(jnp.asarray(factor), sharding.replicated(program.mesh))
+        weights = hosts.gathered(loaded.frozen[f"{table}.embedding"]).astype(np.float32)
+        found = linalg.head_factor(weights, center=program.objective.center_rows)
+        factor = jax.make_array_from_callback(
+            found.shape, sharding.replicated(program.mesh), found.__getitem__
+        )
     return causal.Constants(loaded.frozen, loaded.origin, factor)
 
 

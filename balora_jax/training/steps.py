@@ -99,22 +99,18 @@ def train_step(
     (loss, values, grads), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(micro_batches), batch))
     norm = optax.global_norm(grads)
     good = guard.accepts(state.guard, loss, norm, parts.spike_sigmas)
-    updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.adapters)
-    adapters = jax.tree.map(jnp.add, state.adapters, updates)
-    adapters, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(good, new, old),
-        (adapters, opt_state),
-        (state.adapters, state.opt_state),
-    )
     seen = guard.noted(state.guard, good, loss, norm)
+    updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.adapters)
+    new = (jax.tree.map(jnp.add, state.adapters, updates), opt_state)
+    old = (state.adapters, state.opt_state)
+    adapters, opt_state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+    rate = parts.learning_rate(state.step - state.guard.skipped)
     metrics = {
         "loss": loss,
         **values,
         "lambda2": weights[1],
         "lambda3": weights[2],
-        "learning_rate": jnp.asarray(
-            parts.learning_rate(state.step - state.guard.skipped), jnp.float32
-        ),
+        "learning_rate": jnp.asarray(rate, jnp.float32),
         "grad_norm": norm,
         "tokens": jnp.asarray(counts.tokens, jnp.float32),
         "skipped": seen.skipped,
