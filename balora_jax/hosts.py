@@ -196,6 +196,19 @@ def together(action: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
+def place(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process holds whole, or that lies on devices, laid out anew.
+
+    A process sends only the parts of its own devices.
+    """
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return jax.jit(lambda x: x, out_shardings=sharding)(value)
+    if sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    host = np.asarray(value)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
 def gathered(value: Any) -> np.ndarray:
     """The whole of an array on this host, wherever its parts lie; all processes must ask."""
     if isinstance(value, jax.Array) and not value.is_fully_addressable:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from balora_jax import hosts
 from balora_jax.array_types import Array, Float, Int, PRNGKeyArray
 from balora_jax.models.decoder import Decoder, mask_positions
 
@@ -148,7 +149,7 @@ def generate(
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         ids, mask = pad_prompts(batch, rows=batch_size, width=width, pad_id=sampling.pad_id)
-        tokens = np.asarray(decoder(parts, ids, mask, jax.random.fold_in(key, start)))
+        tokens = hosts.gathered(decoder(parts, ids, mask, jax.random.fold_in(key, start)))
         outputs += [until_stop(row, sampling) for row in tokens[: len(batch)].tolist()]
         progress(len(batch))
     return outputs

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from balora_jax import hosts
 from balora_jax.array_types import Array, PRNGKeyArray
 from balora_jax.config import DataConfig, EvalConfig, RunConfig
 from balora_jax.data.examples import encode_prompt
@@ -45,7 +46,8 @@ class Answerer:
         title: str,
     ) -> list[str]:
         """Texts after each prompt (token ids), with a progress bar called ``title``."""
-        with tqdm(total=len(prompts), desc=title, unit="row") as bar:
+        quiet = not hosts.is_first()
+        with tqdm(total=len(prompts), desc=title, unit="row", disable=quiet) as bar:
             tokens = generate(
                 self._decoder,
                 parts,
@@ -112,10 +114,9 @@ def score_rows(
     texts = answerer(parts, prompts, key, title)
     figures = score_answers(texts, golds, config.eval.marker)
     shown = " ".join(texts[0].split())[:160]
-    print(
+    hosts.say(
         f"{title}: exact match {figures['exact_match']:.3f} on {len(rows)} rows; "
-        f"first answer: {shown!r} (right: {golds[0]})",
-        flush=True,
+        f"first answer: {shown!r} (right: {golds[0]})"
     )
     return figures
 

@@ -231,9 +231,7 @@ def constants_of(program: Program, loaded: Loaded) -> causal.Constants:
         table = "embed_tokens" if program.decoder.tie_word_embeddings else "lm_head"
         weights = hosts.gathered(loaded.frozen[f"{table}.embedding"]).astype(np.float32)
         found = linalg.head_factor(weights, center=program.objective.center_rows)
-        factor = jax.make_array_from_callback(
-            found.shape, sharding.replicated(program.mesh), found.__getitem__
-        )
+        factor = hosts.place(found, sharding.replicated(program.mesh))
     return causal.Constants(loaded.frozen, loaded.origin, factor)
 
 

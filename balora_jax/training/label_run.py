@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from balora_jax import hosts
 from balora_jax.array_types import Array
 from balora_jax.config import RunConfig
 from balora_jax.data.glue import LabelledTask
@@ -168,17 +169,19 @@ class LabelRun(LabelProgram):
         cache = TeacherCache(
             folder,
             base=self.base.fingerprint,
-            head=constants.teacher_head,
+            head=hosts.gathered_all(constants.teacher_head),
             examples=self.batches().get_state()["examples"],
             dtype=self.config.model.dtype + self.config.model.quantization,
             length=self.length,
         )
         found = cache.read()
+        hosts.barrier("teacher cache read")  # nobody writes it before all have looked
         if found is None:
             parts = (constants.frozen, constants.teacher_head)
             forward = logits_forward(self.plain.bind)
             found = self.over_training_rows(forward, parts, "teacher")
-            cache.write(found)
+            if hosts.is_first():
+                cache.write(found)
         return found
 
     def prepare(self, batch: dict[str, Any], teacher: np.ndarray | None) -> dict[str, Any]:

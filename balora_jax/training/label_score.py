@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from balora_jax import hosts
 from balora_jax.array_types import Array, PRNGKeyArray
 from balora_jax.config import DataConfig, RunConfig
 from balora_jax.data.glue import LabelledTask, custom_task, glue_task
@@ -57,7 +58,7 @@ class LabelScorer:
             suffix = "" if len(self.validation) == 1 else f"_{name}"
             figures |= {f"{metric}{suffix}": value for metric, value in found.items()}
         shown = ", ".join(f"{metric} {value:.4g}" for metric, value in figures.items())
-        print(f"{title}: {shown}", flush=True)
+        hosts.say(f"{title}: {shown}")
         return figures
 
     def _score(self, parts: Any, rows: LabelledSet, title: str) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from balora_jax import hosts
 from balora_jax.data.labelled import LabelledExample, labelled_epoch
 from balora_jax.training.sharding import rows_sharding
 
@@ -31,11 +31,11 @@ def over_rows(
     ``forward`` is jitted by the caller; it sees one shape. With a progress bar on long sets.
     """
     place, found = rows_sharding(mesh), []
-    quiet = len(examples) < SHOW_PROGRESS_ABOVE
+    quiet = len(examples) < SHOW_PROGRESS_ABOVE or not hosts.is_first()
     with tqdm(total=len(examples), desc=title, unit="row", disable=quiet) as bar:
         for batch in labelled_epoch(examples, batch_size, length, pad_id):
-            arrays = [jax.device_put(batch[name], place) for name in NAMES]
+            arrays = [hosts.place(batch[name], place) for name in NAMES]
             real = batch["row"] >= 0
-            found.append(np.asarray(forward(parts, *arrays))[real])
+            found.append(hosts.gathered(forward(parts, *arrays))[real])
             bar.update(int(real.sum()))
     return np.concatenate(found)

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from balora_jax import hosts
 from balora_jax.config import MeshConfig
 from balora_jax.errors import InputError
 from balora_jax.numerics.head import HeadAxes, unwrapped
@@ -157,7 +158,7 @@ def with_shardings(
 def placed(arrays: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """Arrays laid out as the table says."""
     return {
-        path: jax.device_put(value, sharding_of(path, value.shape, mesh))
+        path: hosts.place(value, sharding_of(path, value.shape, mesh))
         for path, value in arrays.items()
     }
 

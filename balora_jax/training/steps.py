@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
+from balora_jax import hosts
 from balora_jax.array_types import Array, PRNGKeyArray, Scalar
 from balora_jax.numerics.logit_terms import TermScales
 from balora_jax.training import guard
@@ -205,8 +206,4 @@ def place_batch(batch: dict, mesh: Mesh) -> dict[str, Array]:
 
     Every process has the whole batch and places the part of its own devices.
     """
-    layout = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_callback(value.shape, layout, value.__getitem__)
-        for name, value in batch.items()
-    }
+    return {name: hosts.place(value, batch_sharding(mesh)) for name, value in batch.items()}
