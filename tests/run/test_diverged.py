@@ -85,8 +85,13 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, inputs):
         inputs,
         adapter=FEW,
         training={
-            **{"max_steps": 2, "optimizer": "sgd", "learning_rate": 1e38, "clip_norm": None},
-            **{"schedule": "constant", "warmup": 0.0, "lora_plus_ratio": 1e38},
+            "max_steps": 2,
+            "optimizer": "sgd",
+            "learning_rate": 1e38,
+            "clip_norm": None,
+            "schedule": "constant",
+            "warmup": 0.0,
+            "lora_plus_ratio": 1e38,
         },
     )
     code, _, err = invoke("train", config, "--workdir", tmp_path / "run")

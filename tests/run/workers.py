@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import transformers
 
-from balora_jax import cli
+from balora_jax import cli, supervise
 from balora_jax.io import metrics
 from balora_jax.training import loop
 
@@ -111,3 +111,14 @@ def _layout(leaf):
         "shape": list(leaf.shape),
         "local": list(leaf.addressable_shards[0].data.shape),
     }
+
+
+def host(arguments, log, cache, devices, port, processes, process):
+    """One of several processes of ``balora ARGUMENTS``, as the child of a process that lives on."""
+    _prepare(log, cache, devices)
+    os.environ[supervise.VARIABLE] = str(os.pipe()[0])
+    start = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(processes)]
+    options = ["--process", str(process), "--host-timeout", "20"]
+    code = cli.main([*arguments, *start, *options])
+    jax.distributed.shutdown()
+    sys.exit(code)

@@ -1,0 +1,200 @@
+"""Is a run on several hosts the run on one, and what becomes of it when one of them goes?
+
+Hosts are processes here, which meet on the loopback; the mesh has four devices throughout.
+``BALORA_HOST_TRIALS=50`` kills one of two processes fifty times instead of once.
+"""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.run import workers
+from tests.tiny_run import FEW, adapter_bytes, checkpoint_steps, metrics_of, write_config
+
+STEPS, DEVICES = 24, 4
+TRIALS = int(os.environ.get("BALORA_HOST_TRIALS", "1"))
+PATIENCE = 240.0
+LOSSES = ("loss", "task_loss", "consistency", "diversity", "spectral")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, inputs):
+    folder = tmp_path_factory.mktemp("hosts")
+    return write_config(
+        folder / "config.yaml",
+        inputs,
+        adapter=FEW,
+        training={"max_steps": STEPS, "checkpoint_every": 4, "keep_checkpoints": 2},
+        mesh={"data": 1, "fsdp": 2, "tensor": 2},
+        eval={"task": "exact_match"},
+    )
+
+
+class Hosts:
+    """One run by some processes, each with its log."""
+
+    def __init__(self, config, workdir, cache, processes, *more):
+        self.workdir = Path(workdir)
+        arguments = ["train", config, "--workdir", str(workdir), *more]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        devices = DEVICES // processes
+        self.logs = [Path(f"{workdir}.{i}.log") for i in range(processes)]
+        for log in self.logs:
+            log.unlink(missing_ok=True)
+        if processes == 1:
+            self.processes = [
+                workers.start(workers.command, arguments, str(self.logs[0]), str(cache), devices)
+            ]
+            return
+        self.processes = [
+            workers.start(
+                workers.host, arguments, str(log), str(cache), devices, port, processes, i
+            )
+            for i, log in enumerate(self.logs)
+        ]
+
+    def wait_for_rows(self, count):
+        """Until so many steps are logged."""
+        file, end = self.workdir / "metrics.jsonl", time.monotonic() + PATIENCE
+        while not file.exists() or file.read_bytes().count(b"\n") < count:
+            assert all(process.is_alive() for process in self.processes), self.text()
+            assert time.monotonic() < end, self.text()
+            time.sleep(0.005)
+
+    def codes(self):
+        """Exit codes, when all have ended by themselves."""
+        end = time.monotonic() + PATIENCE
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        found = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+        return found
+
+    def text(self):
+        return "\n".join(log.read_text() for log in self.logs)
+
+    def succeed(self):
+        assert self.codes() == [0] * len(self.processes), self.text()
+        return self
+
+
+@pytest.fixture(scope="module")
+def one(config, tmp_path_factory, cache_folder):
+    """The run by one process."""
+    return Hosts(config, tmp_path_factory.mktemp("one") / "run", cache_folder, 1).succeed()
+
+
+@pytest.fixture(scope="module")
+def two(config, tmp_path_factory, cache_folder):
+    """The run by two processes with half of the devices each."""
+    return Hosts(config, tmp_path_factory.mktemp("two") / "run", cache_folder, 2).succeed()
+
+
+def agree(left, right):
+    """Losses to 1e-6 of themselves, adapters nearly as well."""
+    rows = list(zip(metrics_of(left), metrics_of(right), strict=True))
+    assert len(rows) == STEPS
+    for a, b in rows:
+        for name in LOSSES:
+            assert b[name] == pytest.approx(a[name], rel=1e-6, abs=1e-7), (a["step"], name)
+    name = "adapter/adapter_model.safetensors"
+    first, second = load_file(left / name), load_file(right / name)
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        np.testing.assert_allclose(second[key], value, atol=2e-5 * np.abs(value).max())
+
+
+def test_two_processes_give_the_run_of_one(one, two):
+    agree(one.workdir, two.workdir)
+
+
+def test_everything_is_said_and_written_once(two):
+    first, second = (log.read_text() for log in two.logs)
+    for phrase in ("2 processes", "first example", "before: exact match", "after: exact match"):
+        assert first.count(phrase) == 1, phrase
+        assert phrase not in second, phrase
+    assert "training: " not in second
+    assert [row["step"] for row in metrics_of(two.workdir)] == list(range(1, STEPS + 1))
+    assert {path.name for path in two.workdir.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "checkpoints", "adapter", "summary.json",
+    }  # fmt: skip
+
+
+def without_the_last(source, target):
+    """A copy of a finished run as it was some steps before its end."""
+    shutil.copytree(source, target)
+    shutil.rmtree(target / "checkpoints" / str(STEPS))
+    shutil.rmtree(target / "adapter")
+    (target / "summary.json").unlink()
+
+
+def test_one_process_writes_and_two_go_on(config, one, tmp_path, cache_folder):
+    without_the_last(one.workdir, tmp_path / "run")
+    found = Hosts(config, tmp_path / "run", cache_folder, 2, "--resume").succeed()
+    assert f"resumed at step {STEPS - 4} " in found.text()
+    agree(one.workdir, found.workdir)
+
+
+def test_a_signal_to_one_saves_in_all_and_one_goes_on(config, one, tmp_path, cache_folder):
+    """The first process has not got the signal; one process then goes on with another mesh."""
+    run = Hosts(config, tmp_path / "run", cache_folder, 2)
+    run.wait_for_rows(3)
+    os.kill(run.processes[1].pid, signal.SIGTERM)
+    assert run.codes() == [3, 3], run.text()
+    ends = [log.read_text().splitlines()[-1] for log in run.logs]
+    assert ends[0] == ends[1]
+    found = re.fullmatch(r"balora: interrupted by SIGTERM after step (\d+); .*", ends[0])
+    assert found, ends[0]
+    assert checkpoint_steps(run.workdir)[-1] == int(found[1]) < STEPS
+    assert not (run.workdir / "adapter").exists()
+    more = ("--resume", "--set", "mesh.fsdp=4", "mesh.tensor=1")
+    found = Hosts(config, run.workdir, cache_folder, 1, *more).succeed()
+    agree(one.workdir, found.workdir)
+
+
+def test_killed_hosts(config, two, tmp_path, cache_folder):
+    """One process is killed at a random moment, again and again; the other stops by itself.
+
+    In the end the adapter is that of the run that nobody disturbed, bit for bit.
+    """
+    rng = np.random.default_rng(TRIALS)
+    workdir, kills = tmp_path / "run", 0
+    while kills < TRIALS:
+        shutil.rmtree(workdir, ignore_errors=True)
+        kills += _kill_until_done(config, workdir, cache_folder, rng, TRIALS - kills)
+    found = Hosts(config, workdir, cache_folder, 2, "--resume").succeed()
+    assert metrics_of(workdir) == metrics_of(two.workdir)
+    assert adapter_bytes(workdir) == adapter_bytes(two.workdir)
+    assert "resumed at step" in found.text()
+
+
+def _kill_until_done(config, workdir, cache, rng, most):
+    """Kill and resume one run until it is far, or often enough; how often it was killed."""
+    for count in range(most):
+        run = Hosts(config, workdir, cache, 2, "--resume")
+        done = len(metrics_of(workdir)) if (workdir / "metrics.jsonl").exists() else 0
+        if done > STEPS - 8:
+            run.succeed()
+            return count
+        run.wait_for_rows(int(rng.integers(max(done, 5), STEPS - 5)))
+        time.sleep(rng.exponential(0.1))
+        victim = int(rng.integers(2))
+        began = time.monotonic()
+        run.processes[victim].kill()
+        codes = run.codes()
+        assert codes[victim] == -signal.SIGKILL, run.text()
+        # 3, or the runtime's abort, which the watching process of a real run turns into 3.
+        assert codes[1 - victim] in (3, -signal.SIGABRT), run.text()
+        assert time.monotonic() - began < 60
+    return most
