@@ -193,7 +193,8 @@ class Training:
                 if every and step % every == 0:
                     shares = shares_fn(self.state, self.constants, batch, self.key)
                 profile.before(step, self.state)
-                self.state, values = step_fn(self.state, self.constants, batch, self.key)
+                with profile.named(step):
+                    self.state, values = step_fn(self.state, self.constants, batch, self.key)
                 profile.after(step, self.state)
                 self.check_row(self.report.take(step, values | shares, bar))
                 self.store.poll()

@@ -1,5 +1,6 @@
 """A trace of some steps of a run."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,18 @@ class Profile:
         """Begin with the first step, when all before it is done."""
         if step == self.first:
             jax.block_until_ready(state)
-            jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # every call of every library would drown the rest
+            jax.profiler.start_trace(
+                self.folder, create_perfetto_trace=True, profiler_options=options
+            )
             self.on = True
+
+    def named(self, step: int) -> AbstractContextManager[Any]:
+        """Marks what is started inside as this step, where a trace is taken."""
+        if not self.on:
+            return nullcontext()
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def after(self, step: int, state: Any) -> None:
         """End with the last step, when it is done."""
