@@ -113,7 +113,6 @@ def connect(start: Start) -> None:
             start.process,
             initialization_timeout=START_TIMEOUT,
             heartbeat_timeout_seconds=start.timeout,
-            shutdown_timeout_seconds=start.timeout,
         )
     except (ValueError, RuntimeError) as error:
         line = " ".join(str(error).split())[:300]
