@@ -113,6 +113,8 @@ def weights_of(config: RunConfig) -> tuple[Base, Weights]:
         loaded = setup.base.load_for(setup.plain, setup.mesh)
         return setup.base, Weights(loaded, False, next(setup.batches()))
     program, _ = assemble.program_of(config, base.config)
+    length = config.data.max_length
+    sharding.whole_length(length, length, program.mesh)
     frozen = random_arrays(program.plain.frozen, program)
     return base, Weights(frozen, True, random_batch(config, base.config.vocab_size))
 
@@ -202,7 +204,8 @@ def trained_shapes(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
 
 def abstract_arguments(program: Program, total_steps: int) -> tuple[Any, ...]:
     """Shapes and shardings of a step's arguments: (state, constants, batch, key)."""
-    mesh = program.mesh
+    mesh, length = program.mesh, program.config.data.max_length
+    sharding.whole_length(length, length, mesh)
     parts = assemble.step_parts(program, total_steps)
     state = steps.abstract_state(trained_shapes(program), parts.optimizer, mesh)
     frozen: Any = sharding.with_shardings(program.plain.frozen, mesh)

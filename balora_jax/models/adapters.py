@@ -31,6 +31,7 @@ from balora_jax.models.quantized import (
     quantized_matmul,
     quantized_shapes,
 )
+from balora_jax.models.token_split import as_rows, as_tokens
 
 Method = Literal["lora", "dora", "lora_fa"]
 
@@ -192,11 +193,8 @@ class Linear(nnx.Module):
 def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D F"]) -> Float[Array, "... F"]:
     """``x @ kernel`` in the dtype of ``x``; float32 is computed as float32 on every device."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    # Rows of all sequences as one axis: the gradient by a factor is then a plain product. With two
-    # axes to contract the CPU compiler copies its operands into another order first.
-    rows = x.reshape(-1, x.shape[-1])
-    y = jnp.matmul(rows, kernel, precision=precision, preferred_element_type=x.dtype)
-    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+    y = jnp.matmul(as_rows(x), kernel, precision=precision, preferred_element_type=x.dtype)
+    return as_tokens(y, x.shape[:-1])
 
 
 def low_rank(

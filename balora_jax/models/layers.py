@@ -12,6 +12,7 @@ from balora_jax.models.adapters import AdapterShape, Linear
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.quantized import Quantization
 from balora_jax.models.rotary import rotate
+from balora_jax.models.token_split import parts, whole
 
 MakeLinear = Callable[..., Linear]
 AttentionKernel = Literal["auto", "xla", "cudnn"]
@@ -117,6 +118,7 @@ def attend(
     ``cap · tanh(score / cap)``, which no fused kernel here does.
     """
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
+    k, v = whole(k), whole(v)
     fused = kernel == "cudnn" or (kernel == "auto" and _cudnn_serves(q))
     if fused and soft_cap is None:
         return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
@@ -129,32 +131,32 @@ def _attend_by_products(
     """Attention as two batched products, heads before tokens.
 
     In this order no operand of a product is copied into another one, forward or backward, which
-    halves the time on a CPU against ``jax.nn.dot_product_attention``. The queries of a group lie
-    one behind the other, so that keys are not repeated.
+    halves the time on a CPU against ``jax.nn.dot_product_attention``. The queries that share keys
+    lie side by side for each token, so that keys are not repeated and a device keeps its tokens.
     """
     batch, tokens, heads, width = q.shape
     groups, keys = k.shape[2], k.shape[1]
     share = heads // groups
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    q = q.reshape(batch, tokens, groups, share, width).transpose(0, 2, 3, 1, 4)
-    q = q.reshape(batch, groups, share * tokens, width)
+    q = q.reshape(batch, tokens, groups, share, width).transpose(0, 2, 1, 3, 4)
+    q = q.reshape(batch, groups, tokens * share, width)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     scores = jnp.einsum(
         "bgtk,bgsk->bgts", q, k, precision=precision, preferred_element_type=jnp.float32
-    ).reshape(batch, groups, share, tokens, keys)
+    ).reshape(batch, groups, tokens, share, keys)
     scores = scores * scale
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min / 2)
+    scores = jnp.where(mask[:, :, :, None], scores, jnp.finfo(jnp.float32).min / 2)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    weights = weights.reshape(batch, groups, share * tokens, keys)
+    weights = weights.reshape(batch, groups, tokens * share, keys)
     out = jnp.einsum("bgts,bgsk->bgtk", weights, v, precision=precision)
-    out = out.reshape(batch, groups, share, tokens, width).transpose(0, 3, 1, 2, 4)
+    out = out.reshape(batch, groups, tokens, share, width).transpose(0, 2, 1, 3, 4)
     return out.reshape(batch, tokens, heads, width)
 
 
 def _cudnn_serves(q: Array) -> bool:
-    """Whether cuDNN's fused attention takes it: 16 bit, head width a multiple of 8 up to 128."""
+    """Whether cuDNN's fused attention takes it: whole rows, 16 bit, heads of 8 n up to 128."""
     sixteen_bit = q.dtype in (jnp.bfloat16, jnp.float16)
     return (
         jax.default_backend() == "gpu"
@@ -162,6 +164,7 @@ def _cudnn_serves(q: Array) -> bool:
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= 128
         and q.shape[1] > 1
+        and parts() == 1
     )
 
 

@@ -38,6 +38,7 @@ import jax.numpy as jnp
 
 from balora_jax.array_types import Array, Float
 from balora_jax.errors import InputError
+from balora_jax.models.token_split import as_rows, as_tokens
 
 Quantization = Literal["none", "int8", "nf4"]
 Kind = Literal["int8", "nf4"]
@@ -182,9 +183,8 @@ def quantized_matmul(
         values: ``kernel`` and ``kernel_scale`` of one layer.
         kind: what they were made with.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    y = _product(rows, dequantize_kernel(values, kind, x.dtype), 0)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    y = _product(as_rows(x), dequantize_kernel(values, kind, x.dtype), 0)
+    return as_tokens(y, x.shape[:-1])
 
 
 def _matmul_forward(x: Array, values: Mapping[str, Array], kind: Kind):
@@ -192,9 +192,8 @@ def _matmul_forward(x: Array, values: Mapping[str, Array], kind: Kind):
 
 
 def _matmul_backward(kind: Kind, values: Mapping[str, Array], dy: Array):
-    rows = dy.reshape(-1, dy.shape[-1])
-    dx = _product(rows, dequantize_kernel(values, kind, dy.dtype), 1)
-    return dx.reshape(*dy.shape[:-1], dx.shape[-1]), None
+    dx = _product(as_rows(dy), dequantize_kernel(values, kind, dy.dtype), 1)
+    return as_tokens(dx, dy.shape[:-1]), None
 
 
 quantized_matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -205,7 +204,7 @@ def _product(rows: Array, kernel: Array, kernel_axis: int) -> Array:
     return jax.lax.dot_general(
         rows,
         kernel,
-        (((1,), (kernel_axis,)), ((), ())),
+        (((rows.ndim - 1,), (kernel_axis,)), ((), ())),
         precision=jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None,
         preferred_element_type=rows.dtype,
     )

@@ -126,9 +126,25 @@ def checked_mesh(config: RunConfig, mesh: Mesh | None = None) -> Mesh:
             "model.remat: expected none, dots or full on a CPU, got offload: there is no other "
             "memory to move to. Choose one of them."
         )
+    _check_tokens_split(config, mesh)
     training = config.training
     sharding.check_batch(training.batch_size // training.accumulation, mesh)
     return mesh
+
+
+def _check_tokens_split(config: RunConfig, mesh: Mesh) -> None:
+    """Raises InputError where rows are split over devices that cannot be."""
+    parts = mesh.shape["sequence"]
+    if parts > 1 and config.task == "nlu":
+        raise InputError(
+            f"mesh.sequence: expected 1 with task nlu, got {parts}: only the tokens of causal "
+            "models are split over devices. Set it to 1."
+        )
+    if parts > 1 and config.model.attention == "cudnn":
+        raise InputError(
+            f"model.attention: expected auto or xla with mesh.sequence {parts}, got cudnn, which "
+            "takes whole rows only. Choose another."
+        )
 
 
 def check_full(config: RunConfig) -> None:
@@ -285,4 +301,5 @@ def head_plan(program: Program) -> causal.HeadPlan:
         sharding.head_axes(mesh),
         sharding.across_devices(mesh),
         sharding.head_layout(mesh),
+        sharding.flatten_tokens(mesh),
     )

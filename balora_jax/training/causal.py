@@ -42,22 +42,32 @@ class Targets(NamedTuple):
     term_mask: Bool[Array, "N"]
 
 
-def targets_of(batch: Batch, mask_alignment: str) -> Targets:
+def targets_of(
+    batch: Batch, mask_alignment: str, flatten: Callable[[Array], Array] = jnp.ravel
+) -> Targets:
     """Shift a micro-batch so that position t is scored on token t + 1 of the same segment.
 
     ``loss_mask`` marks the tokens to be predicted. The regularizers use the same positions
-    (``shifted``), or the marked tokens' own positions (``official``).
+    (``shifted``), or the marked tokens' own positions (``official``). ``flatten`` gives the order
+    of the rows N, [B, T] to [N].
 
     Source: ``official`` is the authors' code, which drops the position that predicts the first
     response token and keeps the one after EOS.
     """
-    ids, marked, segments = batch["input_ids"], batch["loss_mask"] > 0, batch["segment_ids"]
-    labels = jnp.roll(ids, -1, axis=-1)
+    task_mask, term_mask = _positions(batch, mask_alignment)
+    labels = jnp.roll(batch["input_ids"], -1, axis=-1)
+    return Targets(flatten(labels), flatten(task_mask), flatten(term_mask))
+
+
+def _positions(
+    batch: Batch, mask_alignment: str
+) -> tuple[Bool[Array, "... T"], Bool[Array, "... T"]]:
+    """Where the task and where the regularizers count."""
+    marked, segments = batch["loss_mask"] > 0, batch["segment_ids"]
     same_segment = jnp.roll(segments, -1, axis=-1) == segments
     marked_next = jnp.roll(marked, -1, axis=-1) & same_segment
     task_mask = marked_next.at[..., -1].set(False)
-    term_mask = marked if mask_alignment == "official" else task_mask
-    return Targets(labels.reshape(-1), task_mask.reshape(-1), term_mask.reshape(-1))
+    return task_mask, marked if mask_alignment == "official" else task_mask
 
 
 class Counts(NamedTuple):
@@ -75,9 +85,13 @@ class Counts(NamedTuple):
 
 def counts_of(batch: Batch, mask_alignment: str) -> Counts:
     """Global counts of a batch [micro-batches, B, T]."""
-    targets = targets_of(batch, mask_alignment)
-    micro_batches = batch["input_ids"].shape[0]
-    return Counts(jnp.sum(targets.task_mask), jnp.sum(targets.term_mask), micro_batches)
+    task_mask, term_mask = _positions(batch, mask_alignment)
+    return Counts(jnp.sum(task_mask), jnp.sum(term_mask), batch["input_ids"].shape[0])
+
+
+def merged(x: Array) -> Array:
+    """[B, T, …] as [N, …], row after row."""
+    return x.reshape(-1, *x.shape[2:])
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,7 @@ class HeadPlan:
         axes: mesh axes that are manual inside ``across``.
         across: runs the pass on every device's own rows and vocabulary.
         layout: lays rows and head out for ``plain``.
+        flatten: [B, T, …] to [N, …] in an order that keeps every device's tokens with it.
     """
 
     kind: Literal["fused", "plain"]
@@ -98,6 +113,7 @@ class HeadPlan:
     axes: HeadAxes = head.ONE_DEVICE
     across: Callable[[Callable[..., Any]], Callable[..., Any]] = head.unwrapped
     layout: Callable[[Rows, Array], tuple[Rows, Array]] = lambda rows, table: (rows, table)
+    flatten: Callable[[Array], Array] = merged
 
 
 @dataclass(frozen=True)
@@ -132,7 +148,7 @@ class CausalLoss:
         in the program, nor the teacher if nothing needs it. ``emphasis`` multiplies each term's
         place in the loss, for gradients of single terms.
         """
-        targets = targets_of(batch, self.objective.mask_alignment)
+        targets = targets_of(batch, self.objective.mask_alignment, self.head.flatten)
         rows = Rows(*self._hidden(adapters, constants, batch, dropout_key), *targets)
         module = self.student.bind(constants.frozen, constants.origin, adapters)
         divisors = {
@@ -158,10 +174,9 @@ class CausalLoss:
         if self.objective.needs_teacher:
             # First, so that nothing of the student waits in memory meanwhile.
             teacher = self.teacher.bind(constants.frozen).hidden(*arrays)
-            teacher = jax.lax.stop_gradient(teacher).reshape(-1, teacher.shape[-1])
+            teacher = self.head.flatten(jax.lax.stop_gradient(teacher))
         module = self.student.bind(constants.frozen, constants.origin, adapters)
-        student = module.hidden(*arrays, key)
-        return student.reshape(-1, student.shape[-1]), teacher
+        return self.head.flatten(module.hidden(*arrays, key)), teacher
 
     def _head_loss(
         self,

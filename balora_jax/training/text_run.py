@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from balora_jax.array_types import Array, PRNGKeyArray
 from balora_jax.config import DataConfig, RunConfig
 from balora_jax.data.batches import BatchIterator, common_length
@@ -21,7 +23,7 @@ from balora_jax.evals.run import (
 from balora_jax.io.base import Base, open_base
 from balora_jax.io.peft_adapter import PeftAdapter
 from balora_jax.io.pretrained import sampling_for
-from balora_jax.training import assemble, causal, steps
+from balora_jax.training import assemble, causal, sharding, steps
 from balora_jax.training.assemble import Loaded, Program
 
 
@@ -137,11 +139,11 @@ def check(config: RunConfig) -> TextRun:
         peft=peft,
         data=data,
         validation=validation,
-        length=_row_length(config.data, data, base),
+        length=_row_length(config.data, data, base, program.mesh),
     )
 
 
-def _row_length(config: DataConfig, data: EncodedSet, base: Base) -> int:
+def _row_length(config: DataConfig, data: EncodedSet, base: Base, mesh: Mesh) -> int:
     length = config.max_length if config.packing else None
     length = length or common_length(data.examples, config.max_length)
     longest = max(len(example.input_ids) for example in data.examples)
@@ -150,7 +152,7 @@ def _row_length(config: DataConfig, data: EncodedSet, base: Base) -> int:
             f"data.max_length: expected at most {base.config.max_length}, the positions that "
             f"{base.folder.name} was made for, got a row of {longest} tokens. Lower it."
         )
-    return length
+    return sharding.whole_length(length, config.max_length, mesh)
 
 
 def _check_vocabulary(data: EncodedSet, base: Base) -> None:

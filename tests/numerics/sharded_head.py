@@ -37,7 +37,8 @@ CASES = {
     "centred, adaptive": (TermSpec(True, True, True, 2.0, 7, 10, "frobenius", True, True), LINEAR),
     "soft cap": (TermSpec(True, True, True, 2.0, 20, 10, "frobenius", True, False), CAPPED),
 }  # fmt: skip
-MESHES = {"data": (8, 1, 1), "fsdp and tensor": (2, 2, 2), "tensor": (1, 1, 8)}
+# Sizes of data, fsdp, sequence and tensor.
+MESHES = {"data": (8, 1, 1, 1), "fsdp and tensor": (2, 2, 1, 2), "tensor": (1, 1, 1, 8)}
 
 
 def adapt(scales, mean_entropy):

@@ -7,6 +7,7 @@ the number of devices is fixed when JAX starts.
 import importlib.util
 import json
 import os
+import re
 import tempfile
 import zlib
 from pathlib import Path
@@ -50,6 +51,15 @@ MODELS = {
         "hidden_size": 64,
         "intermediate_size": 128,
         "head_dim": 16,
+    },
+    # No width is a number of tokens, see test_only_keys_and_values_are_gathered_over_tokens.
+    "long": {
+        **DECODER,
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "head_dim": 16,
+        "vocab_size": 56,
     },
     "mixtral": {
         **DECODER,
@@ -114,11 +124,30 @@ CASES = {
         "nf4",
     ),
     "bert": ("bert", {"target_modules": ["query", "intermediate.dense"]}, "none"),
+    "llama, long": ("long", {"target_modules": ["v_proj", "down_proj"], "dropout": 0.3}, "none"),
+    "gpt2, int8, plain head": ("gpt2", {"target_modules": ["c_attn", "c_fc"]}, "int8"),
 }
-MESHES = {"2x2x2": (2, 2, 2), "1x4x2": (1, 4, 2), "1x1x8": (1, 1, 8)}
+PLAIN = "gpt2, int8, plain head"
+# Sizes of data, fsdp, sequence and tensor.
+MESHES = {
+    "2x2x2": (2, 2, 1, 2),
+    "1x4x2": (1, 4, 1, 2),
+    "1x1x8": (1, 1, 1, 8),
+    "1x2x2, sequence 2": (1, 2, 2, 2),
+    "2x1x1, sequence 4": (2, 1, 4, 1),
+    "1x2x1, sequence 4": (1, 2, 4, 1),
+}
 # On eight devices phi3's two heads are split inside, on four a block of nf4's codes.
 SPECIAL = {"phi3": "1x1x8", "mixtral, DoRA": "1x4x2", "llama, nf4, DoRA": "1x4x2"}
-PAIRS = [(case, SPECIAL.get(case, "2x2x2")) for case in CASES]
+SPLIT = {
+    "gemma2": "1x2x2, sequence 2",
+    "llama, long": "1x2x1, sequence 4",
+    PLAIN: "2x1x1, sequence 4",
+}
+PAIRS = [
+    *((case, SPECIAL.get(case, "2x2x2")) for case in CASES if case not in ("llama, long", PLAIN)),
+    *SPLIT.items(),
+]
 ROWS, LENGTH = 8, 12
 
 
@@ -128,7 +157,7 @@ def available():
     return [case for case, (_, _, kind) in CASES.items() if kind == "none" or not without]
 
 
-def config_of(folder, adapter, quantization):
+def config_of(folder, adapter, quantization, head="fused"):
     """All three terms on, constant; plain gradient steps, so that an update is a gradient."""
     labels = {"text_columns": ["text"], "labels": ["a", "b", "c"]}
     is_encoder = folder.name == "bert"
@@ -157,6 +186,7 @@ def config_of(folder, adapter, quantization):
                 "schedule": "constant",
                 "warmup": 0.0,
                 "head_chunk": 16,
+                "head": head,
             },
             "eval": {"task": "none"},
         },
@@ -228,9 +258,10 @@ def prepared(config, folder, mesh):
 
 
 def run(case, folder, mesh):
-    """Metrics, updates of the adapters and layouts after one step from adapters that moved."""
+    """Metrics, updates, layouts and exchanged shapes of one step from adapters that moved."""
     model, adapter, quantization = CASES[case]
-    config = config_of(folder / model, adapter, quantization)
+    head = "plain" if case == PLAIN else "fused"
+    config = config_of(folder / model, adapter, quantization, head)
     with jax.set_mesh(mesh):
         parts, trainable, constants = prepared(config, folder / model, mesh)
         before = {path: np.asarray(value) for path, value in trainable.items()}
@@ -239,6 +270,7 @@ def run(case, folder, mesh):
         state = steps.initial_state(sharding.placed(before, mesh), parts.optimizer, mesh)
         step = steps.compile_step(parts, state, mesh)
         batch = steps.place_batch(batch_of(config.task == "nlu"), mesh)
+        step = step.lower(state, constants, batch, jax.random.key(0)).compile()
         state, metrics = step(state, constants, batch, jax.random.key(0))
     held = {**constants.frozen, **constants.origin, **state.adapters}
     return (
@@ -250,12 +282,24 @@ def run(case, folder, mesh):
             for path, value in held.items()
             if value.sharding.spec != sharding.sharding_of(path, value.shape, mesh).spec
         },
+        exchanged(step.as_text()),
     )  # fmt: skip
+
+
+def exchanged(text):
+    """Shapes of the floats that devices give each other, but for those within the head's pass."""
+    kinds = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
+    shapes = set()
+    for line in text.splitlines():
+        found = re.search(rf"= (.*?) (?:{kinds})(?:-start)?\(", line)
+        if found and "shard_map/" not in line:
+            shapes |= set(re.findall(r"(?:bf16|f16|f32)\[([\d,]+)\]", found[1]))
+    return sorted([int(size) for size in shape.split(",")] for shape in shapes)
 
 
 def compared(one, other):
     """Largest differences, each as a share of the largest number of its kind."""
-    (values, updates, frozen, _), (found, moved, held, elsewhere) = one, other
+    (values, updates, frozen, *_), (found, moved, held, elsewhere, shapes) = one, other
     names = ("loss", "task_loss", "consistency", "diversity", "spectral", "grad_norm")
     return {
         "values": max(abs(found[n] - values[n]) / max(abs(values[n]), 1e-3) for n in names),
@@ -268,6 +312,7 @@ def compared(one, other):
         "same frozen": all(np.array_equal(held[path], value) for path, value in frozen.items()),
         "codes": sorted({str(v.dtype) for p, v in held.items() if f"{p}_scale" in held}),
         "elsewhere": sorted(elsewhere),
+        "exchanged": shapes,
     }
 
 

@@ -61,6 +61,20 @@ def test_a_step_equals_that_of_one_device(found, case, mesh):
     assert min(abs(value) for value in seen["terms"].values()) > 1e-2
 
 
+@pytest.mark.parametrize("pair", [pair for pair in mesh_program.PAIRS if pair[0] == "llama, long"])
+def test_only_keys_and_values_are_gathered_over_tokens(found, pair):
+    """No other array of a device grows to the whole row, nor to the rows of others.
+
+    Dimensions of this model are chosen so that 12 is T and 24, 48, 96 are tokens of a device, of a
+    row of devices, and of all.
+    """
+    shapes = {tuple(shape) for shape in found[" / ".join(pair)]["exchanged"]}
+    assert (4, 12, 2, 16) in shapes  # [B/fsdp, T, G, K]
+    tokens = {shape for shape in shapes if {12, 24, 48, 96} & set(shape)}
+    assert tokens <= {(4, 12, 2, 16), (4, 2, 12, 16), (4, 2, 16, 12)}  # and their gradients
+    assert not any(len(shape) > 2 for shape in shapes - tokens)  # the rest is weights
+
+
 @pytest.fixture(scope="module", params=[*FAMILIES, *ENCODERS])
 def family(request):
     """From options to the structure of a family's model with every layer adapted, and its layers."""
@@ -97,10 +111,11 @@ def test_every_array_has_a_row(family, method, quantization):
         assert len(axes[path]) == len(leaf.shape), path
         used = [axis for entry in axes[path] for axis in (entry if isinstance(entry, tuple) else [entry])]  # fmt: skip
         assert len([axis for axis in used if axis]) == len({axis for axis in used if axis}), path
-    whole = {"tensor": ("tensor", "fsdp"), "fsdp": "fsdp"}
+    width = ("fsdp", "sequence")
+    whole = {"tensor": ("tensor", *width), width: width}
     for layer in layers:
         _, d_in, d_out = axes[f"{layer}.kernel"]
-        assert {d_in, d_out} == {"tensor", "fsdp"}, layer
+        assert {d_in, d_out} == {"tensor", width}, layer
         frozen_a = method == "lora_fa"
         assert f"{layer}.lora_a" in (made.origin if frozen_a else made.adapters)
         expected = {

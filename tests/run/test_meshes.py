@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -22,12 +23,14 @@ SIZES = {
     "8x1x1": {"data": 8, "fsdp": 1, "tensor": 1},
     "2x4x1": {"data": 2, "fsdp": 4, "tensor": 1},
     "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "1x2x2, sequence 2": {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 2},
 }
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 
-# Mesh axes of each dimension, by hand: [L, in, out] kernels split their width over fsdp and their
-# heads, inner width or vocabulary over tensor; whatever is small is on every device. The one long
-# axis of an adapter's factor is split over both where it is no width.
+# Mesh axes of each dimension, by hand: [L, in, out] kernels split their width over fsdp and sequence
+# and their heads, inner width or vocabulary over tensor; whatever is small is on every device. The
+# one long axis of an adapter's factor is split over all three where it is no width.
+WIDE, ALL = ["fsdp", "sequence"], ["tensor", "fsdp", "sequence"]
 INWARD = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -37,19 +40,19 @@ INWARD = (
 )
 OUTWARD = ("self_attn.o_proj", "mlp.down_proj")
 FROZEN = {
-    "embed_tokens.embedding": ["tensor", "fsdp"],
-    "lm_head.embedding": ["tensor", "fsdp"],
+    "embed_tokens.embedding": ["tensor", WIDE],
+    "lm_head.embedding": ["tensor", WIDE],
     "norm.scale": [None],
     "layers.input_layernorm.scale": [None, None],
     "layers.post_attention_layernorm.scale": [None, None],
-    **{f"layers.{name}.kernel": [None, "fsdp", "tensor"] for name in INWARD},
-    **{f"layers.{name}.kernel": [None, "tensor", "fsdp"] for name in OUTWARD},
+    **{f"layers.{name}.kernel": [None, WIDE, "tensor"] for name in INWARD},
+    **{f"layers.{name}.kernel": [None, "tensor", WIDE] for name in OUTWARD},
 }
 FACTORS = {
-    **{f"layers.{name}.{{}}_a": [None, "fsdp", None] for name in INWARD},
-    **{f"layers.{name}.{{}}_b": [None, None, ["tensor", "fsdp"]] for name in INWARD},
-    **{f"layers.{name}.{{}}_a": [None, ["tensor", "fsdp"], None] for name in OUTWARD},
-    **{f"layers.{name}.{{}}_b": [None, None, "fsdp"] for name in OUTWARD},
+    **{f"layers.{name}.{{}}_a": [None, WIDE, None] for name in INWARD},
+    **{f"layers.{name}.{{}}_b": [None, None, ALL] for name in INWARD},
+    **{f"layers.{name}.{{}}_a": [None, ALL, None] for name in OUTWARD},
+    **{f"layers.{name}.{{}}_b": [None, None, WIDE] for name in OUTWARD},
 }
 ADAPTERS = {name.format("lora"): axes for name, axes in FACTORS.items()}
 ORIGIN = {
@@ -75,8 +78,11 @@ def runs(tmp_path_factory, cache_folder):
         run = ["train", config, "--workdir", str(folder / (workdir or name)), *more]
         return run + settings({**sizes, **overrides}), str(folder / f"{name}.json")
 
-    one = [train("1x1x1", ONE)]
-    eight = [train(name, mesh) for name, mesh in SIZES.items()]
+    scored = {"eval.task": "exact_match"}
+    one = [train("1x1x1", ONE, **scored)]
+    eight = [
+        train(name, mesh, **(scored if "sequence" in mesh else {})) for name, mesh in SIZES.items()
+    ]
     eight += [
         train("first half", SIZES["8x1x1"], workdir="moved", **{"training.stop_at": 3}),
         train("second half", SIZES["2x2x2"], "--resume", workdir="moved"),
@@ -86,6 +92,11 @@ def runs(tmp_path_factory, cache_folder):
             **{"model.name_or_path": folder / "odd"},
         ),
         train("odd batch", SIZES["8x1x1"], **{"training.accumulation": 4}),
+        train(
+            "odd row",
+            {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 8},
+            **{"data.packing": True, "data.max_length": 20},
+        ),
     ]
     logs = {devices: folder / f"{devices}.log" for devices in (1, 8)}
     processes = [
@@ -125,6 +136,17 @@ def test_losses_do_not_depend_on_the_mesh(runs, workdir):
         )
 
 
+def test_answers_do_not_depend_on_the_split_of_tokens(runs):
+    """The scores before and after, from weights on the mesh, with the first answer's own words."""
+    one, eight = (
+        re.findall(r"^(?:before|after): exact match .*", (runs / log).read_text(), re.MULTILINE)
+        for log in ("1.log", "8.log")
+    )
+    assert [line.split(":")[0] for line in one] == ["before", "after"]
+    assert one[0].split(": ", 1)[1] != one[1].split(": ", 1)[1]  # training changed the answer
+    assert eight == one
+
+
 @pytest.mark.parametrize("name", ["1x1x1", *SIZES])
 @pytest.mark.parametrize(
     ("group", "table"), [("frozen", FROZEN), ("adapters", ADAPTERS), ("origin", ORIGIN)]
@@ -154,7 +176,7 @@ def test_a_device_holds_its_part_and_no_more(runs, name):
     for leaves in result(runs, name)["layouts"].values():
         for path, leaf in leaves.items():
             axes = [axis if isinstance(axis, list) else [axis] for axis in leaf["axes"]]
-            sizes = {**SIZES[name], None: 1}
+            sizes = {"sequence": 1, **SIZES[name], None: 1}
             parts = [math.prod(sizes[axis] for axis in group) for group in axes]
             assert [n * p for n, p in zip(leaf["local"], parts, strict=True)] == leaf["shape"], path
 
@@ -167,6 +189,11 @@ def test_a_device_holds_its_part_and_no_more(runs, name):
             "odd batch",
             "balora: training.batch_size: expected batch_size / accumulation to be a multiple of "
             "mesh.data x mesh.fsdp = 8, got 4.",
+        ),
+        (
+            "odd row",
+            "balora: data.max_length: expected a multiple of mesh.sequence = 8, got 20: tokens of "
+            "a row are split evenly. Change one of them.",
         ),
     ],
 )
