@@ -11,9 +11,11 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # What libraries say while they load would stand before the one sentence of an error.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is not installed
 absl_logging.get_absl_logger().addFilter(
-    lambda record: "Grain multiprocess worker profiling" not in record.getMessage()
-    # What fails in a thread of orbax is raised again where it was asked for.
-    and "orbax" not in record.pathname
+    lambda record: (
+        "Grain multiprocess worker profiling" not in record.getMessage()
+        # What fails in a thread of orbax is raised again where it was asked for.
+        and "orbax" not in record.pathname
+    )
 )
 
 from balora_jax.config import RunConfig  # noqa: E402

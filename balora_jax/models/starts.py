@@ -1,5 +1,13 @@
-"""Where adapters begin: LoRA's zero B, a part of the weight, random factors, or given ones."""
+"""Where adapters begin: LoRA's zero B, a part of the weight, random factors, or given ones.
 
+A start is one compiled program for each shape of a stack: it takes the stack and a layer's number,
+and writes that layer's factors into their place. The stack may be split over the devices of several
+hosts, alike and so agreeing to the bit. ``pissa_niter_N`` multiplies it by thin matrices where it
+lies, and only thin ones, [D, R] and [F, R], travel. ``pissa``, ``milora`` and ``olora`` decompose a
+whole layer: every device gathers that one layer in float32 and decomposes it for itself.
+"""
+
+import functools
 import re
 import zlib
 from collections import defaultdict
@@ -9,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from balora_jax.array_types import Array, Float, PRNGKeyArray
 from balora_jax.errors import InputError
@@ -17,7 +26,9 @@ from balora_jax.numerics import linalg
 
 Arrays = dict[str, Array]
 Factors = tuple[Float[Array, "D R"], Float[Array, "R F"]]
-
+Stacks = tuple[Float[Array, "L D R"], Float[Array, "L R F"]]
+Layout = Callable[[str, tuple[int, ...]], Sharding]
+"""Where an array lies, from its path and shape."""
 
 _NAMED = ("lora", "pissa", "milora", "olora", "orthogonal")
 
@@ -58,16 +69,21 @@ def start_adapters(
     *,
     start: str,
     key: PRNGKeyArray,
+    layout: Layout | None = None,
+    report: Callable[[Stacks], Any] = lambda stacks: None,
 ) -> tuple[Arrays, Arrays]:
     """The adapters at step 0 and the origin they are measured from.
 
     Args:
         modules: the adapted layers.
-        kernels: the frozen stacked weights by ``path`` + ``.kernel``.
+        kernels: the frozen stacked weights by ``path`` + ``.kernel``, wherever they lie; each is
+            looked up once.
         start: ``lora``, ``pissa`` (exact SVD), ``pissa_niter_N`` (randomized SVD), ``milora``,
             ``olora`` or ``orthogonal``.
         key: the run's key; each layer folds its own name in, so the values do not depend on which
             other layers are adapted.
+        layout: where the factors lie; None leaves it to the compiler.
+        report: called after each layer with the stacks that it was written into.
 
     Returns:
         ``adapters`` (``lora_a``, ``lora_b``; float32) and ``origin`` (``lora_scale``, and
@@ -81,26 +97,84 @@ def start_adapters(
     """
     check_start(start)
     check_start_ranks(start, modules)
-
-    def make(module: AdaptedModule) -> Factors:
-        layer_key = jax.random.fold_in(key, zlib.crc32(module.name.encode()))
-        if start == "lora":
-            return lora_start(module, layer_key)
-        kernel = kernels[f"{module.path}.kernel"]
-        a, b = nonzero_start(start, kernel[module.layer], module.rank, module.scale, layer_key)
-        # Rounded to the dtype in which the origin is kept, so that A − A₀ is exactly 0.
-        return a.astype(kernel.dtype), b.astype(kernel.dtype)
-
-    stacks = stack_factors(modules, kernels, make)
-    # A copy even where the dtype agrees: the train step donates the adapters, not the origin.
-    adapters = {name: jnp.array(stack, jnp.float32, copy=True) for name, stack in stacks.items()}
-    origin = scales(modules, kernels)
-    if start_has_origin(start):
-        origin |= {name.replace(".lora_", ".origin_"): stack for name, stack in stacks.items()}
-    for path in _paths(modules, "dora"):
-        origin[f"{path}.origin_norm"] = squared_norms(kernels[f"{path}.kernel"])
-        adapters[f"{path}.lora_magnitude"] = jnp.sqrt(origin[f"{path}.origin_norm"])
+    adapters: Arrays = {}
+    origin: Arrays = {}
+    for path, members in _by_path(modules).items():
+        kernel = kernels[f"{path}.kernel"]
+        origin |= _scales(path, members, kernel, layout)
+        stacks = _started(path, members, kernel, start, key, layout, report)
+        for side, stack in zip("ab", stacks, strict=True):
+            # A copy even where the dtype agrees: the step donates the adapters, not the origin.
+            adapters[f"{path}.lora_{side}"] = jnp.array(stack, jnp.float32, copy=True)
+            if start_has_origin(start):
+                origin[f"{path}.origin_{side}"] = stack
+        if members[0].method == "dora":
+            origin[f"{path}.origin_norm"] = squared_norms(kernel)
+            adapters[f"{path}.lora_magnitude"] = jnp.sqrt(origin[f"{path}.origin_norm"])
     return _freeze_a(modules, adapters, origin)
+
+
+def _started(
+    path: str,
+    members: Sequence[AdaptedModule],
+    kernel: Float[Array, "L D F"],
+    start: str,
+    key: PRNGKeyArray,
+    layout: Layout | None,
+    report: Callable[[Stacks], Any],
+) -> Stacks:
+    """The factors of one stack of layers, written layer by layer into stacks of zeros."""
+    layers, d_in, d_out = kernel.shape
+    widest = max(member.rank for member in members)
+    shapes = (layers, d_in, widest), (layers, widest, d_out)
+    names = (f"{path}.lora_a", f"{path}.lora_b")
+    places = layout and tuple(layout(*pair) for pair in zip(names, shapes, strict=True))
+    # The plain start has no origin to agree with, so its A need not be rounded.
+    dtype = jnp.dtype(jnp.float32) if start == "lora" else kernel.dtype
+    stacks = _zero_stacks(shapes, dtype, places)
+    for member in members:
+        layer_key = jax.random.fold_in(key, zlib.crc32(member.name.encode()))
+        where = np.int32(member.layer), np.float32(member.scale)
+        stacks = _write_layer(stacks, kernel, *where, layer_key, start, member.rank, places)
+        report(stacks)
+    return stacks
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _zero_stacks(shapes: Any, dtype: Any, places: tuple[Sharding, Sharding] | None) -> Stacks:
+    down, up = shapes
+    return _constrained((jnp.zeros(down, dtype), jnp.zeros(up, dtype)), places)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=(5, 6, 7))
+def _write_layer(
+    stacks: Stacks,
+    kernel: Float[Array, "L D F"],
+    layer: Any,
+    scale: Any,
+    key: PRNGKeyArray,
+    start: str,
+    rank: int,
+    places: tuple[Sharding, Sharding] | None,
+) -> Stacks:
+    """The stacks with the factors of one layer in them, zero-padded to the largest rank.
+
+    A padded column of A meets a padded row of B that is zero too, so both gradients are exactly
+    zero there and the padding stays zero under any optimizer of this project.
+    """
+    down, up = stacks
+    if start == "lora":
+        a, b = lora_start(kernel.shape[1:], rank, key)
+    else:
+        a, b = nonzero_start(start, kernel[layer], rank, scale, key)
+    # Rounded to the dtype in which the origin is kept, so that A − A₀ is exactly 0.
+    a = jax.lax.dynamic_update_slice(down, a.astype(down.dtype)[None], (layer, 0, 0))
+    b = jax.lax.dynamic_update_slice(up, b.astype(up.dtype)[None], (layer, 0, 0))
+    return _constrained((a, b), places)
+
+
+def _constrained(stacks: Stacks, places: tuple[Sharding, Sharding] | None) -> Stacks:
+    return stacks if places is None else jax.lax.with_sharding_constraint(stacks, places)
 
 
 def start_from_factors(
@@ -108,6 +182,7 @@ def start_from_factors(
     kernels: Mapping[str, Any],
     factors: Mapping[str, tuple[np.ndarray, np.ndarray]],
     magnitudes: Mapping[str, np.ndarray] | None = None,
+    layout: Layout | None = None,
 ) -> tuple[Arrays, Arrays]:
     """Adapters that begin with given factors by checkpoint name (``A`` [D, R], ``B`` [R, F]).
 
@@ -115,8 +190,10 @@ def start_from_factors(
     needs the norms of real weights. Without ``magnitudes`` ([F] by checkpoint name) DoRA begins
     with the norms of ``W + s·A B``: it computes what plain LoRA with these factors does.
     """
-    adapters = given_factors(modules, kernels, factors, magnitudes)
-    origin = scales(modules, kernels)
+    adapters = given_factors(modules, kernels, factors, magnitudes, layout)
+    origin: Arrays = {}
+    for path, members in _by_path(modules).items():
+        origin |= _scales(path, members, kernels[f"{path}.kernel"], layout)
     for path in _paths(modules, "dora"):
         kernel, scale = kernels[f"{path}.kernel"], origin[f"{path}.lora_scale"][:, None]
         origin[f"{path}.origin_norm"] = squares = squared_norms(kernel)
@@ -135,6 +212,7 @@ def given_factors(
     kernels: Mapping[str, Any],
     factors: Mapping[str, tuple[np.ndarray, np.ndarray]],
     magnitudes: Mapping[str, np.ndarray] | None = None,
+    layout: Layout | None = None,
 ) -> Arrays:
     """Stacks of given factors and magnitudes from shapes alone, as an export needs them.
 
@@ -143,24 +221,45 @@ def given_factors(
         kernels: arrays or their shapes by ``path`` + ``.kernel``.
         factors: ``A`` [D, R] and ``B`` [R, F] by checkpoint name.
         magnitudes: of DoRA, [F] by checkpoint name; the rest of a stack has 0.
+        layout: where the stacks lie; None for the first device here.
 
     Returns:
         ``lora_a``, ``lora_b`` and, with magnitudes, ``lora_magnitude``; float32.
     """
+    stacks: Arrays = {}
+    for path, members in _by_path(modules).items():
+        layers, d_in, d_out = kernels[f"{path}.kernel"].shape
+        widest = max(member.rank for member in members)
+        down = np.zeros((layers, d_in, widest), np.float32)
+        up = np.zeros((layers, widest, d_out), np.float32)
+        lengths = np.zeros((layers, d_out), np.float32)
+        for member in members:
+            a, b = factors[member.name]
+            down[member.layer][:, : member.rank] = a
+            up[member.layer][: member.rank] = b
+            if magnitudes and member.method == "dora":
+                lengths[member.layer] = magnitudes[member.name]
+        tables: dict[str, np.ndarray] = {"lora_a": down, "lora_b": up}
+        if magnitudes and members[0].method == "dora":
+            tables["lora_magnitude"] = lengths
+        for leaf, table in tables.items():
+            stacks[f"{path}.{leaf}"] = _placed(f"{path}.{leaf}", table, layout)
+    return stacks
 
-    def make(module: AdaptedModule) -> Factors:
-        a, b = factors[module.name]
-        return jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
 
-    stacks = stack_factors(modules, kernels, make)
-    tables: dict[str, np.ndarray] = {}
+def _by_path(modules: Sequence[AdaptedModule]) -> dict[str, list[AdaptedModule]]:
+    members: dict[str, list[AdaptedModule]] = defaultdict(list)
     for module in modules:
-        if magnitudes and module.method == "dora":
-            layers, _, d_out = kernels[f"{module.path}.kernel"].shape
-            name = f"{module.path}.lora_magnitude"
-            table = tables.setdefault(name, np.zeros((layers, d_out), np.float32))
-            table[module.layer] = magnitudes[module.name]
-    return stacks | {name: jnp.asarray(table) for name, table in tables.items()}
+        members[module.path].append(module)
+    return members
+
+
+def _placed(path: str, table: np.ndarray, layout: Layout | None) -> Array:
+    """A table that every process holds whole as an array on its devices."""
+    if layout is None:
+        return jnp.asarray(table)
+    place = layout(path, table.shape)
+    return jax.make_array_from_callback(table.shape, place, table.__getitem__)
 
 
 def _paths(modules: Sequence[AdaptedModule], method: str) -> list[str]:
@@ -183,12 +282,11 @@ def squared_norms(kernel: Float[Array, "L D F"]) -> Float[Array, "L F"]:
     return jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=1)
 
 
-def lora_start(module: AdaptedModule, key: PRNGKeyArray) -> Factors:
-    """Random A and zero B. Source: PEFT's default, Kaiming uniform with a = √5."""
-    bound = 1.0 / np.sqrt(module.in_features)
-    shape = (module.in_features, module.rank)
-    a = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-    return a, jnp.zeros((module.rank, module.out_features), jnp.float32)
+def lora_start(shape: tuple[int, ...], rank: int, key: PRNGKeyArray) -> Factors:
+    """Random A and zero B, float32. Source: PEFT's default, Kaiming uniform with a = √5."""
+    bound = 1.0 / np.sqrt(shape[0])
+    a = jax.random.uniform(key, (shape[0], rank), jnp.float32, -bound, bound)
+    return a, jnp.zeros((rank, shape[1]), jnp.float32)
 
 
 def nonzero_start(
@@ -256,41 +354,11 @@ def orthogonal_start(shape: tuple[int, ...], rank: int, key: PRNGKeyArray) -> Fa
     return a / 10.0, b / 10.0
 
 
-def stack_factors(
-    modules: Sequence[AdaptedModule],
-    kernels: Mapping[str, Any],
-    make: Callable[[AdaptedModule], Factors],
+def _scales(
+    path: str, members: Sequence[AdaptedModule], kernel: Any, layout: Layout | None
 ) -> Arrays:
-    """Stack per-layer factors, zero-padded to the largest rank, on the leading axis.
-
-    A padded column of A meets a padded row of B that is zero too, so both gradients are exactly
-    zero there and the padding stays zero under any optimizer of this project.
-    """
-    by_path: dict[str, list[AdaptedModule]] = defaultdict(list)
-    for module in modules:
-        by_path[module.path].append(module)
-    stacks: Arrays = {}
-    for path, members in by_path.items():
-        layers, d_in, d_out = kernels[f"{path}.kernel"].shape
-        widest = max(member.rank for member in members)
-        made = {member.layer: make(member) for member in members}
-        dtype = next(iter(made.values()))[0].dtype
-        empty = (jnp.zeros((d_in, 0), dtype), jnp.zeros((0, d_out), dtype))
-        pairs = [made.get(i, empty) for i in range(layers)]
-        stacks[f"{path}.lora_a"] = jnp.stack(
-            [jnp.pad(a, ((0, 0), (0, widest - a.shape[1]))) for a, _ in pairs]
-        )
-        stacks[f"{path}.lora_b"] = jnp.stack(
-            [jnp.pad(b, ((0, widest - b.shape[0]), (0, 0))) for _, b in pairs]
-        )
-    return stacks
-
-
-def scales(modules: Sequence[AdaptedModule], kernels: Mapping[str, Any]) -> Arrays:
-    """``lora_scale`` [L] for each stacked layer; 0 where a layer of the stack is not adapted."""
-    tables: dict[str, np.ndarray] = {}
-    for module in modules:
-        layers = kernels[f"{module.path}.kernel"].shape[0]
-        name = f"{module.path}.lora_scale"
-        tables.setdefault(name, np.zeros((layers,), np.float32))[module.layer] = module.scale
-    return {name: jnp.asarray(table) for name, table in tables.items()}
+    """``lora_scale`` [L] of a stacked layer; 0 where a layer of the stack is not adapted."""
+    table = np.zeros(kernel.shape[:1], np.float32)
+    for member in members:
+        table[member.layer] = member.scale
+    return {f"{path}.lora_scale": _placed(f"{path}.lora_scale", table, layout)}

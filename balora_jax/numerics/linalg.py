@@ -9,6 +9,7 @@ the input is float64), with products at the highest precision.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -382,15 +383,39 @@ def head_factor(embedding: Float[Array, "V D"] | np.ndarray, *, center: bool = F
             "weight."
         )
     head = np.asarray(embedding)
-    vocabulary, width = head.shape
-    step = max(8192, 4 * width)
-    blocks = [slice(i, i + step) for i in range(0, vocabulary, step)]
+    return head_factor_of_rows(lambda i, n: head[i : i + n], head.shape, center=center)
+
+
+def head_factor_of_rows(
+    rows: Callable[[int, int], np.ndarray], shape: tuple[int, ...], *, center: bool = False
+) -> np.ndarray:
+    """:func:`head_factor` of a head [V, D] that is handed over a block of rows at a time.
+
+    The host holds two float64 arrays of ``max(8192, D) + D`` rows, whatever V is: 0.8 GB for
+    D = 4096.
+
+    Args:
+        rows: from the first row and their number to those rows, called in order (twice with
+            ``center``).
+        shape: of the head.
+        center: as there.
+
+    Raises:
+        InputError: If the head holds a value that is not finite.
+    """
+    vocabulary, width = shape
+    step = max(8192, width)
+    sizes = {i: min(step, vocabulary - i) for i in range(0, vocabulary, step)}
     mean = np.zeros(width)
     if center:
-        mean = sum((head[b].astype(np.float64).sum(0) for b in blocks), mean) / max(vocabulary, 1)
-    factor = np.zeros((width, width))
-    for b in blocks:
-        factor = np.linalg.qr(np.vstack([factor, head[b].astype(np.float64) - mean]), mode="r")
+        sums = (rows(i, n).astype(np.float64).sum(0) for i, n in sizes.items())
+        mean = sum(sums, mean) / max(vocabulary, 1)
+    # The factor so far on top of the next rows, in one array that is used again and again.
+    stacked = np.zeros((width + min(step, vocabulary), width))
+    for i, n in sizes.items():
+        np.subtract(rows(i, n), mean, out=stacked[width : width + n], dtype=np.float64)
+        stacked[:width] = np.linalg.qr(stacked[: width + n], mode="r")
+    factor = stacked[:width]
     if not np.isfinite(factor).all():
         raise InputError(
             "head_factor: expected a head of finite numbers, got NaN or infinity. "

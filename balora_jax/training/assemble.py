@@ -3,16 +3,19 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from balora_jax import hosts
-from balora_jax.array_types import Array
+from balora_jax.array_types import Array, Float
 from balora_jax.config import AdapterConfig, ModelConfig, RegularizersConfig, RunConfig
 from balora_jax.errors import InputError
 from balora_jax.io.base import peft_modules
@@ -219,17 +222,29 @@ def begin(
         # Copies even in float32: the step is given these arrays for good.
         return {path: jnp.array(value, jnp.float32) for path, value in frozen.items()}, {}
     kernels = kernels_of(frozen, config.model)
+    layout = partial(sharding.sharding_of, mesh=mesh)
     if peft is not None:
         adapters, origin = starts.start_from_factors(
-            modules, kernels, peft.tensors, peft.magnitudes
+            modules, kernels, peft.tensors, peft.magnitudes, layout
         )
     else:
-        adapters, origin = starts.start_adapters(
-            modules,
-            kernels,
-            start=config.adapter.start,
-            key=jax.random.key(config.training.seed),
-        )
+        # Shown where it takes long: the bar's own rate is the time of a layer.
+        quiet = not hosts.is_first()
+        with tqdm(total=len(modules), desc="start", unit="layer", delay=5, disable=quiet) as bar:
+
+            def report(stacks: starts.Stacks) -> None:
+                jax.block_until_ready(stacks)
+                bar.update()
+
+            adapters, origin = starts.start_adapters(
+                modules,
+                kernels,
+                start=config.adapter.start,
+                key=jax.random.key(config.training.seed),
+                layout=layout,
+                report=report,
+            )
+    # Only DoRA's norms are not yet where the table wants them.
     return sharding.placed(adapters, mesh), sharding.placed(origin, mesh)
 
 
@@ -245,10 +260,30 @@ def constants_of(program: Program, loaded: Loaded) -> causal.Constants:
     factor = None
     if needs_factor(program):
         table = "embed_tokens" if program.decoder.tie_word_embeddings else "lm_head"
-        weights = hosts.gathered(loaded.frozen[f"{table}.embedding"]).astype(np.float32)
-        found = linalg.head_factor(weights, center=program.objective.center_rows)
-        factor = hosts.place(found, sharding.replicated(program.mesh))
+        weights = loaded.frozen[f"{table}.embedding"]
+        factor = factor_of(weights, program.mesh, center=program.objective.center_rows)
     return causal.Constants(loaded.frozen, loaded.origin, factor)
+
+
+def factor_of(table: Float[Array, "V D"], mesh: Mesh, *, center: bool) -> Float[Array, "D D"]:
+    """The head's factor on every device, from a head that may lie on many hosts.
+
+    A host never has more of the head than the rows of one block. The factor is that of process 0
+    everywhere, bit for bit, whatever the others' linear algebra makes of the same numbers.
+    """
+    whole = sharding.replicated(mesh)
+
+    @partial(jax.jit, static_argnums=2, out_shardings=whole)
+    def rows(table: Array, first: int, count: int) -> Array:
+        return jax.lax.dynamic_slice_in_dim(table, first, count)
+
+    def block(first: int, count: int) -> np.ndarray:
+        return hosts.gathered(rows(table, first, count))
+
+    factor = linalg.head_factor_of_rows(block, table.shape, center=center)
+    if jax.process_count() > 1:
+        factor = multihost_utils.broadcast_one_to_all(factor)
+    return hosts.place(factor, whole)
 
 
 def needs_factor(program: Program) -> bool:

@@ -274,3 +274,24 @@ def test_shape_messages(type_checks_off):
     assert message(lambda: linalg.head_factor(np.ones(3))) == (
         "head_factor: expected a head of shape [V, D], got (3,). Pass lm_head's weight."
     )
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_head_factor_in_blocks_is_that_of_the_whole_head(center):
+    rng = np.random.default_rng(0)
+    head = (1.0 + rng.standard_normal((20_000, 6))).astype(np.float32)
+    asked = []
+
+    def rows(first, count):
+        asked.append((first, count))
+        return head[first : first + count]
+
+    found = linalg.head_factor_of_rows(rows, head.shape, center=center)
+    once = [(0, 8192), (8192, 8192), (16384, 20_000 - 16384)]
+    assert asked == once * (2 if center else 1)
+    whole = np.float64(head)
+    whole = whole - whole.mean(0) if center else whole
+    np.testing.assert_allclose(found.T @ found, whole.T @ whole, rtol=1e-5, atol=1e-2)
+    want = np.linalg.cholesky(whole.T @ whole).T
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-4)
+    assert np.array_equal(found, linalg.head_factor(head, center=center))
