@@ -83,7 +83,9 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_hosts(train: argparse.ArgumentParser) -> None:
     """How the processes of a run on several hosts find each other."""
     several = train.add_argument_group(
-        "several processes", "one on each host; found out by itself on Cloud TPU, SLURM, Open MPI"
+        "several processes",
+        "one on each host, on each GPU under SLURM and Open MPI; there, and on the hosts of a TPU "
+        "slice, they find each other without the options",
     )
     several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     several.add_argument("--processes", type=int, help="how many there are")
@@ -114,10 +116,10 @@ def _command(commands: Any, name: str, run: Any, help_text: str) -> argparse.Arg
 
 def run_train(options: argparse.Namespace) -> int:
     """``balora train``; with several processes, as the child of a process that watches it."""
-    from balora_jax import fit, hosts, load_config
+    from balora_jax import clusters, fit, hosts, load_config
 
     config = load_config(options.config, options.set)
-    start = hosts.start_of(
+    start = clusters.start_of(
         *(options.coordinator, options.processes, options.process, options.host_timeout),
         os.environ,
     )

@@ -7,97 +7,19 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from balora_jax.clusters import Start
 from balora_jax.errors import InputError, RunStoppedError
 
 Result = TypeVar("Result")
 
 START_TIMEOUT = 300
 """Seconds that a process waits for all others to appear."""
-
-CLUSTERS = {
-    "SLURM_NTASKS": "SLURM",
-    "OMPI_COMM_WORLD_SIZE": "Open MPI",
-    "MEGASCALE_NUM_SLICES": "Cloud TPU",
-}
-"""Environment variables that count the processes of a job, and who sets them."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """How this process finds the others; all None where the environment tells.
-
-    Attributes:
-        coordinator: ``HOST:PORT`` of process 0.
-        processes: how many there are.
-        process: number of this one, from 0.
-        timeout: seconds after which a silent process counts as dead.
-    """
-
-    coordinator: str | None
-    processes: int | None
-    process: int | None
-    timeout: int
-
-
-def start_of(
-    coordinator: str | None,
-    processes: int | None,
-    process: int | None,
-    timeout: int,
-    environment: Mapping[str, str],
-) -> Start | None:
-    """How to start with these options in this environment; None for a run of one process.
-
-    Raises:
-        InputError: options that do not belong together.
-
-    Example:
-        >>> start_of(None, None, None, 60, {"SLURM_NTASKS": "4", "SLURM_PROCID": "1"})
-        Start(coordinator=None, processes=None, process=None, timeout=60)
-        >>> start_of(None, None, None, 60, {}) is None
-        True
-    """
-    if timeout < 5:
-        raise InputError(
-            f"--host-timeout: expected at least 5 seconds, got {timeout}. Raise it: a slow network "
-            "would look like a dead host."
-        )
-    given = (coordinator, processes, process)
-    if all(value is None for value in given):
-        return Start(None, None, None, timeout) if _in_cluster(environment) else None
-    if coordinator is None or processes is None or process is None:
-        raise InputError(
-            "--coordinator, --processes, --process: expected all three or none, got "
-            f"{coordinator}, {processes} and {process}. Give the address of process 0, their "
-            "number, and the number of this one."
-        )
-    host, colon, port = coordinator.rpartition(":")
-    if not (colon and host and port.isdigit()):
-        raise InputError(
-            f"--coordinator: expected HOST:PORT, got {coordinator!r}. Write it so, as "
-            "10.0.0.1:8476."
-        )
-    if not 0 <= process < processes:
-        raise InputError(
-            f"--process: expected a number from 0 to {processes - 1}, got {process}. Number the "
-            "processes from 0."
-        )
-    return Start(coordinator, processes, process, timeout)
-
-
-def _in_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher started several processes, or this is a host of a TPU slice."""
-    if any(int(environment.get(name) or 1) > 1 for name in CLUSTERS):
-        return True
-    workers = environment.get("TPU_WORKER_HOSTNAMES", "")
-    return "," in workers and "TPU_SKIP_MDS_QUERY" not in environment
 
 
 def connect(start: Start) -> None:

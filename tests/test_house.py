@@ -29,7 +29,7 @@ MODULES = {
 
 # Who may import whom inside the package; the longest name that a module's own begins with decides.
 # The order of the table is the order of the layers: nobody may name a later line.
-BASICS = ("errors", "array_types", "hosts")
+BASICS = ("errors", "array_types", "clusters", "hosts")
 COMPUTE = (*BASICS, "config", "numerics", "models")
 PARTS = ("sharding", "optim", "guard", "steps", "causal", "labelled")
 STEP = tuple(f"training.{name}" for name in PARTS)
@@ -39,7 +39,8 @@ ENTRY = ("training.loop", "training.workdir")
 MAY_IMPORT = {
     "array_types": (),
     "errors": (),
-    "hosts": ("errors",),
+    "clusters": ("errors",),
+    "hosts": ("errors", "clusters"),
     "paths": ("errors",),
     "config": (),
     "config_file": ("config", "errors"),
@@ -80,6 +81,7 @@ MAY_IMPORT = {
     "supervise": ("errors",),
     "cli": (
         "errors",
+        "clusters",
         "hosts",
         "supervise",
         "training.label_score",

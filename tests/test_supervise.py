@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from balora_jax import hosts, supervise
-from balora_jax.errors import InputError, RunStoppedError
+from balora_jax.errors import RunStoppedError
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,46 +65,6 @@ def test_the_child_ends_with_its_parent():
             return
         time.sleep(0.05)
     pytest.fail("the child lives on")
-
-
-@pytest.mark.parametrize(
-    ("environment", "several"),
-    [
-        ({}, False),
-        ({"SLURM_NTASKS": "1"}, False),
-        ({"SLURM_NTASKS": "4"}, True),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_SKIP_MDS_QUERY": "1"}, False),
-        ({"MEGASCALE_NUM_SLICES": "2"}, True),
-    ],
-)
-def test_the_environment_tells_of_others(environment, several):
-    found = hosts.start_of(None, None, None, 60, environment)
-    assert found == (hosts.Start(None, None, None, 60) if several else None)
-
-
-def test_options_go_before_the_environment():
-    start = hosts.start_of("10.0.0.1:8476", 2, 1, 30, {"SLURM_NTASKS": "8"})
-    assert start == hosts.Start("10.0.0.1:8476", 2, 1, 30)
-
-
-@pytest.mark.parametrize(
-    ("options", "phrase"),
-    [
-        ((None, 2, 0, 60), "--coordinator, --processes, --process: expected all three or none"),
-        (("a:1", 2, None, 60), "expected all three or none, got a:1, 2 and None"),
-        (("a", 2, 0, 60), "--coordinator: expected HOST:PORT, got 'a'"),
-        (("a:b", 2, 0, 60), "--coordinator: expected HOST:PORT, got 'a:b'"),
-        (("a:1", 2, 2, 60), "--process: expected a number from 0 to 1, got 2"),
-        ((None, None, None, 1), "--host-timeout: expected at least 5 seconds, got 1"),
-    ],
-)
-def test_wrong_options(options, phrase):
-    with pytest.raises(InputError) as caught:
-        hosts.start_of(*options, {})
-    assert phrase in str(caught.value)
 
 
 def test_one_process_has_only_itself():

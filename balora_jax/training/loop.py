@@ -195,8 +195,8 @@ class Training:
                 profile.before(step, self.state)
                 with profile.named(step):
                     self.state, values = step_fn(self.state, self.constants, batch, self.key)
-                profile.after(step, self.state)
                 self.check_row(self.report.take(step, values | shares, bar))
+                profile.after(step, self.state)
                 self.store.poll()
                 due = training.checkpoint_every and step % training.checkpoint_every == 0
                 if due or self.postponed or step == self.stop_at:
