@@ -33,7 +33,7 @@ BASICS = ("errors", "array_types")
 COMPUTE = (*BASICS, "config", "numerics", "models")
 STEP = tuple(f"training.{name}" for name in ("sharding", "optim", "steps", "causal", "labelled"))
 WIRED = (*COMPUTE, "config_file", *STEP, "io", "data", "evals")
-RUNS = tuple(f"training.{n}" for n in ("assemble", "text_run", "label_run", "label_score"))
+RUNS = tuple(f"training.{n}" for n in ("assemble", "flops", "text_run", "label_run", "label_score"))
 MAY_IMPORT = {
     "array_types": (),
     "errors": (),
@@ -53,6 +53,7 @@ MAY_IMPORT = {
     "evals": (*COMPUTE, *STEP, "paths", "io", "data", "evals"),
     # The wiring.
     "training.assemble": (*COMPUTE, *STEP, "io"),
+    "training.flops": (*COMPUTE, *STEP, "training.assemble"),
     "training.probe": COMPUTE,
     "training.rows": (*COMPUTE, *STEP, "data"),
     "training.text_run": (*WIRED, "training.assemble"),
@@ -71,6 +72,7 @@ MAY_IMPORT = {
     "cli": (
         "errors",
         "training.label_score",
+        "bench.plan",
         "bench.run",
         "bench.study",
         "evals.run",
