@@ -70,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     bench.add_argument("--picture", help="draw time and memory to this PNG")
     bench.add_argument("--json", help="write the figures to this file")
 
+    _add_plan(commands)
     study = _command(commands, "study", run_study, "compare variants over data sets and seeds")
     study.add_argument("--workdir", required=True, help="folder that gets every run and the table")
     study.add_argument(
@@ -97,6 +98,18 @@ def _add_hosts(train: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how long a host may be silent before the others stop",
     )
+
+
+def _add_plan(commands: Any) -> None:
+    plan = _command(commands, "plan", run_plan, "memory and speed of a run before it starts")
+    devices = "v5e:4x4, gpu:8x80GB, gpu:8xH100, cpu:8; auto: the devices here"
+    plan.add_argument("--topology", default="auto", help=devices)
+    plan.add_argument("--mesh", help="auto to search, or sizes such as data=1,fsdp=16")
+    plan.add_argument("--head", choices=("fused", "plain"), help="instead of training.head")
+    plan.add_argument("--candidates", type=int, default=8, help="most compilations of a search")
+    plan.add_argument("--utilisation", type=float, default=0.4, help="share of the peak reached")
+    plan.add_argument("--picture", help="draw the bytes of every plan to this PNG")
+    plan.add_argument("--json", help="write the figures to this file")
 
 
 def _command(commands: Any, name: str, run: Any, help_text: str) -> argparse.ArgumentParser:
@@ -186,6 +199,24 @@ def run_bench(options: argparse.Namespace) -> None:
         cases=options.case,
         against_torch=options.against == "torch",
         topology=options.topology,
+        picture=None if options.picture is None else Path(options.picture),
+    )
+    if options.json:
+        _report(figures, options.json)
+
+
+def run_plan(options: argparse.Namespace) -> None:
+    """``balora plan``."""
+    from balora_jax import load_config
+    from balora_jax.bench.plan import plan
+
+    figures = plan(
+        load_config(options.config, options.set),
+        topology=options.topology,
+        mesh=options.mesh,
+        head=options.head,
+        candidates=options.candidates,
+        utilisation=options.utilisation,
         picture=None if options.picture is None else Path(options.picture),
     )
     if options.json:

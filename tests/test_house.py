@@ -34,7 +34,7 @@ COMPUTE = (*BASICS, "config", "numerics", "models")
 PARTS = ("sharding", "optim", "guard", "steps", "causal", "labelled")
 STEP = tuple(f"training.{name}" for name in PARTS)
 WIRED = (*COMPUTE, "config_file", *STEP, "io", "data", "evals")
-RUNS = tuple(f"training.{n}" for n in ("assemble", "text_run", "label_run", "label_score"))
+RUNS = tuple(f"training.{n}" for n in ("assemble", "flops", "text_run", "label_run", "label_score"))
 ENTRY = ("training.loop", "training.workdir")
 MAY_IMPORT = {
     "array_types": (),
@@ -57,6 +57,7 @@ MAY_IMPORT = {
     "evals": (*COMPUTE, *STEP, "paths", "io", "data", "evals"),
     # The wiring.
     "training.assemble": (*COMPUTE, *STEP, "io"),
+    "training.flops": (*COMPUTE, *STEP, "training.assemble"),
     "training.probe": COMPUTE,
     "training.rows": (*COMPUTE, *STEP, "data"),
     "training.text_run": (*WIRED, "training.assemble"),
@@ -85,6 +86,7 @@ MAY_IMPORT = {
         "hosts",
         "supervise",
         "training.label_score",
+        "bench.plan",
         "bench.run",
         "bench.study",
         "evals.run",

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from balora_jax.bench.ahead import ENVIRONMENT, KINDS, memory_of
+from balora_jax.bench.devices import described_devices, parse_target
 
 ROWS, WIDTH = 4096, 4096
 VOCABULARIES = (32000, 128256, 256000)
@@ -25,8 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=ROWS, help="tokens N")
     options = parser.parse_args(arguments)
     if options.topology:
-        kind = KINDS[options.topology.partition(":")[0]]
-        os.environ.update(ENVIRONMENT | {"TPU_ACCELERATOR_TYPE": f"{kind}-1"})
+        os.environ.update(parse_target(options.topology).environment)
     _print_table(options.rows, options.chunk, options.topology)
 
 
@@ -73,6 +72,7 @@ def temporaries(
     import jax
     import jax.numpy as jnp
 
+    from balora_jax.bench.compiled import memory_of
     from balora_jax.numerics import head
     from balora_jax.numerics.logit_terms import TermScales, TermSpec
 
@@ -124,12 +124,9 @@ def _published_spectral(logits: Any) -> Any:
 
 def _device(topology: str | None) -> Any:
     import jax
-    from jax.experimental import topologies
 
-    if topology is None:
-        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    return jax.sharding.SingleDeviceSharding(described.devices[0])
+    device = described_devices(parse_target(topology or "auto"))[0]
+    return jax.sharding.SingleDeviceSharding(device)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The cases of a step on labelled rows: what do the terms and the teacher cost an encoder?"""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from balora_jax.bench.workload import TERMS, Case, configured
 from balora_jax.config import RunConfig
 from balora_jax.config_file import parse_config
 from balora_jax.training import label_run
+from balora_jax.training.flops import encoder_flops
 from balora_jax.training.label_run import LabelRun
 
 CASES = (
@@ -38,14 +38,12 @@ class LabelCase:
     @property
     def model_flops(self) -> float:
         """Operations that a step cannot do without, counted as for decoders; attention is whole."""
-        run, (*_, length) = self.run, self.shape
-        tokens = math.prod(self.shape)
+        run, config = self.run, self.run.base.config
         linear = sum(v.size for path, v in run.plain.parameters.items() if "layers." in path)
-        config = run.base.config
-        attention = 4 * config.num_layers * config.hidden_size * length * tokens
-        flops = 4.0 * linear * tokens + 3 * attention
         taught = run.objective.needs_teacher and not run.config.regularizers.teacher_cache
-        return flops + (2.0 * linear * tokens + attention if taught else 0.0)
+        return encoder_flops(
+            linear, config.num_layers, config.hidden_size, self.shape, taught=taught
+        )
 
 
 def compiled_case(config: RunConfig, case: Case) -> LabelCase:

@@ -14,25 +14,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from balora_jax.bench.ahead import memory_of
+from balora_jax.bench.compiled import memory_of
 from balora_jax.training import steps
 from balora_jax.training.assemble import Loaded, Program, constants_of, step_parts
 
 Step = Callable[[], Mapping[str, Any]]
 """Runs one optimizer step; returns at least ``seconds`` and ``loss``."""
-
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA L4": 121e12,
-    "Tesla T4": 65e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-}
-"""Published dense bfloat16 (T4: float16) operations per second, by the start of a device's name."""
 
 
 @dataclass
@@ -134,11 +121,6 @@ def alternate(
 def ratio(of: Measured, to: Measured) -> float:
     """Median over rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(of.seconds, to.seconds, strict=True))
-
-
-def peak_flops(kind: str) -> float | None:
-    """Operations per second of a device; None for one that is not in the table."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)), None)
 
 
 def reset_peak() -> int | None:

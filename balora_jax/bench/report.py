@@ -18,7 +18,7 @@ def table(figures: Mapping[str, Any]) -> str:
         f"{machine['device']}, {machine['processor']}, {machine['threads']} threads; median of "
         f"{figures['rounds']} steps taken in turn; jax {figures['versions']['jax']}",
         "",
-        *_markdown(_HEADER, [_cells(row) for row in figures["rows"]]),
+        *markdown(_HEADER, [_cells(row) for row in figures["rows"]]),
     ]
     differences = [
         f"{row['case']} {row['largest_loss_difference']:.1e}"
@@ -73,10 +73,11 @@ def ahead_table(figures: Mapping[str, Any]) -> str:
         flops = f"{row['flops_per_device'] / 1e12:.1f}"
         rows.append([row["case"], *gib, flops, f"{row['compile_seconds']:.0f}"])
     title = f"per device of {figures['topology']}, compiled ahead; jax {figures['versions']['jax']}"
-    return "\n".join([title, "", *_markdown(header, rows)])
+    return "\n".join([title, "", *markdown(header, rows)])
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose first column is text and whose others are numbers."""
     ruler = ["---", *["---:"] * (len(header) - 1)]
     return [f"| {' | '.join(cells)} |" for cells in (header, ruler, *rows)]
 

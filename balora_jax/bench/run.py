@@ -14,6 +14,7 @@ import jax
 from tqdm import tqdm
 
 from balora_jax.bench import ahead, label_steps, measure, report, workload
+from balora_jax.bench.devices import parse_target
 from balora_jax.bench.label_steps import LabelCase
 from balora_jax.bench.measure import Measured
 from balora_jax.bench.workload import Case, Weights
@@ -21,7 +22,7 @@ from balora_jax.config import RunConfig
 from balora_jax.errors import InputError
 from balora_jax.io import metrics
 from balora_jax.io.base import Base
-from balora_jax.training import assemble
+from balora_jax.training import assemble, flops
 from balora_jax.training.assemble import Program
 
 TORCH_CASES = ("LoRA", "BA-LoRA")
@@ -63,7 +64,8 @@ def bench(
         )
     figures: dict[str, Any] = {"versions": metrics.versions()}
     if topology is not None:
-        figures |= {"topology": topology, "rows": ahead.compiled_for(topology, config, cases)}
+        target = parse_target(topology)
+        figures |= {"topology": topology, "rows": ahead.compiled_for(target, config, cases)}
         print(report.ahead_table(figures))
         return figures
     figures |= {"machine": _machine()}
@@ -101,8 +103,8 @@ def _measured(
     rows = []
     for name, seen in found.items():
         program = programs[name.removeprefix("torch ")]
-        flops = workload.model_flops(program, shape, counted)
-        rows.append(_row(name, seen, flops, found, math.prod(shape), program.mesh.size))
+        needed = flops.model_flops(program, shape, counted)
+        rows.append(_row(name, seen, needed, found, math.prod(shape), program.mesh.size))
     drawn = "random" if weights.random else "of the checkpoint"
     return _setting(config, drawn, shape) | {
         "counted_tokens": counted,
@@ -162,21 +164,21 @@ def _torch_step(
 def _row(
     name: str,
     seen: Measured,
-    flops: float,
+    needed: float,
     found: dict[str, Measured],
     tokens: int,
     devices: int,
 ) -> dict[str, Any]:
     """Figures of one case; ratios to others, and to the reference's same case, within rounds."""
-    peak = measure.peak_flops(jax.devices()[0].device_kind)
+    peak = flops.peak_flops(jax.devices()[0].device_kind)
     row: dict[str, Any] = {
         "case": name,
         "seconds": seen.median,
         "seconds_min": min(seen.seconds),
         "seconds_max": max(seen.seconds),
         "tokens_per_second": tokens / seen.median,
-        "model_flops": flops,
-        "mfu": None if peak is None else flops / seen.median / peak / devices,
+        "model_flops": needed,
+        "mfu": None if peak is None else needed / seen.median / peak / devices,
         "memory": seen.memory,
         "rss_growth": seen.rss_growth,
         "device_peak": seen.device_peak,

@@ -5,7 +5,6 @@ changed. A checkpoint without weights (a ``config.json`` alone, such as those in
 random ones, and random tokens that all count.
 """
 
-import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ import numpy as np
 from balora_jax.array_types import Array
 from balora_jax.config import RunConfig
 from balora_jax.config_file import parse_config
-from balora_jax.io.base import Base, base_of
+from balora_jax.io.base import Base, base_of, open_base
 from balora_jax.io.hf_files import read_json_config
 from balora_jax.models import starts
 from balora_jax.paths import resolve_path
-from balora_jax.training import assemble, sharding, steps, text_run
+from balora_jax.training import assemble, optim, sharding, steps, text_run
 from balora_jax.training.assemble import Loaded, Program
 
 TERMS = ("consistency", "diversity", "spectral")
@@ -103,6 +102,12 @@ def shapes_only(name_or_path: str) -> Base | None:
         return None
     raw = read_json_config(folder)
     return base_of(folder, raw)
+
+
+def opened_base(config: RunConfig) -> Base:
+    """The checkpoint of a config, with or without weights."""
+    name = config.model.name_or_path
+    return shapes_only(name) or open_base(name, config.model.revision)
 
 
 def weights_of(config: RunConfig) -> tuple[Base, Weights]:
@@ -206,8 +211,8 @@ def abstract_arguments(program: Program, total_steps: int) -> tuple[Any, ...]:
     """Shapes and shardings of a step's arguments: (state, constants, batch, key)."""
     mesh, length = program.mesh, program.config.data.max_length
     sharding.whole_length(length, length, mesh)
-    parts = assemble.step_parts(program, total_steps)
-    state = steps.abstract_state(trained_shapes(program), parts.optimizer, mesh)
+    optimizer = optim.make_optimizer(program.config.training, total_steps)
+    state = steps.abstract_state(trained_shapes(program), optimizer, mesh)
     frozen: Any = sharding.with_shardings(program.plain.frozen, mesh)
     origin: Any = sharding.with_shardings(program.student.origin, mesh)
     factor: Any = None
@@ -223,54 +228,6 @@ def abstract_arguments(program: Program, total_steps: int) -> tuple[Any, ...]:
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
     return state, assemble.causal.Constants(frozen, origin, factor), batch, key
-
-
-def model_flops(program: Program, shape: Sequence[int], counted: int) -> float:
-    """Floating point operations that a step cannot do without, as PERFORMANCE figures count them.
-
-    ``4·P·N + 6·P_A·N + 4·V·D·M + 3·attention``, and ``2·P·N + 2·V·D·M + attention`` for a teacher:
-    P parameters of the frozen linear layers (of experts, those that a token takes), P_A of the
-    adapters (twice with an origin), N tokens, M counted tokens. LoRA-FA's A has no gradient, so 4
-    there and no second half; a full fine-tuning has 6 for P and for the head, and no adapters.
-    Attention is causal, so half of the square. Rematerialisation is not counted, nor what does not
-    grow with the tokens, such as DoRA's norms.
-
-    Args:
-        program: the step.
-        shape: of the batch, ``[micro-batches, B, T]``.
-        counted: M.
-    """
-    decoder, length, tokens = program.decoder, shape[-1], math.prod(shape)
-    linear = sum(
-        leaf.size * taken_share(program, path)
-        for path, leaf in program.plain.parameters.items()
-        if path.endswith(".kernel")
-    )
-    passes = 6.0 if program.config.adapter.method == "full" else 4.0
-    head = decoder.vocab_size * decoder.hidden_size * counted
-    heads = decoder.num_layers * decoder.num_heads * decoder.head_dim
-    attention = 2 * 2 * heads * length * tokens / 2
-    flops = passes * (linear * tokens + head) + adapter_flops(program) * tokens + 3 * attention
-    if program.objective.needs_teacher:
-        flops += 2.0 * linear * tokens + 2.0 * head + attention
-    return flops
-
-
-def adapter_flops(program: Program) -> float:
-    """Operations of the adapters' products for one token, forward and backward."""
-    twice = 2 if starts.start_has_origin(program.config.adapter.start) else 1
-    total = 0.0
-    for module in program.modules:
-        a, b = module.rank * module.in_features, module.rank * module.out_features
-        one = 4.0 * a + 6.0 * b if module.method == "lora_fa" else 6.0 * (a + b) * twice
-        total += one * taken_share(program, module.path)
-    return total
-
-
-def taken_share(program: Program, path: str) -> float:
-    """The share of a stack's layers that a token goes through: all, but for experts."""
-    decoder = program.decoder
-    return decoder.experts_per_token / decoder.experts if ".experts." in path else 1.0
 
 
 def cases_named(names: Sequence[str]) -> tuple[Case, ...]:

@@ -11,7 +11,7 @@ from balora_jax import cli
 from balora_jax.bench import measure, report, workload
 from balora_jax.bench.run import bench
 from balora_jax.config_file import parse_config
-from balora_jax.training import assemble
+from balora_jax.training import assemble, flops
 
 SHAPE = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 151,
@@ -111,9 +111,9 @@ def test_model_flops_by_hand(tree):
         "LoRA": 4 * linear * tokens + 6 * adapters * tokens + 4 * head + 3 * attention,
         "BA-LoRA": 6 * linear * tokens + 12 * adapters * tokens + 6 * head + 4 * attention,
     }
-    for name, flops in expected.items():
+    for name, operations in expected.items():
         program, _ = assemble.program_of(workload.configured(config, by_name[name]), decoder)
-        assert workload.model_flops(program, (1, 3, 16), counted) == flops
+        assert flops.model_flops(program, (1, 3, 16), counted) == operations
 
 
 def test_a_checkpoint_with_weights_gives_its_own_batch():
@@ -141,8 +141,10 @@ def test_a_checkpoint_with_weights_gives_its_own_batch():
 def test_ratio_is_within_rounds():
     slow, fast = measure.Measured([2.0, 9.0, 3.0]), measure.Measured([1.0, 3.0, 3.0])
     assert measure.ratio(slow, fast) == 2.0
-    assert measure.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert measure.peak_flops("cpu") is None
+    assert flops.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert flops.peak_flops("TPU v5 lite") == flops.peak_flops("TPU v5e") == 197e12
+    assert flops.peak_flops("TPU v5p") == flops.peak_flops("TPU v5") == 459e12
+    assert flops.peak_flops("cpu") is None
 
 
 def test_command_line_and_messages(tree, tmp_path, capsys):
@@ -161,7 +163,7 @@ def test_command_line_and_messages(tree, tmp_path, capsys):
         "them.",
         ("--rounds", "0"): "--rounds: expected at least 1, got 0. Raise it.",
         ("--topology", "v5e"): "--topology: expected v4, v5e, v5p, v6e and a shape, such as "
-        "v5e:4x4 or v5p:2x2x1, got 'v5e'. Correct it.",
+        "v5e:4x4 or v5p:2x2x1, or gpu:8x80GB, gpu:8xH100, cpu:8 or auto, got 'v5e'. Correct it.",
     }.items():
         assert cli.main(["bench", str(config), *extra]) == 2
         assert capsys.readouterr().err == f"balora: {message}\n"
