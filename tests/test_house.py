@@ -60,11 +60,11 @@ MAY_IMPORT = {
     "training.flops": (*COMPUTE, *STEP, "training.assemble"),
     "training.probe": COMPUTE,
     "training.rows": (*COMPUTE, *STEP, "data"),
-    "training.text_run": (*WIRED, "training.assemble"),
+    "training.text_run": (*WIRED, "training.assemble", "training.flops"),
     "training.label_score": (*WIRED, "training.rows"),
     "training.label_run": (
         *(*WIRED, "training.assemble", "training.probe"),
-        *("training.rows", "training.label_score"),
+        *("training.rows", "training.label_score", "training.flops"),
     ),
     "training.workdir": ("config", "errors", "hosts", "io"),
     "training.reporting": ("hosts", "io"),

@@ -1,5 +1,6 @@
 """The cases of a step on labelled rows: what do the terms and the teacher cost an encoder?"""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,6 @@ from balora_jax.bench.workload import TERMS, Case, configured
 from balora_jax.config import RunConfig
 from balora_jax.config_file import parse_config
 from balora_jax.training import label_run
-from balora_jax.training.flops import encoder_flops
 from balora_jax.training.label_run import LabelRun
 
 CASES = (
@@ -37,13 +37,8 @@ class LabelCase:
 
     @property
     def model_flops(self) -> float:
-        """Operations that a step cannot do without, counted as for decoders; attention is whole."""
-        run, config = self.run, self.run.base.config
-        linear = sum(v.size for path, v in run.plain.parameters.items() if "layers." in path)
-        taught = run.objective.needs_teacher and not run.config.regularizers.teacher_cache
-        return encoder_flops(
-            linear, config.num_layers, config.hidden_size, self.shape, taught=taught
-        )
+        """Operations that a step cannot do without."""
+        return self.run.step_flops(math.prod(self.shape[:2]))
 
 
 def compiled_case(config: RunConfig, case: Case) -> LabelCase:

@@ -30,7 +30,7 @@ def peak_flops(kind: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)), None)
 
 
-def model_flops(program: Program, shape: Sequence[int], counted: int) -> float:
+def model_flops(program: Program, shape: Sequence[int], counted: float) -> float:
     """Floating point operations that a step cannot do without.
 
     ``4·P·N + 6·P_A·N + 4·V·D·M + 3·attention``, and ``2·P·N + 2·V·D·M + attention`` for a teacher:

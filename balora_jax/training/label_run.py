@@ -31,6 +31,7 @@ from balora_jax.models.encoder import EncoderStructure, encoder_structure
 from balora_jax.numerics.objective import Objective
 from balora_jax.training import assemble, probe, sharding, steps
 from balora_jax.training.assemble import Loaded
+from balora_jax.training.flops import encoder_flops
 from balora_jax.training.label_score import (
     LabelScorer,
     forward_rows,
@@ -129,6 +130,16 @@ class LabelRun(LabelProgram):
             seed=training.seed,
             pad_id=self.pad_id,
         )
+
+    def step_flops(self, counted: float) -> float:
+        """Operations of a step, counted as for decoders; padding is computed as well."""
+        del counted  # the head is small, whatever it reads
+        training, config = self.config.training, self.base.config
+        linear = sum(v.size for path, v in self.plain.parameters.items() if "layers." in path)
+        shape = (1, training.batch_size, self.length)
+        taught = self.objective.needs_teacher and not self.config.regularizers.teacher_cache
+        layers, width = config.num_layers, config.hidden_size
+        return encoder_flops(linear, layers, width, shape, taught=taught)
 
     def load(self) -> Loaded:
         """The frozen weights, and adapters and head at their start."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from balora_jax import hosts
@@ -20,7 +21,7 @@ from balora_jax.config import RunConfig, TrainingConfig
 from balora_jax.config_file import dump_config
 from balora_jax.errors import RunStoppedError
 from balora_jax.io import checkpoint, export, metrics
-from balora_jax.training import label_run, steps, text_run
+from balora_jax.training import flops, label_run, steps, text_run
 from balora_jax.training.assemble import Loaded
 from balora_jax.training.label_run import LabelRun
 from balora_jax.training.profiling import Profile
@@ -181,7 +182,7 @@ class Training:
         training, mesh = self.setup.config.training, self.setup.mesh
         step_fn = steps.compile_step(self.parts, self.state, mesh)
         shares_fn = steps.gradient_shares(self.parts)
-        self.report = Reporter(self.log, training.log_every)
+        self.report = Reporter(self.log, training.log_every, self.setup.step_flops, peak_of(mesh))
         profile = Profile(training.profile_steps, self.folder / "profile")
         with progress(self.stop_at, start) as bar, profile:
             for step in range(start + 1, self.stop_at + 1):
@@ -341,6 +342,12 @@ def total_steps(config: TrainingConfig, batches_per_epoch: Callable[[], int]) ->
         return config.max_steps
     assert config.epochs is not None
     return math.ceil(config.epochs * batches_per_epoch())
+
+
+def peak_of(mesh: Mesh) -> float | None:
+    """Published operations per second of all devices; None for devices that nobody lists."""
+    peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
+    return None if peak is None else peak * mesh.size
 
 
 def use_rslora(run: Run) -> bool:

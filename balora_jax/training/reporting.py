@@ -20,7 +20,7 @@ class Reporter:
     Args:
         log: the file, or None in a process that does not write it.
         every: steps between its rows.
-        flops: model FLOPs of a step by its counted tokens; None where nobody counts them.
+        flops: model FLOPs of a step by its counted tokens.
         peak: FLOPs per second of all devices; None where not known.
     """
 
@@ -28,8 +28,8 @@ class Reporter:
         self,
         log: metrics.MetricsLog | None,
         every: int,
-        flops: Callable[[float], float] | None = None,
-        peak: float | None = None,
+        flops: Callable[[float], float],
+        peak: float | None,
     ):
         self.log, self.every, self.flops, self.peak = log, every, flops, peak
         self.pending: tuple[int, Any] | None = None
@@ -53,8 +53,7 @@ class Reporter:
         row = {"step": step} | {name: float(v) for name, v in jax.device_get(values).items()}
         self.tokens += row["tokens"]
         self.steps += 1
-        if self.flops is not None:
-            self.work += self.flops(row["tokens"])
+        self.work += self.flops(row["tokens"])
         bar.update(1)
         shown = {"loss": f"{row['loss']:.4f}"}
         if row["skipped"]:
@@ -67,7 +66,7 @@ class Reporter:
     def _write(self, row: dict[str, float]) -> None:
         seconds = max(time.monotonic() - self.clock, 1e-9)
         speed = {"tokens_per_second": self.tokens / seconds, "step_seconds": seconds / self.steps}
-        if self.peak is not None and self.work:
+        if self.peak is not None:
             speed["mfu"] = self.work / seconds / self.peak
         if self.log is not None:
             whole = {name: int(row[name]) for name in COUNTS}

@@ -25,6 +25,7 @@ from balora_jax.io.peft_adapter import PeftAdapter
 from balora_jax.io.pretrained import sampling_for
 from balora_jax.training import assemble, causal, sharding, steps
 from balora_jax.training.assemble import Loaded, Program
+from balora_jax.training.flops import model_flops
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,12 @@ class TextRun(Program):
     def step_parts(self, total_steps: int) -> steps.StepParts:
         """The pure functions of a training step."""
         return assemble.step_parts(self, total_steps)
+
+    def step_flops(self, counted: float) -> float:
+        """Operations of a step with so many tokens in the loss; padding is computed as well."""
+        training = self.config.training
+        rows = training.batch_size // training.accumulation
+        return model_flops(self, (training.accumulation, rows, self.length), counted)
 
     def load(self) -> Loaded:
         """The frozen weights and the adapters' start."""
