@@ -26,7 +26,8 @@ def connect(start: Start) -> None:
     """Join the other processes; to be called before anything asks for a device.
 
     Raises:
-        InputError: the environment does not tell who the others are, or they do not appear.
+        InputError: the environment does not tell who the others are.
+        RunStoppedError: they do not appear, or go before all have begun.
     """
     try:
         jax.distributed.initialize(
@@ -36,9 +37,11 @@ def connect(start: Start) -> None:
             initialization_timeout=START_TIMEOUT,
             heartbeat_timeout_seconds=start.timeout,
         )
+        jax.devices()  # all processes tell each other here what they have
     except (ValueError, RuntimeError) as error:
+        kind = InputError if isinstance(error, ValueError) else RunStoppedError
         line = " ".join(str(error).split())[:300]
-        raise InputError(
+        raise kind(
             f"start of {start.processes or 'several'} processes: expected all of them to find "
             f"{start.coordinator or 'each other'}, got: {line} Check that every host runs the same "
             "command and can reach that address, or give --coordinator, --processes and --process."
@@ -52,7 +55,7 @@ def is_first() -> bool:
 
 def say(*lines: object) -> None:
     """Print lines, once for all processes."""
-    if is_first():
+    if lines and is_first():
         print(*lines, sep="\n", flush=True)
 
 

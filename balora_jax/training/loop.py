@@ -50,16 +50,11 @@ def fit(config: RunConfig, *, workdir: str | Path, resume: bool = False) -> dict
             failed.
     """
     folder, began = Path(workdir), time.monotonic()
-    hosts.by_first(functools.partial(check_folders, config, folder, resume))
-    check = label_run.check if config.task == "nlu" else text_run.check
-    run: Run = hosts.together(functools.partial(check, config))
-    step = None
-    if resume:
-        step, found = hosts.by_first(lambda: checkpoint.newest_whole(folder / "checkpoints"))
-        hosts.say(*found)
-    if step is not None:
-        check_identity(run, folder, step)
     with failures(folder):
+        hosts.by_first(functools.partial(check_folders, config, folder, resume))
+        check = label_run.check if config.task == "nlu" else text_run.check
+        run: Run = hosts.together(functools.partial(check, config))
+        step = last_step(run, folder) if resume else None
         loaded = run.load()
         describe(run)
         with jax.set_mesh(run.mesh), interruptions() as interrupted:
@@ -72,11 +67,19 @@ def check_folders(config: RunConfig, folder: Path, resume: bool) -> None:
     check_model_folder(config, folder, resume)
 
 
-def check_identity(run: Run, folder: Path, step: int) -> None:
-    """Raises InputError unless the checkpoint of a step is one of this run."""
-    store = checkpoint.Checkpoints(folder / "checkpoints", keep=10**6)
-    checkpoint.check_same_run(store.identity(step), identity_of(run), f"{folder}: --resume")
-    store.close()
+def last_step(run: Run, folder: Path) -> int | None:
+    """The step of the newest whole checkpoint; None where there is none.
+
+    Raises:
+        InputError: all are damaged, or that one is of another run.
+    """
+    step, found = hosts.by_first(lambda: checkpoint.newest_whole(folder / "checkpoints"))
+    hosts.say(*found)
+    if step is not None:
+        store = checkpoint.Checkpoints(folder / "checkpoints", keep=10**6)
+        checkpoint.check_same_run(store.identity(step), identity_of(run), f"{folder}: --resume")
+        store.close()
+    return step
 
 
 @contextmanager

@@ -64,12 +64,15 @@ class Hosts:
         ]
 
     def wait_for_rows(self, count):
-        """Until so many steps are logged."""
+        """Until all processes have met and so many steps are logged."""
         file, end = self.workdir / "metrics.jsonl", time.monotonic() + PATIENCE
-        while not file.exists() or file.read_bytes().count(b"\n") < count:
+        while not (self._met() and file.exists() and file.read_bytes().count(b"\n") >= count):
             assert all(process.is_alive() for process in self.processes), self.text()
             assert time.monotonic() < end, self.text()
             time.sleep(0.005)
+
+    def _met(self):
+        return self.logs[0].exists() and "devices: " in self.logs[0].read_text()
 
     def codes(self):
         """Exit codes, when all have ended by themselves."""
