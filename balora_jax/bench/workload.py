@@ -18,7 +18,7 @@ import numpy as np
 from balora_jax.array_types import Array
 from balora_jax.config import RunConfig
 from balora_jax.config_file import parse_config
-from balora_jax.io.base import Base, base_of, open_base
+from balora_jax.io.base import Base, base_of, open_shapes
 from balora_jax.io.hf_files import read_json_config
 from balora_jax.models import starts
 from balora_jax.paths import resolve_path
@@ -105,9 +105,8 @@ def shapes_only(name_or_path: str) -> Base | None:
 
 
 def opened_base(config: RunConfig) -> Base:
-    """The checkpoint of a config, with or without weights."""
-    name = config.model.name_or_path
-    return shapes_only(name) or open_base(name, config.model.revision)
+    """The checkpoint of a config, with or without weights; only its ``config.json`` is read."""
+    return open_shapes(config.model.name_or_path, config.model.revision)
 
 
 def weights_of(config: RunConfig) -> tuple[Base, Weights]:

@@ -191,6 +191,12 @@ def open_base(name_or_path: str, revision: str | None = None) -> Base:
     return base_of(folder, read_json_config(folder))
 
 
+def open_shapes(name_or_path: str, revision: str | None = None) -> Base:
+    """The same without weights: of a hub name only the config is downloaded."""
+    folder = find_checkpoint(resolve_path(name_or_path), revision, weights=False)
+    return base_of(folder, read_json_config(folder))
+
+
 def base_of(folder: Path, raw: Mapping[str, Any]) -> Base:
     """The base that a ``config.json`` describes."""
     config = registry.decoder_config(raw, str(folder / "config.json"))

@@ -58,10 +58,14 @@ class StoredTensor:
         return max(1, int(bits.group()) // 8) if bits else 1
 
 
-def find_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Path:
+def find_checkpoint(
+    name_or_path: str | Path, revision: str | None = None, *, weights: bool = True
+) -> Path:
     """Folder of a checkpoint: a local folder as it is, or a Hub name downloaded to the cache.
 
-    Only safetensors, JSON and tokenizer files of the repository's top level are downloaded.
+    Only safetensors, JSON and tokenizer files of the repository's top level are downloaded, and of
+    these, where no ``weights`` are wanted, the ``config.json`` alone. Of several processes on one
+    machine one downloads a file, the others wait for it.
 
     Raises:
         InputError: no such folder or repository, no network, no ``config.json``, or no
@@ -79,18 +83,18 @@ def find_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Pa
     elif name.startswith((".", "~")) or not _HUB_NAME.fullmatch(name):
         raise InputError(f"{name}: expected a checkpoint folder, got nothing. Check the path.")
     else:
-        folder = _download(name, revision)
-    _check_folder(folder)
+        folder = _download(name, revision, _HUB_FILES if weights else (CONFIG_FILE,))
+    _check_folder(folder, weights)
     return folder
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, files: Sequence[str]) -> Path:
     try:
         return Path(
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=list(_HUB_FILES),
+                allow_patterns=list(files),
                 ignore_patterns=["*/*"],  # "*" also matches "/": originals in subfolders stay out
             )
         )
@@ -120,12 +124,12 @@ def _download(name: str, revision: str | None) -> Path:
         ) from error
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, weights: bool) -> None:
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(
             f"{folder}: expected {CONFIG_FILE}, got none. Name the folder that holds the model."
         )
-    if (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file():
+    if not weights or (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file():
         return
     unsafe = sorted(p.name for p in folder.iterdir() if p.suffix in _UNSAFE_SUFFIXES)
     got = f"only {shortened(unsafe)}" if unsafe else "no weights"

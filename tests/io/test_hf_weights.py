@@ -348,6 +348,21 @@ def test_hub_download_asks_for_safe_top_level_files_only(monkeypatch, llama_fold
     assert list(kept) == repository[:7]
 
 
+def test_without_weights_only_the_config_is_downloaded(monkeypatch, tmp_path):
+    asked = {}
+
+    def download(name, **kwargs):
+        asked.update(kwargs)
+        return str(tmp_path)
+
+    monkeypatch.setattr(hf_files, "snapshot_download", download)
+    (tmp_path / "config.json").write_text("{}")
+    assert find_checkpoint("someone/model", weights=False) == tmp_path
+    assert asked["allow_patterns"] == ["config.json"]
+    with pytest.raises(InputError, match="got no weights"):
+        find_checkpoint("someone/model")
+
+
 def test_config_is_read_or_named(llama_folder, tmp_path):
     assert read_json_config(llama_folder)["num_hidden_layers"] == LAYERS
     with pytest.raises(InputError, match="expected a readable file, got No such file"):
