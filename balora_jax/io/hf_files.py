@@ -174,7 +174,7 @@ def weight_files(folder: str | Path) -> dict[Path, dict[str, str] | None]:
     folder = Path(folder)
     if (folder / SINGLE_FILE).is_file():
         return {folder / SINGLE_FILE: None}
-    _check_folder(folder)
+    _check_folder(folder, weights=True)
     index = folder / INDEX_FILE
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
