@@ -2,8 +2,10 @@
 
 import math
 import re
+import tempfile
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -50,9 +52,10 @@ def compile_case(
     program, _ = assemble.program_of(config, decoder, mesh)
     arguments = workload.abstract_arguments(program, STEPS)
     began = time.monotonic()
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as dump:
         step = steps.compile_step(assemble.step_parts(program, STEPS), arguments[0], mesh)
-        compiled, needed = compile_or_size(step.lower(*arguments))
+        compiled, needed = compile_or_size(step.lower(*arguments), dump_options(mesh, dump))
+        text = None if compiled is None else program_text(compiled, Path(dump))
     row = _setting(program, name) | _flops(program) | {
         "does_not_fit": needed,
         "bytes_per_device": None if compiled is None else memory_of(compiled),
@@ -60,13 +63,37 @@ def compile_case(
     }  # fmt: skip
     temporaries = head_temporaries(program) if head_alone and compiled is not None else None
     row["bytes_by_kind"] = bytes_by_kind(arguments, row["bytes_per_device"], temporaries)
-    return row | _moved(program, compiled)
+    return row | _moved(program, text)
 
 
-def compile_or_size(lowered: Any) -> tuple[Any, str | None]:
+def dump_options(mesh: Any, folder: str) -> dict[str, Any]:
+    """Options that let the TPU compiler write the text of a program to a folder."""
+    if mesh.devices.flat[0].platform != "tpu":
+        return {}
+    return {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+
+
+def program_text(compiled: Any, dump: Path) -> str:
+    """The text of a compiled program.
+
+    For a v5p libtpu 0.0.52 compiles programs that it cannot give back (JAX reports an error of
+    ``async-update``); what it wrote to ``dump`` on the way is the same program.
+    """
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        written = sorted(dump.glob("*jit_step*.after_optimizations.txt"))
+        if not written:
+            raise
+        return written[-1].read_text(encoding="utf-8")
+
+
+def compile_or_size(
+    lowered: Any, options: Mapping[str, Any] | None = None
+) -> tuple[Any, str | None]:
     """The compiled program; or None and what it needs, where the compiler refuses it for memory."""
     try:
-        return lowered.compile(), None
+        return lowered.compile(compiler_options=dict(options or {})), None
     except jax.errors.JaxRuntimeError as error:
         # A step that is too large is a result; whatever else the compiler refuses is not.
         found = re.search(r"temporaries \((\S+)\) exceeds available HBM \((\S+)\)", str(error))
@@ -232,11 +259,11 @@ def head_chunks(program: Program) -> int:
     return -(-rows * length // split // assemble.head_plan(program).chunk)
 
 
-def _moved(program: Program, compiled: Any) -> Row:
+def _moved(program: Program, text: str | None) -> Row:
     """What a step moves, from the text of the program."""
-    if compiled is None:
+    if text is None:
         return {"collectives": None, "traffic": None, "open_loops": None}
-    module = hlo.Module(compiled.as_text(), head_chunks(program))
+    module = hlo.Module(text, head_chunks(program))
     found = module.collectives(dict(program.mesh.shape))
     return {
         "collectives": [vars(one) | {"axes": list(one.axes)} for one in found],
