@@ -177,7 +177,7 @@ def held_bytes(arguments: tuple[Any, ...]) -> dict[str, int]:
         "frozen": constants.frozen,
         "adapters": state.adapters,
         "origin": constants.origin,
-        "optimizer": (state.opt_state, state.step),
+        "optimizer": (state.opt_state, state.step, state.guard),
         "batch": (batch, key),
         "head_factor": constants.head_factor,
     }

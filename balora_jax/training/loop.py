@@ -230,9 +230,16 @@ class Training:
         self.saved = step
 
     def check_row(self, row: dict[str, float] | None) -> None:
-        """Raises RunStoppedError where more updates were left out in a row than may be."""
-        most = self.setup.config.training.max_skipped
-        if row is None or row["skipped_in_a_row"] <= most:
+        """Raises RunStoppedError where more updates were left out in a row than may be.
+
+        A run must not end on a loss that is not finite: nobody would know its weights to be good.
+        """
+        if row is None:
+            return
+        finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
+        may_go_on = finite or row["step"] < self.stop_at
+        most = self.setup.config.training.max_skipped if may_go_on else 0
+        if row["skipped_in_a_row"] <= most:
             return
         # A loss is that of the weights before its step, so the checkpoint just before is not good.
         first = int(row["step"] - row["skipped_in_a_row"]) + 1

@@ -47,7 +47,8 @@ def decoder(tree):
 
 def padded(sizes):
     """Sizes of data, fsdp and tensor; any other axis has one device."""
-    return (*sizes, *(1 for _ in sharding.AXES[3:]))
+    named = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    return tuple(named.get(axis, 1) for axis in sharding.AXES)
 
 
 def program_on(tree, decoder, sizes, **changes):
@@ -73,8 +74,10 @@ def test_bytes_by_kind_by_hand(tree, decoder, sizes):
     assert found["frozen"] == 2 * (kernels + tables + norms)
     assert found["adapters"] == 4 * factors
     assert found["origin"] == 2 * factors + 4 * scales
-    # Two moments, and the counters of the step: its own, Adam's and the schedule's.
-    assert found["optimizer"] == pytest.approx(2 * 4 * factors, abs=12)
+    # Two moments, what the guard remembers of 128 steps with its three counters, and the counters
+    # of the step: its own, Adam's and the schedule's.
+    remembered = 2 * 4 * 128 + 3 * 4
+    assert found["optimizer"] == pytest.approx(2 * 4 * factors + remembered, abs=12)
     assert found["optimizer"] > 2 * 4 * factors
     assert found["batch"] == 4 * rows * 16 * 4 + 8
     assert found["head_factor"] == 4 * D * D

@@ -16,7 +16,7 @@ from tests.tiny_run import FEW, checkpoint_steps, metrics_of, write_config
 pytestmark = pytest.mark.usefixtures("no_curves")
 
 
-def diverge(tmp_path, inputs, **training):
+def diverge(tmp_path, inputs, last=None, **training):
     """Step 1 has the learning rate 0 (warm-up), step 2 one that no weight survives."""
     config = write_config(
         tmp_path / "config.yaml",
@@ -37,7 +37,7 @@ def diverge(tmp_path, inputs, **training):
     code, _, err = invoke("train", config, "--workdir", tmp_path / "run")
     message = err.splitlines()[-1]
     assert code == 3
-    last = 3 + training.get("max_skipped", 0)
+    last = last or 3 + training.get("max_skipped", 0)
     assert message.startswith(f"balora: training diverged at step {last}: expected a finite loss")
     assert "Traceback" not in err
     rows = metrics_of(tmp_path / "run")
@@ -78,6 +78,13 @@ def test_later_steps_without_an_update_leave_checkpoints_alone(tmp_path, inputs,
     assert str(tmp_path / "run" / "checkpoints" / "1") in message
 
 
+def test_a_run_does_not_end_on_a_loss_that_is_not_finite(tmp_path, inputs):
+    """One such step is allowed in a row, but not as the last."""
+    config = {"max_steps": 3, "checkpoint_every": 1, "max_skipped": 1}
+    message = diverge(tmp_path, inputs, last=3, **config)
+    assert "the last good checkpoint is " in message
+
+
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, inputs):
     """Here the update itself is not finite, though loss and gradient are."""
     config = write_config(
@@ -97,7 +104,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, inputs):
     code, _, err = invoke("train", config, "--workdir", tmp_path / "run")
     assert code == 3
     message = err.splitlines()[-1]
-    assert message.startswith("balora: training diverged by step 2: expected finite weights")
+    assert message.startswith("balora: training diverged by step 1: expected finite weights")
     assert "there is no good checkpoint yet" in message
     assert checkpoint_steps(tmp_path / "run") == []
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from balora_jax.io import seals
 from balora_jax.training import loop
 from tests.run.conftest import invoke, settings
 from tests.tiny_run import (
@@ -196,6 +197,7 @@ def test_a_run_with_a_schedule_may_not(tmp_path, inputs, unscheduled, bound_to_t
     for name, values in bound_to_the_length.items():
         record["config"][name] |= values
     saved.write_text(json.dumps(record))
+    seals.seal(saved.parents[1])
     before = tree_digest(tmp_path)
     longer = settings({"training.max_steps": WHOLE})
     code, _, err = invoke("train", config, "--workdir", run, "--resume", *longer)
