@@ -92,7 +92,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, inputs):
         inputs,
         adapter=FEW,
         training={
-            "max_steps": 2,
+            "max_steps": 1,
             "optimizer": "sgd",
             "learning_rate": 1e38,
             "clip_norm": None,
