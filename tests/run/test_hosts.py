@@ -176,6 +176,8 @@ def test_killed_hosts(config, two, tmp_path, cache_folder):
     while kills < TRIALS:
         shutil.rmtree(workdir, ignore_errors=True)
         kills += _kill_until_done(config, workdir, cache_folder, rng, TRIALS - kills)
+        if (workdir / "adapter").exists():
+            assert adapter_bytes(workdir) == adapter_bytes(two.workdir)
     found = Hosts(config, workdir, cache_folder, 2, "--resume").succeed()
     assert metrics_of(workdir) == metrics_of(two.workdir)
     assert adapter_bytes(workdir) == adapter_bytes(two.workdir)
