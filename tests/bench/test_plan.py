@@ -268,7 +268,7 @@ def test_a_step_that_is_too_large_is_a_result():
         def __init__(self, message):
             self.message = message
 
-        def compile(self):
+        def compile(self, compiler_options):
             raise jax.errors.JaxRuntimeError(self.message)
 
     told = "the total memory required for HLO temporaries (25.90G) exceeds available HBM (15.75G)."

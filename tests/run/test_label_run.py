@@ -126,7 +126,7 @@ def test_cached_and_uncached_teacher_agree(finished, tmp_path):
     assert summary_of(tmp_path / "run")["before"] == summary_of(cached)["before"]
     worst = {
         name: max(abs(a[name] - b[name]) for a, b in zip(found, wanted, strict=True))
-        for name in METRICS - {"tokens_per_second"}
+        for name in METRICS - {"tokens_per_second", "step_seconds"}
     }
     print(worst, found[0]["consistency"], wanted[0]["consistency"])
     assert max(value for name, value in worst.items() if name != "grad_norm") < 1e-4
