@@ -6,6 +6,7 @@ from typing import Any
 
 from balora_jax.bench.report import markdown
 from balora_jax.config import RunConfig
+from balora_jax.io import metrics
 
 KINDS = {
     "frozen": "frozen weights",
@@ -162,12 +163,9 @@ def draw(figures: Mapping[str, Any], path: Path) -> bool:
     Returns:
         Whether it was drawn: matplotlib is an extra (``viz``).
     """
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
+    pyplot = metrics.pyplot_or_none()
+    if pyplot is None:
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     rows = list(reversed(figures["rows"]))
     names = [row["case"].replace(", ", "\n", 1) for row in rows]

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from balora_jax.io import metrics
+
 MIB = 2**20
 
 
@@ -88,12 +90,9 @@ def draw(figures: Mapping[str, Any], path: Path) -> bool:
     Returns:
         Whether it was drawn: matplotlib is an extra (``viz``).
     """
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
+    pyplot = metrics.pyplot_or_none()
+    if pyplot is None:
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     rows = list(reversed(figures["rows"]))
     names = [row["case"] for row in rows]

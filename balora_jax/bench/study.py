@@ -420,12 +420,9 @@ def draw(figures: Mapping[str, Any], path: Path) -> bool:
     Returns:
         Whether it was drawn: matplotlib is an extra (``viz``).
     """
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
+    pyplot = metrics.pyplot_or_none()
+    if pyplot is None:
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     datasets, variants = figures["datasets"], figures["variants"]
     width = 0.8 / len(variants)

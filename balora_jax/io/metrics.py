@@ -93,18 +93,27 @@ def device_description() -> str:
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
+def pyplot_or_none() -> Any:
+    """Matplotlib's ``pyplot``, drawing to files; None where the extra ``viz`` is not installed."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
     """Loss, terms, weights and gradient norm over the steps as a PNG.
 
     Returns:
         Whether it was drawn: matplotlib is an extra (``viz``).
     """
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
+    pyplot = pyplot_or_none()
+    if pyplot is None:
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     panels = [
         ("task loss (nats per token)", ["task_loss", "loss"]),
