@@ -189,7 +189,7 @@ class Checkpoints:
 def newest_whole(folder: Path) -> tuple[int | None, list[str]]:
     """The newest checkpoint whose every file is as it was written, and what was found on the way.
 
-    One whose writing was cut short is removed; a damaged one is put aside as ``damaged-STEP``.
+    One whose writing was cut short, or whose files changed since, is put aside, not removed.
 
     Raises:
         InputError: there are checkpoints, but all of them are damaged.
@@ -200,23 +200,27 @@ def newest_whole(folder: Path) -> tuple[int | None, list[str]]:
     for step in steps:
         path = folder / str(step)
         if not seals.is_sealed(path):
-            found.append(f"{path}: removed, as writing it was cut short")
-            shutil.rmtree(path)
+            aside = _put_aside(path, f"unsealed-{step}")
+            found.append(f"{path}: writing it was cut short ({seals.NAME} is missing); {aside}")
             continue
         damage = seals.damage(path)
         if damage is None:
             return step, found
-        aside = folder / f"damaged-{step}"
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
         damaged += 1
-        found.append(f"{path}: damaged, as {damage}; put aside as {aside.name}")
+        found.append(f"{path}: damaged, as {damage}; {_put_aside(path, f'damaged-{step}')}")
     if damaged:
         raise InputError(
             f"{folder}: expected a whole checkpoint, got only damaged ones ({'; '.join(found)}). "
             "Bring one back from a copy, or use a new --workdir."
         )
     return None, found
+
+
+def _put_aside(path: Path, name: str) -> str:
+    aside = path.with_name(name)
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    return f"put aside as {name}"
 
 
 def _finished(folder: Path) -> list[Path]:
@@ -226,9 +230,14 @@ def _finished(folder: Path) -> list[Path]:
 
 
 def discard(folder: Path) -> None:
-    """Remove what an interrupted first checkpoint left behind."""
-    if folder.is_dir():
-        shutil.rmtree(folder)
+    """Remove what an interrupted first checkpoint left behind, but nothing that was put aside."""
+    for child in folder.iterdir() if folder.is_dir() else ():
+        if child.name.startswith(("unsealed-", "damaged-")):
+            continue
+        if child.is_dir():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
 
 
 def check_same_run(saved: Identity, now: Identity, where: str) -> None:

@@ -87,16 +87,18 @@ def test_a_run_goes_on_from_the_checkpoint_before(finished, tmp_path):
     assert (workdir / "checkpoints" / "damaged-4").is_dir()
 
 
-def test_one_that_was_cut_short_is_removed(finished, tmp_path):
+def test_one_that_was_cut_short_is_put_aside(finished, tmp_path):
     folder = unfinished(finished, tmp_path) / "checkpoints"
     (folder / "4" / "SHA256SUMS").unlink()
     step, (said,) = checkpoint.newest_whole(folder)
     assert step == 2
-    assert said == f"{folder / '4'}: removed, as writing it was cut short"
+    assert said.startswith(f"{folder / '4'}: writing it was cut short")
+    assert said.endswith("put aside as unsealed-4")
     assert checkpoint_steps(folder.parent) == [2]
     (folder / "2" / "SHA256SUMS").unlink()
     assert checkpoint.newest_whole(folder)[0] is None
-    assert checkpoint_steps(folder.parent) == []
+    checkpoint.discard(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["unsealed-2", "unsealed-4"]
 
 
 def test_only_damaged_ones_are_an_error(finished, tmp_path):
