@@ -3,6 +3,11 @@ import os
 # Before NumPy is loaded: two test workers with two BLAS threads each would spend their time waiting.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+from tests import compiler
+
+# Before JAX is.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {compiler.flags()}".strip()
+
 from pathlib import Path
 
 import pytest

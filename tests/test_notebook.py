@@ -10,6 +10,7 @@ import pytest
 from balora_jax.cli import make_parser
 from balora_jax.config_file import load_config
 from balora_jax.io.metrics import read_metrics
+from tests import compiler
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
@@ -33,8 +34,7 @@ def execute(name, folder, **more):
         "BALORA_QUICKSTART_SET": SHORT,
         "PYTHONPATH": str(ROOT),  # the checkout, so the installing cell has nothing to do
         "HF_HUB_OFFLINE": "1",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # quick to compile
+        **compiler.on_cpu(),
     }
     client = nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
@@ -56,7 +56,7 @@ def on_devices(tmp_path_factory):
     more = {
         # So large that a few steps change the answers.
         "BALORA_QUICKSTART_SET": f"{SHORT} training.learning_rate=0.02",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
+        "XLA_FLAGS": compiler.flags(DEVICES),
         # What the first session has compiled the second one reads.
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

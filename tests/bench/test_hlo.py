@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from balora_jax.bench import hlo
+from tests import compiler
 
 PROGRAM = """
 import json, jax, jax.numpy as jnp
@@ -52,9 +53,8 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def found():
-    flags = "--xla_force_host_platform_device_count=8"
     path = os.pathsep.join(filter(None, sys.path))
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    environment = os.environ | compiler.on_cpu(8) | {"PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True
     )

@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 
-import jax
 import numpy as np
 import pytest
 import yaml
@@ -369,16 +368,6 @@ def test_the_picture_may_lie_elsewhere_and_needs_matplotlib(fit, tmp_path, monke
     assert not (tmp_path / "out" / "study.png").exists()
 
 
-@pytest.fixture
-def quick_compiler():
-    """Little optimization of programs that run twice."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.mark.usefixtures("quick_compiler")
 def test_a_real_study_of_two_runs(tmp_path, capsys, monkeypatch):
     """One diverges, one is scored; the scored one is done by the loop's own terms."""
     monkeypatch.setattr(metrics, "draw_curves", lambda rows, path: False)

@@ -11,7 +11,6 @@ import torch
 
 from balora_jax.evals import generation
 from balora_jax.evals.generation import Sampling, generate, make_decoder
-from tests import quick
 from tests.models import tiny
 from tests.models.tiny_families import FAMILIES, LONGROPE
 
@@ -80,7 +79,7 @@ def test_greedy_equals_transformers_for_unequal_lengths_in_one_batch(ours):
 
 def test_cached_greedy_equals_the_full_forward(ours):
     """Append the most likely token, run everything again, with no cache at all."""
-    forward = quick.jit(lambda weights, ids, mask: ours.skeleton.bind(weights)(ids, mask))
+    forward = jax.jit(lambda weights, ids, mask: ours.skeleton.bind(weights)(ids, mask))
     ids, mask = (np.pad(x, ((0, 0), (0, NEW))) for x in padded(PROMPTS))
     lengths, texts = [len(prompt) for prompt in PROMPTS], [[] for _ in PROMPTS]
     for _ in range(NEW):

@@ -45,13 +45,8 @@ def write_base(folder, family, *, save=lambda model, folder: model.save_pretrain
 
 
 @pytest.fixture(autouse=True)
-def quick_programs(monkeypatch):
-    """Little optimization, and no drawing."""
+def no_curves(monkeypatch):
     monkeypatch.setattr(loop.metrics, "draw_curves", lambda rows, path: False)
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def tree_of(folder, base, family, **overrides):

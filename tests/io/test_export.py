@@ -19,7 +19,7 @@ from balora_jax.models.adapters import adapter_shapes, plan_adapters
 from balora_jax.models.decoder import structure
 from balora_jax.models.starts import start_adapters
 from balora_jax.models.weight_names import linear_shapes, weight_rules
-from tests import quick, tiny_run
+from tests import tiny_run
 
 IDS = np.random.default_rng(0).integers(3, tiny_run.VOCAB_SIZE, (3, 11))
 STARTS = {
@@ -50,7 +50,7 @@ class Finished:
         }
         shapes = adapter_shapes(modules, origin=start == "pissa")
         student = structure(base.config, adapters=shapes)
-        forward = quick.jit(lambda *parts: student.bind(*parts)(jnp.asarray(IDS, jnp.int32)))
+        forward = jax.jit(lambda *parts: student.bind(*parts)(jnp.asarray(IDS, jnp.int32)))
         self.plain = np.asarray(forward(frozen, origin, {p: v * 0 for p, v in adapters.items()}))
         self.logits = np.asarray(forward(frozen, origin, adapters))
         self.report = write_adapter(

@@ -22,6 +22,7 @@ from balora_jax.io.hf_weights import (
     read_json_config,
 )
 from balora_jax.models.weight_names import WeightRule
+from tests import compiler
 
 
 def targets(dtype=jnp.float32):
@@ -164,8 +165,7 @@ def test_eight_devices_read_each_number_once_and_only_their_slices(tmp_path):
     arrays |= {"embed.weight": rng.standard_normal((4096, 512), np.float32)}
     arrays |= {"norm.weight": np.ones(512, np.float32)}
     save_file(arrays, tmp_path / "model.safetensors")
-    flags = "--xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | compiler.on_cpu(8)
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SHARDED), str(tmp_path)],
         env=environment,

@@ -14,7 +14,6 @@ from balora_jax.models.adapters import AdapterShape, adapter_shapes, plan_adapte
 from balora_jax.models.disentangled import DisentangledConfig, table_rows
 from balora_jax.models.encoder import HeadParam, encoder_structure
 from balora_jax.models.weight_names import linear_shapes
-from tests import quick
 from tests.models import tiny_encoders as tiny
 from tests.models.tiny_encoders import relative_error
 
@@ -170,7 +169,7 @@ def test_features_and_head_compose_to_the_logits(family):
     skeleton, weights = tiny.ours(model)
     ids, mask = padded(model, ids_of(model))
 
-    @quick.jit
+    @jax.jit
     def forward(weights, ids, mask):
         module = skeleton.bind(weights)
         features = module.features(ids, mask)
@@ -235,7 +234,7 @@ def test_gradient_of_adapters_and_head_equals_torch_under_full_remat(adapted):
     head = {path: weights[path] for path in skeleton.head}
     frozen = {path: weights[path] for path in skeleton.frozen}
 
-    @quick.jit
+    @jax.jit
     def gradient(factors, head, frozen):
         def loss(factors, head):
             logits = skeleton.bind(frozen, scales, factors, head)(ids, mask)
@@ -260,7 +259,7 @@ def test_dropout_of_the_adapters_follows_its_key(adapted):
     model, skeleton, weights, _, factors, scales = adapted
     ids, mask = padded(model, ids_of(model, length=21))
 
-    @quick.jit
+    @jax.jit
     def forward(key):
         return skeleton.bind(weights, scales, factors)(ids, mask, dropout_key=key)
 

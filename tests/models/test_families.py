@@ -1,10 +1,10 @@
 """Every family of decoders against transformers: logits, padding, packing; and what tells them apart."""
 
+import jax
 import numpy as np
 import pytest
 import torch
 
-from tests import quick
 from tests.models import tiny
 from tests.models.test_parity import TOLERANCE, ids_of, torch_logits
 from tests.models.tiny_families import FAMILIES, gemma2, gemma3, mixtral, phi3, qwen2
@@ -49,7 +49,7 @@ def test_packed_segments_equal_separate_rows(family):
     segments = np.repeat([1, 2, 3], lengths)[None]
     positions = np.concatenate([np.arange(n) for n in lengths])[None]
 
-    @quick.jit
+    @jax.jit
     def forward(weights, *arrays):
         module = skeleton.bind(weights)
         return module.logits(module.hidden(*arrays))

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from balora_jax.models.decoder import structure
-from tests import quick
 from tests.models import tiny
 
 TOLERANCE = 1e-4
@@ -84,7 +83,7 @@ def test_packed_segments_equal_separate_rows(family):
     segments = np.repeat([1, 2, 3], lengths)[None]
     positions = np.concatenate([np.arange(n) for n in lengths])[None]
 
-    @quick.jit
+    @jax.jit
     def forward(weights, *arrays):
         module = skeleton.bind(weights)
         return module.logits(module.hidden(*arrays))
@@ -107,7 +106,7 @@ def test_input_gradient_equals_torch_under_every_remat_policy(remat):
         logits = skeleton.bind({**weights, "embed_tokens.embedding": table})(jnp.asarray(ids))
         return jnp.sum(jnp.tanh(logits))
 
-    got = quick.jit(jax.grad(loss))(weights["embed_tokens.embedding"])
+    got = jax.jit(jax.grad(loss))(weights["embed_tokens.embedding"])
     torch.tanh(model(torch.tensor(ids)).logits).sum().backward()
     want = model.model.embed_tokens.weight.grad.numpy()
     assert np.abs(got - want).max() < TOLERANCE * np.abs(want).max()

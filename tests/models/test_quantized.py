@@ -22,6 +22,7 @@ from balora_jax.models.quantized import (
     quantized_matmul,
     quantized_shapes,
 )
+from tests import compiler
 
 qwix = pytest.importorskip("qwix")
 
@@ -320,8 +321,7 @@ def test_without_qwix_the_error_says_what_to_install(monkeypatch, kernel):
 
 def test_codes_lie_over_a_mesh_and_are_made_there():
     """Four virtual devices, which only a fresh process can have; see :func:`on_a_mesh`."""
-    flags = "--xla_force_host_platform_device_count=4"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, **compiler.on_cpu(4)}
     root = Path(__file__).parents[2]
     run = subprocess.run(
         [sys.executable, "-m", "tests.models.test_quantized"],

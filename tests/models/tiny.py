@@ -2,6 +2,7 @@
 
 import tempfile
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -10,7 +11,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from balora_jax.io.hf_weights import load_weights
 from balora_jax.models import decoder, registry
 from balora_jax.models.weight_names import ignored_weights, weight_rules
-from tests import quick
 
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 5e3},
@@ -112,7 +112,7 @@ def ours(model, **options):
 def logits(skeleton, weights, ids, mask=None):
     """Our logits by one compiled call: operation by operation it takes several times as long."""
     mask = np.ones_like(ids) if mask is None else mask
-    forward = quick.jit(lambda weights, ids, mask: skeleton.bind(weights)(ids, mask))
+    forward = jax.jit(lambda weights, ids, mask: skeleton.bind(weights)(ids, mask))
     return forward(weights, jnp.asarray(ids, jnp.int32), jnp.asarray(mask, jnp.int32))
 
 

@@ -1,5 +1,6 @@
 """Tiny random torch encoders with every option off its default, and their weights as our arrays."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -13,7 +14,6 @@ from transformers import (
 )
 
 from balora_jax.models import encoder, encoder_registry
-from tests import quick
 
 COMMON = {
     "vocab_size": 61,
@@ -126,7 +126,7 @@ def outputs(skeleton, weights, ids, mask=None, types=None):
         return module(*arrays), module.hidden(*arrays)
 
     arrays = [None if a is None else jnp.asarray(a, jnp.int32) for a in (ids, mask, types)]
-    return quick.jit(forward)(weights, *arrays)
+    return jax.jit(forward)(weights, *arrays)
 
 
 def torch_outputs(model, ids, mask=None, types=None):

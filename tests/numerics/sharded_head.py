@@ -7,9 +7,10 @@ the number of devices is fixed when JAX starts.
 import json
 import os
 
+from tests import compiler
+
 if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.update(compiler.on_cpu(8))
 
 import jax
 import jax.numpy as jnp

@@ -11,6 +11,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from balora_jax.cli import main
 from balora_jax.io import metrics
+from tests import compiler
 from tests.tiny_run import tree_digest, write_config, write_inputs, write_model
 
 
@@ -43,9 +44,8 @@ def cache_folder(tmp_path_factory):
 
 @pytest.fixture(scope="package", autouse=True)
 def compilation_cache_on(cache_folder):
-    """The same small programs are compiled once, not once a run, and without much optimization."""
+    """The same small programs are compiled once, not once a run."""
     wanted = {
-        "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(cache_folder),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
@@ -65,8 +65,7 @@ def process_environment(cache_folder):
     """Environment of a fresh process with the same cache."""
     return {
         **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        **compiler.on_cpu(),
         "JAX_COMPILATION_CACHE_DIR": str(cache_folder),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

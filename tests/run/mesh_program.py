@@ -12,11 +12,10 @@ import tempfile
 import zlib
 from pathlib import Path
 
+from tests import compiler
+
 if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    os.environ.update(compiler.on_cpu(8))
 
 import jax
 import jax.numpy as jnp

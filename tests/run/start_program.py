@@ -11,13 +11,11 @@ import re
 import sys
 from pathlib import Path
 
+from tests import compiler
+
 if __name__ == "__main__":
     devices = 8 if len(sys.argv) == 2 else 2
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    os.environ.update(compiler.on_cpu(devices), OPENBLAS_NUM_THREADS="1")
 
 import jax
 import jax.numpy as jnp

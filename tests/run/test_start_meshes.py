@@ -1,7 +1,6 @@
 """Loading, starts and the head's factor: eight devices and two processes against one device."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -16,11 +15,9 @@ MESHES = ("fsdp 8", "tensor 2 x fsdp 4")
 
 
 def begun(*arguments):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.Popen(
         [*PROGRAM, *arguments],
         cwd=ROOT,
-        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

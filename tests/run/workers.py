@@ -16,6 +16,7 @@ import transformers
 from balora_jax import cli, supervise
 from balora_jax.io import metrics
 from balora_jax.training import loop
+from tests import compiler
 
 _ROOT = str(Path(__file__).parents[2])
 _TOKENIZERS = (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast)  # imported now
@@ -50,11 +51,9 @@ def _prepare(log, cache, devices):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    os.environ["XLA_FLAGS"] = compiler.flags(devices)
     metrics.draw_curves = lambda rows, path: False
     jax.config.update("jax_platforms", "cpu")
-    # Programs take longer to compile than to run here, those for eight devices above all.
-    jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

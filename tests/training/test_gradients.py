@@ -20,7 +20,6 @@ from balora_jax.models.weight_names import linear_shapes, weight_rules
 from balora_jax.numerics import linalg
 from balora_jax.numerics.objective import Objective
 from balora_jax.training import causal
-from tests import quick
 from tests.models import tiny
 from tests.models.tiny_families import FAMILIES
 
@@ -63,7 +62,7 @@ def ours(family):
         alpha=ALPHA,
         target_modules=TARGETS,
     )
-    start, origin = quick.jit(
+    start, origin = jax.jit(
         lambda frozen: starts.start_adapters(modules, frozen, start="pissa", key=jax.random.key(0))
     )(frozen)
     rng = np.random.default_rng(4)
@@ -158,7 +157,7 @@ def test_loss_and_gradient_of_every_factor(variant, ours, torch_models, ids):
     counts = causal.counts_of({n: v[None] for n, v in batch.items()}, case["alignment"])
     weights = tuple(jnp.float32(value) for value in LAMBDAS)
 
-    @quick.jit
+    @jax.jit
     def measure(adapters, constants, batch):
         both = jax.value_and_grad(loss_of, has_aux=True)
         return both(adapters, constants, batch, counts, weights, None)

@@ -20,7 +20,6 @@ from balora_jax.models.weight_names import linear_shapes
 from balora_jax.numerics.objective import Objective
 from balora_jax.training import labelled
 from balora_jax.training.labelled import TEACHER, Constants, LabelLoss
-from tests import quick
 from tests.models import tiny_encoders as tiny
 
 RANK, ALPHA = 3, 5.0
@@ -181,7 +180,7 @@ def our_loss(family, outputs, settings):
     )  # fmt: skip
     weights = tuple(jnp.float32(value) for value in LAMBDAS)
 
-    @quick.jit
+    @jax.jit
     def measure(trainable, constants, batch):
         both = jax.value_and_grad(loss_of, has_aux=True)
         return both(trainable, constants, batch, counts, weights, None)
@@ -224,7 +223,7 @@ def test_logits_that_a_batch_brings_take_the_teachers_place():
     nothing = constants._replace(teacher_head={})
     counts = labelled.Counts(jnp.float32(5), jnp.float32(30), 1)
     weights = (jnp.float32(1.0),) * 3
-    measure = quick.jit(lambda *arrays: loss_of(*arrays, counts, weights, None)[1])
+    measure = jax.jit(lambda *arrays: loss_of(*arrays, counts, weights, None)[1])
     parts = measure(trainable, nothing, batch)
     with torch.no_grad():
         z = torch_logits("bert", 3, 0, torch_leaves("bert", 3)[1])

@@ -11,7 +11,6 @@ import pytest
 
 from balora_jax.config import MeshConfig
 from balora_jax.training import sharding, steps
-from tests import quick
 from tests.training import tiny_loss
 from tests.training.tiny_loss import LAYERS, Tiny
 
@@ -126,7 +125,7 @@ def test_frozen_weights_are_bit_identical_after_training(run):
 def test_metrics_equal_numpy(full, run):
     _, history, metrics, batches, _, _ = run
 
-    @quick.jit
+    @jax.jit
     def logits(adapters, constants, batch):
         arrays = [batch[k].reshape(4, -1) for k in ("input_ids", "positions", "segment_ids")]
         student = full.student.bind(constants.frozen, constants.origin, adapters)
@@ -158,7 +157,7 @@ def test_a_learning_rate_of_zero_moves_nothing(run):
 def test_accumulation_does_not_change_the_step():
     """One global token count: 1, 2 and 4 micro-batches give one loss, gradient and update."""
     tiny = Tiny(**{**TERMS, "spectral": 0.0}, training={"clip_norm": None})
-    step = quick.jit(partial(steps.train_step, tiny.parts))
+    step = jax.jit(partial(steps.train_step, tiny.parts))
     results = [step(tiny.state(), tiny.constants, tiny_loss.batch(n), KEY) for n in (1, 2, 4)]
     (state, metrics), *others = results
     assert float(metrics["consistency"]) > 1e-3
@@ -242,7 +241,7 @@ def test_random_numbers_are_drawn_for_dropout_only(programs):
 def test_gradient_shares_equal_separate_gradients():
     tiny = Tiny(**TERMS)
     batch = tiny_loss.batch(2)
-    measure = quick.jit(steps.gradient_shares(tiny.parts))
+    measure = jax.jit(steps.gradient_shares(tiny.parts))
     found = measure(tiny.state(), tiny.constants, batch, KEY)
     found = {name: float(value) for name, value in found.items()}
     first = {name: value[0] for name, value in batch.items()}
@@ -251,7 +250,7 @@ def test_gradient_shares_equal_separate_gradients():
     reference = Tiny(**TERMS, head="plain").parts.loss
     weights = tiny.parts.weights(jnp.int32(0))
 
-    @quick.jit
+    @jax.jit
     @jax.grad
     def gradient(adapters, constants, chosen):
         """By automatic derivatives through all logits, one term at a time."""
@@ -280,7 +279,7 @@ def test_consistency_is_exactly_zero_at_the_start():
     counts = tiny.parts.counts(tiny_loss.batch(1))
     weights = tiny.parts.weights(jnp.int32(0))
 
-    @quick.jit
+    @jax.jit
     def consistency(adapters, constants):
         return tiny.parts.loss(adapters, constants, batch, counts, weights, None)[1]["consistency"]
 
