@@ -21,6 +21,9 @@ Result = TypeVar("Result")
 START_TIMEOUT = 300
 """Seconds that a process waits for all others to appear."""
 
+_PIECE = 2**20
+"""Numbers of each process that all of them exchange at a time: they pass through the devices."""
+
 
 def connect(start: Start) -> None:
     """Join the other processes; to be called before anything asks for a device.
@@ -118,6 +121,32 @@ def together(action: Callable[[], Result]) -> Result:
             "why. Correct that and start all processes again."
         )
     return result  # type: ignore[return-value]
+
+
+def share_out(count: int, work: Callable[[int, int], np.ndarray]) -> np.ndarray:
+    """``work(0, count)``, int32 [N], made in parts: each process does ``work(start, stop)`` of one.
+
+    The parts, which may be empty, are joined in order; every process then has the whole.
+
+    Raises:
+        InputError, RunStoppedError: as :func:`together`.
+    """
+    processes, me = jax.process_count(), jax.process_index()
+    if processes == 1:
+        return work(0, count)
+    ends = [count * i // processes for i in range(processes + 1)]
+    mine = together(lambda: work(ends[me], ends[me + 1]))
+    sizes = np.ravel(multihost_utils.process_allgather(np.asarray(mine.size, np.int32)))
+    whole = [np.empty(size, np.int32) for size in sizes]
+    piece = min(int(sizes.max()), _PIECE)
+    for start in range(0, int(sizes.max()), piece or 1):
+        part = np.zeros(piece, np.int32)
+        own = mine[start : start + piece]
+        part[: own.size] = own
+        for target, found in zip(whole, multihost_utils.process_allgather(part), strict=True):
+            size = max(0, min(piece, target.size - start))
+            target[start : start + size] = found[:size]
+    return np.concatenate(whole)
 
 
 def place(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -13,8 +13,9 @@ read as those tokens, as in `transformers`.
 """
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,17 +108,28 @@ class EncodedSet(NamedTuple):
 class _Sequence(NamedTuple):
     """Token ids before the limit is applied, with the spans [start, end) of the responses."""
 
-    ids: list[int]
+    ids: Sequence[int] | np.ndarray
     spans: list[tuple[int, int]]
 
 
-def encode_rows(rows: Any, tokenizer: Any, settings: ExampleSettings) -> EncodedSet:
+ShareOut = Callable[[int, Callable[[int, int], np.ndarray]], np.ndarray]
+
+
+def alone(count: int, work: Callable[[int, int], np.ndarray]) -> np.ndarray:
+    """All of the work by this process."""
+    return work(0, count)
+
+
+def encode_rows(
+    rows: Any, tokenizer: Any, settings: ExampleSettings, *, share_out: ShareOut = alone
+) -> EncodedSet:
     """Tokenise rows into examples whose loss covers the response and its EOS only.
 
     Args:
-        rows: A sized collection of rows (mappings from column to cell).
+        rows: A list-like of rows (mappings from column to cell).
         tokenizer: A `transformers` tokenizer with an EOS token.
         settings: Template, columns, limit.
+        share_out: Who does ``work(start, stop)`` for which rows; gives the results joined in order.
 
     Returns:
         Examples of at most `settings.max_length` tokens, and the report.
@@ -133,15 +145,44 @@ def encode_rows(rows: Any, tokenizer: Any, settings: ExampleSettings) -> Encoded
     if len(rows) == 0:
         raise InputError("data: expected at least one row, got none. Add rows.")
     tally = _Tally(settings)
-    with tqdm(
-        total=len(rows), desc="tokenising", unit="row", disable=len(rows) <= _SHOW_PROGRESS_ABOVE
-    ) as bar:
-        numbered = enumerate(rows, start=1)
-        while chunk := list(itertools.islice(numbered, _CHUNK)):
-            for sequence in _encode_chunk(chunk, tokenizer, settings):
-                tally.add(sequence)
-            bar.update(len(chunk))
+    work = functools.partial(_tokenised, rows, tokenizer, settings)
+    for sequence in _unpacked(share_out(len(rows), work)):
+        tally.add(sequence)
     return tally.result()
+
+
+def _tokenised(
+    rows: Any, tokenizer: Any, settings: ExampleSettings, start: int, stop: int
+) -> np.ndarray:
+    """The sequences of some of the rows, one after another in an int32 array."""
+    part = rows if stop - start == len(rows) else (rows[index] for index in range(start, stop))
+    numbered = enumerate(part, start=start + 1)
+    packed = [np.zeros(0, np.int32)]
+    total = stop - start
+    with tqdm(
+        total=total, desc="tokenising", unit="row", disable=total <= _SHOW_PROGRESS_ABOVE
+    ) as bar:
+        while chunk := list(itertools.islice(numbered, _CHUNK)):
+            packed += [_packed(sequence) for sequence in _encode_chunk(chunk, tokenizer, settings)]
+            bar.update(len(chunk))
+    return np.concatenate(packed)
+
+
+def _packed(sequence: _Sequence) -> np.ndarray:
+    """Two counts, the spans and the ids, int32."""
+    counts = (len(sequence.ids), len(sequence.spans))
+    spans = itertools.chain.from_iterable(sequence.spans)
+    return np.fromiter(itertools.chain(counts, spans, sequence.ids), np.int32)
+
+
+def _unpacked(packed: np.ndarray) -> Iterator[_Sequence]:
+    start = 0
+    while start < len(packed):
+        length, count = packed[start : start + 2].tolist()
+        ids = start + 2 + 2 * count
+        spans = packed[start + 2 : ids].reshape(count, 2).tolist()
+        start = ids + length
+        yield _Sequence(packed[ids:start], [(first, last) for first, last in spans])
 
 
 def encode_prompt(row: Row, tokenizer: Any, settings: ExampleSettings) -> list[int]:
@@ -212,7 +253,8 @@ class _Tally:
             self._dropped += 1
         else:
             self._truncated += length > limit
-            self._examples.append(Example(np.asarray(sequence.ids[:limit], np.int32), mask))
+            # A copy, for what is left out need not stay in memory.
+            self._examples.append(Example(np.array(sequence.ids[:limit], np.int32), mask))
 
     def result(self) -> EncodedSet:
         if not self._examples:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -284,9 +285,16 @@ def label_program(
 def check(config: RunConfig) -> LabelRun:
     """Open and check everything a run reads, short of loading the weights.
 
+    To be called by all processes of a run; each reads all rows, of which there are few.
+
     Raises:
         InputError: whatever is wrong, as one sentence.
+        RunStoppedError: it is wrong in another process.
     """
+    return hosts.together(partial(_checked, config))
+
+
+def _checked(config: RunConfig) -> LabelRun:
     task = task_of(config.data)
     label_objective(config, task.outputs)  # before a checkpoint is looked for
     model = config.model

@@ -53,7 +53,7 @@ def fit(config: RunConfig, *, workdir: str | Path, resume: bool = False) -> dict
     with failures(folder):
         hosts.by_first(functools.partial(check_folders, config, folder, resume))
         check = label_run.check if config.task == "nlu" else text_run.check
-        run: Run = hosts.together(functools.partial(check, config))
+        run: Run = check(config)
         step = last_step(run, folder) if resume else None
         loaded = run.load()
         describe(run)

@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
+from balora_jax import hosts
 from balora_jax.array_types import Array, PRNGKeyArray
 from balora_jax.config import DataConfig, RunConfig
 from balora_jax.data.batches import BatchIterator, common_length
 from balora_jax.data.examples import EncodedSet, describe_example, encode_rows
-from balora_jax.data.sources import load_rows
+from balora_jax.data.sources import Rows, load_rows
 from balora_jax.errors import InputError
 from balora_jax.evals.run import (
     Answerer,
@@ -123,31 +125,51 @@ class TextScorer:
         )
 
 
+class _Opened(NamedTuple):
+    """What :class:`TextRun` says, and the training rows as they were read."""
+
+    program: Program
+    peft: PeftAdapter | None
+    base: Base
+    tokenizer: Any
+    rows: Rows
+    validation: Sequence[Mapping[str, Any]]
+
+
 def check(config: RunConfig) -> TextRun:
     """Open and check everything a run reads, short of loading the weights.
 
+    To be called by all processes of a run; each tokenises its part of the training rows.
+
     Raises:
         InputError: whatever is wrong, as one sentence.
+        RunStoppedError: it is wrong in another process.
     """
+    opened = hosts.together(partial(_open, config))
+    settings = example_settings(config.data)
+    data = encode_rows(opened.rows, opened.tokenizer, settings, share_out=hosts.share_out)
+    _check_vocabulary(data, opened.base)
+    return TextRun(
+        **vars(opened.program),
+        base=opened.base,
+        tokenizer=opened.tokenizer,
+        peft=opened.peft,
+        data=data,
+        validation=opened.validation,
+        length=_row_length(config.data, data, opened.base, opened.program.mesh),
+    )
+
+
+def _open(config: RunConfig) -> _Opened:
     assemble.objective_of(config.regularizers)  # before a checkpoint is looked for
     base = open_base(config.model.name_or_path, config.model.revision)
     program, peft = assemble.program_of(config, base.config)
     tokenizer = base.tokenizer()
     assert config.data.train is not None  # checked with the config
     rows = load_rows(config.data.train, split=config.data.split, limit=config.data.train_limit)
-    data = encode_rows(rows, tokenizer, example_settings(config.data))
-    _check_vocabulary(data, base)
     validation = validation_rows(config)
     questions(validation, tokenizer, config)  # raises before anything is written
-    return TextRun(
-        **vars(program),
-        base=base,
-        tokenizer=tokenizer,
-        peft=peft,
-        data=data,
-        validation=validation,
-        length=_row_length(config.data, data, base, program.mesh),
-    )
+    return _Opened(program, peft, base, tokenizer, rows, validation)
 
 
 def _row_length(config: DataConfig, data: EncodedSet, base: Base, mesh: Mesh) -> int:
