@@ -1,5 +1,6 @@
 """How is a plan shown: tables of bytes, times and collectives, and a picture?"""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,16 @@ def _size(size: float) -> str:
     return f"{size:.0f} B"
 
 
+def needed(row: Mapping[str, Any]) -> float:
+    """GiB that the compiler asked for where it refused a step; else 0.
+
+    >>> needed({"does_not_fit": "23.5G of 15.75G"}), needed({"does_not_fit": None})
+    (23.5, 0.0)
+    """
+    found = re.match(r"([\d.]+)([KMGT])", row["does_not_fit"] or "")
+    return 0.0 if found is None else float(found[1]) * 2.0 ** (10 * "KMGT".index(found[2]) - 20)
+
+
 def draw(figures: Mapping[str, Any], path: Path) -> bool:
     """Bytes of each plan by kind as stacked bars in a PNG, with a line at the device's memory.
 
@@ -175,6 +186,11 @@ def draw(figures: Mapping[str, Any], path: Path) -> bool:
         sizes = [max(row["bytes_by_kind"].get(kind, 0), 0) / 2**30 for row in rows]
         axis.barh(names, sizes, left=left, label=title, color=f"C{number}")
         left = [a + b for a, b in zip(left, sizes, strict=True)]
+    rest = [max(needed(row) - place, 0.0) for row, place in zip(rows, left, strict=True)]
+    if any(rest):
+        title = "the rest of a step that was refused"
+        axis.barh(names, rest, left=left, label=title, color="none", edgecolor="grey", hatch="///")
+        left = [a + b for a, b in zip(left, rest, strict=True)]
     limit = figures["target"]["memory"]
     if limit is not None:
         axis.axvline(limit / 2**30, color="black", linestyle="--", label="memory of a device")
