@@ -67,14 +67,14 @@ def error_of(ours, theirs):
 
 
 def test_everything_a_run_promises_is_there(finished):
-    _, model, _, run = finished
+    name, model, _, run = finished
     names = {path.name for path in run.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "adapter"} <= names
     rows = metrics_of(run)
     assert [row["step"] for row in rows] == [1, 2]
-    # Exactly 0 with the compiler's optimizations on; without them phi3's two forwards are fused
+    # Exactly 0 with the compiler's optimizations on; without them phi3's two forwards are compiled
     # in different ways.
-    assert abs(rows[0]["consistency"]) < 3e-7
+    assert abs(rows[0]["consistency"]) < (3e-7 if name == "phi3" else 1e-7)
     assert rows[1]["consistency"] > 1e-6
     assert all(np.isfinite(list(row.values())).all() for row in rows)
     summary = json.loads((run / "summary.json").read_text())
