@@ -21,7 +21,7 @@ absl_logging.get_absl_logger().addFilter(
 from balora_jax.config import RunConfig  # noqa: E402
 from balora_jax.config_file import load_config  # noqa: E402
 from balora_jax.errors import InputError, RunStoppedError  # noqa: E402
-from balora_jax.io.pretrained import (  # noqa: E402
+from balora_jax.pretrained.load import (  # noqa: E402
     PretrainedEncoder,
     PretrainedModel,
     load_pretrained,

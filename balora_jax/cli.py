@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from balora_jax import supervise
 from balora_jax.errors import InputError, RunStoppedError
+from balora_jax.parallel import supervise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("balora: interrupted before a checkpoint could be written.", file=sys.stderr)
         code = RunStoppedError.exit_code
     if supervise.is_child():
-        from balora_jax import hosts
+        from balora_jax.parallel import hosts
 
         hosts.leave(code)
     return code
@@ -129,7 +129,9 @@ def _command(commands: Any, name: str, run: Any, help_text: str) -> argparse.Arg
 
 def run_train(options: argparse.Namespace) -> int:
     """``balora train``; with several processes, as the child of a process that watches it."""
-    from balora_jax import clusters, fit, hosts, load_config
+    from balora_jax import fit, load_config
+    from balora_jax.parallel import hosts
+    from balora_jax.parallel import launch as clusters
 
     config = load_config(options.config, options.set)
     start = clusters.start_of(
@@ -148,8 +150,8 @@ def run_train(options: argparse.Namespace) -> int:
 def run_eval(options: argparse.Namespace) -> None:
     """``balora eval``."""
     from balora_jax import load_config
-    from balora_jax.evals.run import evaluate
-    from balora_jax.training import label_score
+    from balora_jax.tasks.labels import score as label_score
+    from balora_jax.tasks.text.score import evaluate
 
     config = load_config(options.config, options.set)
     score = label_score.evaluate if config.task == "nlu" else evaluate
@@ -160,7 +162,7 @@ def run_eval(options: argparse.Namespace) -> None:
 def run_generate(options: argparse.Namespace) -> None:
     """``balora generate``."""
     from balora_jax import load_config
-    from balora_jax.evals.run import continue_prompts
+    from balora_jax.tasks.text.score import continue_prompts
 
     config = load_config(options.config, options.set)
     if config.task == "nlu":
@@ -176,7 +178,7 @@ def run_generate(options: argparse.Namespace) -> None:
 def run_export(options: argparse.Namespace) -> None:
     """``balora export``."""
     from balora_jax import load_config
-    from balora_jax.io.export import export_run
+    from balora_jax.pretrained.export import export_run
 
     config = load_config(options.config, options.set)
     figures = export_run(
@@ -208,7 +210,7 @@ def run_bench(options: argparse.Namespace) -> None:
 def run_plan(options: argparse.Namespace) -> None:
     """``balora plan``."""
     from balora_jax import load_config
-    from balora_jax.bench.plan import plan
+    from balora_jax.plan.plan import plan
 
     figures = plan(
         load_config(options.config, options.set),
@@ -226,7 +228,7 @@ def run_plan(options: argparse.Namespace) -> None:
 def run_study(options: argparse.Namespace) -> None:
     """``balora study``."""
     from balora_jax import load_config
-    from balora_jax.bench.study import conduct, raise_failures
+    from balora_jax.study.run import conduct, raise_failures
 
     figures = conduct(
         load_config(options.config, options.set),

@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-from balora_jax import clusters
 from balora_jax.errors import InputError
+from balora_jax.parallel import launch as clusters
 
 
 @pytest.mark.parametrize(

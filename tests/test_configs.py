@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from balora_jax.bench.study import plan_runs
 from balora_jax.config_file import load_config
-from balora_jax.evals.run import example_settings
 from balora_jax.models import encoder_registry, registry
 from balora_jax.models.adapters import trainable_parameters
 from balora_jax.models.decoder import structure
 from balora_jax.models.encoder import encoder_structure
 from balora_jax.models.weight_names import linear_shapes, weight_rules
-from balora_jax.training import assemble, optim
+from balora_jax.study.run import plan_runs
+from balora_jax.tasks import assemble
+from balora_jax.tasks.text.score import example_settings
+from balora_jax.training import optim
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))

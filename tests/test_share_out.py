@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from balora_jax import hosts
 from balora_jax.data.examples import ExampleSettings, encode_rows
 from balora_jax.errors import InputError, RunStoppedError
+from balora_jax.parallel import hosts
 from tests.data import tiny_tokenizer as tiny
 
 PROCESSES = 3

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from balora_jax import hosts, supervise
 from balora_jax.errors import RunStoppedError
+from balora_jax.parallel import hosts, supervise
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from balora_jax.bench.workload import Weights
 from balora_jax.errors import InputError
-from balora_jax.io.base import Base
 from balora_jax.models import weight_names
-from balora_jax.training.assemble import Loaded, Program
+from balora_jax.plan.arguments import Weights
+from balora_jax.pretrained.checkpoint import Base
+from balora_jax.tasks.assemble import Loaded, Program
 
 REFERENCE = Path(__file__).with_name("torch_reference.py")
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from balora_jax.bench.measure import OurStep
-from balora_jax.bench.workload import TERMS, Case, configured
 from balora_jax.config import RunConfig
 from balora_jax.config_file import parse_config
-from balora_jax.training import label_run
-from balora_jax.training.label_run import LabelRun
+from balora_jax.plan.arguments import TERMS, Case, configured
+from balora_jax.tasks.labels import run as label_run
+from balora_jax.tasks.labels.run import LabelRun
 
 CASES = (
     Case("LoRA", "lora", ()),

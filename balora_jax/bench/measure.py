@@ -14,9 +14,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from balora_jax.bench.compiled import memory_of
+from balora_jax.plan.compiled import memory_of
+from balora_jax.tasks.assemble import Loaded, Program, constants_of, step_parts
 from balora_jax.training import steps
-from balora_jax.training.assemble import Loaded, Program, constants_of, step_parts
 
 Step = Callable[[], Mapping[str, Any]]
 """Runs one optimizer step; returns at least ``seconds`` and ``loss``."""

@@ -1,10 +1,11 @@
 """How are the figures of a benchmark shown: a Markdown table and a picture?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from balora_jax.io import metrics
+from balora_jax.io.tables import markdown
 
 MIB = 2**20
 
@@ -76,12 +77,6 @@ def ahead_table(figures: Mapping[str, Any]) -> str:
         rows.append([row["case"], *gib, flops, f"{row['compile_seconds']:.0f}"])
     title = f"per device of {figures['topology']}, compiled ahead; jax {figures['versions']['jax']}"
     return "\n".join([title, "", *markdown(header, rows)])
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table whose first column is text and whose others are numbers."""
-    ruler = ["---", *["---:"] * (len(header) - 1)]
-    return [f"| {' | '.join(cells)} |" for cells in (header, ruler, *rows)]
 
 
 def draw(figures: Mapping[str, Any], path: Path) -> bool:

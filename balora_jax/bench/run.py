@@ -13,17 +13,18 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from balora_jax.bench import ahead, label_steps, measure, report, workload
-from balora_jax.bench.devices import parse_target
+from balora_jax.bench import label_steps, measure, report
 from balora_jax.bench.label_steps import LabelCase
 from balora_jax.bench.measure import Measured
-from balora_jax.bench.workload import Case, Weights
 from balora_jax.config import RunConfig
 from balora_jax.errors import InputError
 from balora_jax.io import metrics
-from balora_jax.io.base import Base
-from balora_jax.training import assemble, flops
-from balora_jax.training.assemble import Program
+from balora_jax.plan import ahead, arguments
+from balora_jax.plan.arguments import Case, Weights
+from balora_jax.plan.targets import parse_target
+from balora_jax.pretrained.checkpoint import Base
+from balora_jax.tasks import assemble, flops
+from balora_jax.tasks.assemble import Program
 
 TORCH_CASES = ("LoRA", "BA-LoRA")
 COMPARED_STEPS = 10
@@ -43,7 +44,7 @@ def bench(
     Args:
         config: of a run; its model folder may hold a ``config.json`` alone.
         rounds: counted steps of each case, after two that are not.
-        cases: names of :data:`workload.CASES`; all of them if empty.
+        cases: names of :data:`arguments.CASES`; all of them if empty.
         against_torch: run the torch reference for LoRA and BA-LoRA in turn with ours.
         topology: compile for this TPU slice instead of measuring here.
         picture: PNG of time and memory of each case.
@@ -52,7 +53,7 @@ def bench(
         InputError: an unknown case, or a setting that does not fit.
     """
     labels = config.task == "nlu"
-    known = [case.name for case in (label_steps.CASES if labels else workload.CASES)]
+    known = [case.name for case in (label_steps.CASES if labels else arguments.CASES)]
     for name in cases:
         if name not in known:
             raise InputError(
@@ -85,14 +86,14 @@ def _measured(
     if against_torch:
         names = [*names, *(name for name in TORCH_CASES if names and name not in names)]
         rounds = max(rounds, COMPARED_STEPS - 2)
-    base, weights = workload.weights_of(config)
-    chosen = workload.cases_named(names)
+    base, weights = arguments.weights_of(config)
+    chosen = arguments.cases_named(names)
     programs = {case.name: _program(config, case, base) for case in chosen}
     with contextlib.ExitStack() as stack, tqdm(total=1, unit="step") as bar:
         named: dict[str, Any] = {}
         for name, program in programs.items():
             bar.set_description_str(f"compiling: {name}")
-            loaded = workload.loaded_for(program, weights)
+            loaded = arguments.loaded_for(program, weights)
             named[name] = measure.causal_step(program, loaded, weights.batch)
             if against_torch and name in TORCH_CASES:
                 # Asked for after the compilation, so that its start does not compete with it.
@@ -146,7 +147,7 @@ def _setting(config: RunConfig, weights: str, shape: Sequence[int]) -> dict[str,
 
 
 def _program(config: RunConfig, case: Case, base: Base) -> Program:
-    return assemble.program_of(workload.configured(config, case), base.config)[0]
+    return assemble.program_of(arguments.configured(config, case), base.config)[0]
 
 
 def _torch_step(
@@ -155,7 +156,7 @@ def _torch_step(
     from balora_jax.bench.against import torch_trainer
 
     root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="balora_bench_")))
-    loaded = workload.loaded_for(program, weights)
+    loaded = arguments.loaded_for(program, weights)
     threads = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     trainer = torch_trainer(root / name, program, base, weights, loaded, threads)
     return stack.enter_context(trainer).step

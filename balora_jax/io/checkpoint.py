@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from balora_jax import hosts
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.io import seals
+from balora_jax.parallel import hosts
 
 # Keys that may differ when a run goes on: they change where or how often, not what is computed.
 FREE_KEYS = (

@@ -24,7 +24,7 @@ from balora_jax.io.hf_files import (
     read_json_config,
     shortened,
 )
-from balora_jax.io.peft_adapter import delta_pair, magnitude_of
+from balora_jax.io.peft_writer import delta_pair, magnitude_of
 from balora_jax.models.adapters import AdaptedModule
 from balora_jax.models.weight_names import WeightRule, stored_names
 
@@ -109,7 +109,7 @@ def merged_weight(
 
     Args:
         module: the adapted layer.
-        adapters: stacks by path, as :func:`~balora_jax.io.peft_adapter.export_peft` takes them.
+        adapters: stacks by path, as :func:`~balora_jax.io.peft_writer.export_peft` takes them.
         origin: likewise.
         weight: as stored, [out, in], of any float dtype.
 

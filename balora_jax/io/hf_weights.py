@@ -14,7 +14,7 @@ One thread reads. An accelerator holds one piece more for as long as it is writt
 
 The mapped pages of a file come on top, but are not the program's own memory: the kernel drops them
 when it needs room, and they are unmapped once a block's part of a tensor is read, so that there is
-one tensor's share of them at most. ``python -m balora_jax.bench.load_memory`` measures all of this.
+one tensor's share of them at most. ``python -m balora_jax.figures.load_memory`` measures this.
 """
 
 import functools

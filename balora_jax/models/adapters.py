@@ -31,7 +31,7 @@ from balora_jax.models.quantized import (
     quantized_matmul,
     quantized_shapes,
 )
-from balora_jax.models.token_split import as_rows, as_tokens
+from balora_jax.parallel.token_split import as_rows, as_tokens
 
 Method = Literal["lora", "dora", "lora_fa"]
 

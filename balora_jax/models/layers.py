@@ -12,7 +12,7 @@ from balora_jax.models.adapters import AdapterShape, Linear
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.quantized import Quantization
 from balora_jax.models.rotary import rotate
-from balora_jax.models.token_split import parts, whole
+from balora_jax.parallel.token_split import parts, whole
 
 MakeLinear = Callable[..., Linear]
 AttentionKernel = Literal["auto", "xla", "cudnn"]

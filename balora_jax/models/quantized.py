@@ -38,7 +38,7 @@ import jax.numpy as jnp
 
 from balora_jax.array_types import Array, Float
 from balora_jax.errors import InputError
-from balora_jax.models.token_split import as_rows, as_tokens
+from balora_jax.parallel.token_split import as_rows, as_tokens
 
 Quantization = Literal["none", "int8", "nf4"]
 Kind = Literal["int8", "nf4"]

@@ -16,17 +16,21 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from balora_jax import hosts
 from balora_jax.config import RunConfig, TrainingConfig
 from balora_jax.config_file import dump_config
 from balora_jax.errors import RunStoppedError
-from balora_jax.io import checkpoint, export, metrics
-from balora_jax.training import flops, label_run, steps, text_run
-from balora_jax.training.assemble import Loaded
-from balora_jax.training.label_run import LabelRun
+from balora_jax.io import checkpoint, metrics
+from balora_jax.parallel import hosts
+from balora_jax.pretrained import export
+from balora_jax.tasks import flops
+from balora_jax.tasks.assemble import Loaded
+from balora_jax.tasks.labels import run as label_run
+from balora_jax.tasks.labels.run import LabelRun
+from balora_jax.tasks.text import run as text_run
+from balora_jax.tasks.text.run import TextRun
+from balora_jax.training import steps
 from balora_jax.training.profiling import Profile
 from balora_jax.training.reporting import Reporter, divergence, progress
-from balora_jax.training.text_run import TextRun
 from balora_jax.training.workdir import check_model_folder, check_workdir, make_folder
 
 Run = TextRun | LabelRun

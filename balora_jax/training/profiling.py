@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from balora_jax import hosts
+from balora_jax.parallel import hosts
 
 
 class Profile:

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from balora_jax import hosts
 from balora_jax.io import metrics
+from balora_jax.parallel import hosts
 
 COUNTS = ("tokens", "skipped", "skipped_in_a_row")
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from balora_jax import hosts
 from balora_jax.array_types import Array, PRNGKeyArray, Scalar
 from balora_jax.numerics.logit_terms import TermScales
+from balora_jax.parallel import hosts
+from balora_jax.parallel.sharding import batch_sharding, replicated, shardings
 from balora_jax.training import guard
 from balora_jax.training.guard import Guard
-from balora_jax.training.sharding import batch_sharding, replicated, shardings
 
 Metrics = dict[str, Scalar]
 

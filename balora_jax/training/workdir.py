@@ -4,10 +4,10 @@ import os
 import tempfile
 from pathlib import Path
 
-from balora_jax import hosts
 from balora_jax.config import RunConfig
 from balora_jax.errors import InputError
-from balora_jax.io import export
+from balora_jax.parallel import hosts
+from balora_jax.pretrained import export
 
 TOKEN = "hosts_see_this"
 

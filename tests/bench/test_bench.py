@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from balora_jax import cli
-from balora_jax.bench import measure, report, workload
+from balora_jax.bench import measure, report
 from balora_jax.bench.run import bench
 from balora_jax.config_file import parse_config
-from balora_jax.training import assemble, flops
+from balora_jax.plan import arguments
+from balora_jax.tasks import assemble, flops
 
 SHAPE = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 151,
@@ -80,15 +81,15 @@ def test_the_table_has_a_line_for_each_case(figures):
 
 def test_cases_change_what_they_say(tree):
     config = parse_config(tree, "here")
-    found = {case.name: workload.configured(config, case) for case in workload.CASES}
+    found = {case.name: arguments.configured(config, case) for case in arguments.CASES}
     terms = {
-        name: [term for term in workload.TERMS if getattr(case.regularizers, term)]
+        name: [term for term in arguments.TERMS if getattr(case.regularizers, term)]
         for name, case in found.items()
     }
     assert terms["LoRA"] == terms["PiSSA"] == terms["LoRA, plain head"] == []
-    for term in workload.TERMS:
+    for term in arguments.TERMS:
         assert terms[f"+ {term}"] == [term]
-    assert terms["BA-LoRA"] == terms["BA-LoRA, plain head"] == list(workload.TERMS)
+    assert terms["BA-LoRA"] == terms["BA-LoRA, plain head"] == list(arguments.TERMS)
     assert found["LoRA"].adapter.start == "lora"
     assert found["BA-LoRA"].adapter.start == "pissa"
     assert found["BA-LoRA"].regularizers.consistency_schedule == "constant"
@@ -100,8 +101,8 @@ def test_cases_change_what_they_say(tree):
 
 def test_model_flops_by_hand(tree):
     config = parse_config(tree, "here")
-    by_name = {case.name: case for case in workload.CASES}
-    decoder = workload.shapes_only(config.model.name_or_path).config
+    by_name = {case.name: case for case in arguments.CASES}
+    decoder = arguments.shapes_only(config.model.name_or_path).config
     tokens, counted = 48, 45
     linear = 2 * (24 * 24 * 2 + 2 * 24 * 12 + 3 * 24 * 40)
     adapters = 2 * 4 * (2 * (24 + 24) + 2 * (24 + 12) + 3 * (24 + 40))
@@ -112,7 +113,7 @@ def test_model_flops_by_hand(tree):
         "BA-LoRA": 6 * linear * tokens + 12 * adapters * tokens + 6 * head + 4 * attention,
     }
     for name, operations in expected.items():
-        program, _ = assemble.program_of(workload.configured(config, by_name[name]), decoder)
+        program, _ = assemble.program_of(arguments.configured(config, by_name[name]), decoder)
         assert flops.model_flops(program, (1, 3, 16), counted) == operations
 
 
@@ -125,7 +126,7 @@ def test_a_checkpoint_with_weights_gives_its_own_batch():
         },
         "here",
     )
-    base, weights = workload.weights_of(config)
+    base, weights = arguments.weights_of(config)
     assert not weights.random
     assert (base.folder / "model.safetensors").is_file()
     assert 0 < weights.batch["loss_mask"].mean() < 1

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from balora_jax.bench import hlo
+from balora_jax.plan import hlo
 from tests import compiler
 
 PROGRAM = """
 import json, jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from balora_jax.bench import hlo
+from balora_jax.plan import hlo
 
 mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 

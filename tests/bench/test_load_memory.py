@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from balora_jax.bench import load_memory
+from balora_jax.figures import load_memory
 from balora_jax.io.hf_files import open_tensors
 
 GIB = 0.06

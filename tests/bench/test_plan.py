@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 
 from balora_jax import cli
-from balora_jax.bench import compiled, plan, plan_report, planned_memory, search, workload
-from balora_jax.bench.devices import Target, parse_target
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
-from balora_jax.training import assemble, flops, sharding
+from balora_jax.figures import planned_memory
+from balora_jax.parallel import sharding
+from balora_jax.plan import arguments, compiled, plan, search
+from balora_jax.plan import report as plan_report
+from balora_jax.plan.targets import Target, parse_target
+from balora_jax.tasks import assemble, flops
 from tests.bench.test_bench import SHAPE
 
 V, D, F, H, G, K, L, R = 160, 32, 48, 4, 2, 8, 2, 4
@@ -42,7 +45,7 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def decoder(tree):
-    return workload.shapes_only(tree["model"]["name_or_path"]).config
+    return arguments.shapes_only(tree["model"]["name_or_path"]).config
 
 
 def padded(sizes):
@@ -70,7 +73,7 @@ def test_bytes_by_kind_by_hand(tree, decoder, sizes):
     ) + L * R * sum(a / (fsdp * tensor) + b / fsdp for a, b in OUTWARD.values())  # fmt: skip
     scales = 7 * L
     rows = 8 / (data * fsdp)
-    found = compiled.held_bytes(workload.abstract_arguments(program_on(tree, decoder, sizes), 10))
+    found = compiled.held_bytes(arguments.abstract_arguments(program_on(tree, decoder, sizes), 10))
     assert found["frozen"] == 2 * (kernels + tables + norms)
     assert found["adapters"] == 4 * factors
     assert found["origin"] == 2 * factors + 4 * scales
@@ -88,7 +91,7 @@ def test_no_factor_and_no_origin_where_nothing_reads_them(tree, decoder):
         tree, decoder, (1, 1, 1), adapter={"start": "lora", "rank": R},
         regularizers={"consistency": 0.0, "diversity": 0.0, "spectral": 0.0},
     )  # fmt: skip
-    found = compiled.held_bytes(workload.abstract_arguments(program, 10))
+    found = compiled.held_bytes(arguments.abstract_arguments(program, 10))
     assert found["head_factor"] == 0
     assert found["origin"] == 4 * 7 * L
 

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from balora_jax.bench import workload
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
-from balora_jax.training import assemble, steps
+from balora_jax.plan import arguments
+from balora_jax.tasks import assemble
+from balora_jax.training import steps
 from tests.bench.test_bench import SHAPE
 
 # Sizes of the frozen weights of SHAPE that nothing else in the step has, one layer and stacked.
@@ -34,16 +35,16 @@ def config_of(folder, **model):
 
 def program_of(folder, name, **model):
     config = config_of(folder, **model)
-    case = next(case for case in workload.CASES if case.name == name)
-    decoder = workload.shapes_only(str(folder)).config
-    return assemble.program_of(workload.configured(config, case), decoder)[0]
+    case = next(case for case in arguments.CASES if case.name == name)
+    decoder = arguments.shapes_only(str(folder)).config
+    return assemble.program_of(arguments.configured(config, case), decoder)[0]
 
 
 def arrays_made(program):
     """Shape and dtype of every array that an equation of the traced step makes."""
     parts = assemble.step_parts(program, 10)
-    arguments = workload.abstract_arguments(program, 10)
-    traced = jax.make_jaxpr(partial(steps.train_step, parts))(*arguments)
+    inputs = arguments.abstract_arguments(program, 10)
+    traced = jax.make_jaxpr(partial(steps.train_step, parts))(*inputs)
     made = []
 
     def walk(jaxpr):

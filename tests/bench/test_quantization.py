@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from balora_jax.bench import quantization
+from balora_jax.figures import quantization
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

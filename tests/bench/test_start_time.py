@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from balora_jax.bench import start_time
+from balora_jax.figures import start_time
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs/bench_llama_512x8.yaml"
 

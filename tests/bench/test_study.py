@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from balora_jax import cli
-from balora_jax.bench import study
 from balora_jax.config_file import dump_config, load_config, parse_config
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.io import metrics
+from balora_jax.study import run as study
 from balora_jax.training import loop
 from tests.tiny_label_run import write_label_config, write_label_inputs
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from balora_jax.evals import generation
-from balora_jax.evals.generation import Sampling, generate, make_decoder
+from balora_jax.models import generation
+from balora_jax.models.generation import Sampling, generate, make_decoder
 from tests.models import tiny
 from tests.models.tiny_families import FAMILIES, LONGROPE
 
@@ -250,7 +250,7 @@ def test_real_weights_tell_the_story_of_transformers():
         pytest.skip("no folder ../shared with real weights")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from balora_jax.io.pretrained import load_pretrained
+    from balora_jax.pretrained.load import load_pretrained
 
     prompt = "Once upon a time"
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
-from balora_jax.evals import run
 from balora_jax.evals.score import gold_answer, score_answers
+from balora_jax.tasks.text import score as run
 from tests import tiny_run
 
 MARKER = "The answer is:"
@@ -145,7 +145,7 @@ def test_limits_of_the_validation_rows(tmp_path):
 
 
 def test_sampling_stops_at_eos_and_pads_with_what_there_is():
-    from balora_jax.io.pretrained import sampling_for
+    from balora_jax.pretrained.load import sampling_for
 
     def sampling(eos, pad):
         return sampling_for(SimpleNamespace(eos_token_id=eos, pad_token_id=pad), 5, 0.5, 0.9)

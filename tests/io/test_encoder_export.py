@@ -12,8 +12,8 @@ from transformers import AutoModelForSequenceClassification
 import balora_jax
 from balora_jax.cli import main
 from balora_jax.config_file import parse_config
-from balora_jax.io.base import open_encoder
-from balora_jax.io.export import head_settings
+from balora_jax.pretrained.checkpoint import open_encoder
+from balora_jax.pretrained.export import head_settings
 from balora_jax.training import loop
 from tests.models import tiny_encoders
 from tests.tiny_label_run import label_config_tree, reviews, write_tokenizer

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
-from balora_jax.io.base import open_base
-from balora_jax.io.export import export_run, write_adapter
 from balora_jax.models.adapters import adapter_shapes, plan_adapters
 from balora_jax.models.decoder import structure
 from balora_jax.models.starts import start_adapters
 from balora_jax.models.weight_names import linear_shapes, weight_rules
+from balora_jax.pretrained.checkpoint import open_base
+from balora_jax.pretrained.export import export_run, write_adapter
 from tests import tiny_run
 
 IDS = np.random.default_rng(0).integers(3, tiny_run.VOCAB_SIZE, (3, 11))

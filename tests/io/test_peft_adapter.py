@@ -16,7 +16,7 @@ from tiny_llama import (
 )
 
 from balora_jax.errors import InputError
-from balora_jax.io.peft_adapter import delta_pair, export_peft, read_peft
+from balora_jax.io.peft_writer import delta_pair, export_peft, read_peft
 
 CASES = {
     "plain": {},

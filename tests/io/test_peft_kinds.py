@@ -23,11 +23,11 @@ from transformers import (
 
 from balora_jax.errors import InputError
 from balora_jax.io.hf_export import export_merged, merged_weight, module_deltas
-from balora_jax.io.peft_adapter import export_peft, read_peft
-from balora_jax.io.pretrained import load_pretrained
+from balora_jax.io.peft_writer import export_peft, read_peft
 from balora_jax.models.adapters import AdaptedModule, LinearShape, adapter_shapes, plan_adapters
 from balora_jax.models.decoder import structure
 from balora_jax.models.starts import start_adapters, start_from_factors, start_has_origin
+from balora_jax.pretrained.load import load_pretrained
 
 METHODS = ["lora", "dora", "lora_fa"]
 STARTS = ["lora", "pissa", "milora", "olora", "orthogonal"]

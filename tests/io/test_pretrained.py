@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from balora_jax.errors import InputError
-from balora_jax.io.base import open_base
-from balora_jax.io.pretrained import load_pretrained, sampling_for
+from balora_jax.pretrained.checkpoint import open_base
+from balora_jax.pretrained.load import load_pretrained, sampling_for
 from tests import tiny_run
 
 IDS = np.random.default_rng(0).integers(3, tiny_run.VOCAB_SIZE, (3, 11))

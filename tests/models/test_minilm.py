@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertModel
 
-from balora_jax.io.base import open_encoder
 from balora_jax.models.encoder import encoder_structure
+from balora_jax.pretrained.checkpoint import open_encoder
 
 TEXTS = [
     "A man is playing a large flute.",

@@ -28,7 +28,7 @@ from balora_jax.numerics.head import (
     unwrapped,
 )
 from balora_jax.numerics.logit_terms import TermScales, TermSpec
-from balora_jax.training import sharding
+from balora_jax.parallel import sharding
 
 N, D, V, CHUNK = 512, 160, 1200, 24
 CAPPED = LogitMap(scale=0.8, soft_cap=4.0)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balora_jax.bench.head_memory import temporaries
+from balora_jax.figures.head_memory import temporaries
 from balora_jax.numerics.head import Rows, head_loss
 from balora_jax.numerics.head_pass import Chunks
 from balora_jax.numerics.logit_terms import TermScales, TermSpec

@@ -24,11 +24,15 @@ from safetensors.numpy import save_file
 
 from balora_jax.config import MeshConfig
 from balora_jax.config_file import parse_config
-from balora_jax.io.base import open_base, open_encoder
 from balora_jax.models.decoder import structure
 from balora_jax.models.encoder import encoder_structure
-from balora_jax.training import assemble, label_run, labelled, sharding, steps
-from balora_jax.training.assemble import Loaded
+from balora_jax.parallel import sharding
+from balora_jax.pretrained.checkpoint import open_base, open_encoder
+from balora_jax.tasks import assemble
+from balora_jax.tasks.assemble import Loaded
+from balora_jax.tasks.labels import loss as labelled
+from balora_jax.tasks.labels import run as label_run
+from balora_jax.training import steps
 
 SIZES = {"vocab_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 32}
 DECODER = {

@@ -13,7 +13,7 @@ from balora_jax.models.encoder import encoder_structure
 from balora_jax.models.encoder_registry import encoder_config, encoder_weight_rules
 from balora_jax.models.registry import decoder_config
 from balora_jax.models.weight_names import linear_shapes, weight_rules
-from balora_jax.training import sharding
+from balora_jax.parallel import sharding
 from tests.models import tiny_encoders
 from tests.models.tiny_families import FAMILIES
 from tests.run import mesh_program

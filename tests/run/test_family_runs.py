@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from balora_jax.io.pretrained import load_pretrained
+from balora_jax.pretrained.load import load_pretrained
 from tests.models.tiny_families import FAMILIES
 from tests.run.conftest import invoke
 from tests.tiny_run import metrics_of, sums, write_config, write_rows, write_tokenizer

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
-from balora_jax.training import label_run, loop, text_run
+from balora_jax.tasks.labels import run as label_run
+from balora_jax.tasks.text import run as text_run
+from balora_jax.training import loop
 from tests import tiny_label_run as labels
 from tests import tiny_run as texts
 from tests.models.tiny_encoders import relative_error

@@ -11,9 +11,11 @@ from safetensors.numpy import load_file
 
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
-from balora_jax.io.teacher_cache import NAME as CACHE
-from balora_jax.io.teacher_cache import TeacherCache
-from balora_jax.training import label_run, label_score, loop
+from balora_jax.tasks.labels import run as label_run
+from balora_jax.tasks.labels import score as label_score
+from balora_jax.tasks.labels.teacher_cache import NAME as CACHE
+from balora_jax.tasks.labels.teacher_cache import TeacherCache
+from balora_jax.training import loop
 from tests.run.conftest import invoke, settings
 from tests.tiny_label_run import (
     INNER,

@@ -13,10 +13,11 @@ from safetensors.numpy import load_file
 
 from balora_jax.config import ModelConfig
 from balora_jax.config_file import load_config
-from balora_jax.io.base import open_base
 from balora_jax.models.decoder import structure
 from balora_jax.models.quantized import bytes_of
-from balora_jax.training import assemble, text_run
+from balora_jax.pretrained.checkpoint import open_base
+from balora_jax.tasks import assemble
+from balora_jax.tasks.text import run as text_run
 from tests.models.test_quantized import nf4_levels
 from tests.run import mesh_program
 from tests.run.conftest import invoke, settings

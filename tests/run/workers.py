@@ -13,8 +13,9 @@ from pathlib import Path
 import jax
 import transformers
 
-from balora_jax import cli, supervise
+from balora_jax import cli
 from balora_jax.io import metrics
+from balora_jax.parallel import supervise
 from balora_jax.training import loop
 from tests import compiler
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from balora_jax.training.causal import counts_of, targets_of
+from balora_jax.tasks.text.loss import counts_of, targets_of
 from tests.training import tiny_loss
 
 

@@ -19,7 +19,7 @@ from balora_jax.models.decoder import structure
 from balora_jax.models.weight_names import linear_shapes, weight_rules
 from balora_jax.numerics import linalg
 from balora_jax.numerics.objective import Objective
-from balora_jax.training import causal
+from balora_jax.tasks.text import loss as causal
 from tests.models import tiny
 from tests.models.tiny_families import FAMILIES
 

@@ -18,8 +18,8 @@ from balora_jax.models.adapters import adapter_shapes, plan_adapters
 from balora_jax.models.encoder import encoder_structure
 from balora_jax.models.weight_names import linear_shapes
 from balora_jax.numerics.objective import Objective
-from balora_jax.training import labelled
-from balora_jax.training.labelled import TEACHER, Constants, LabelLoss
+from balora_jax.tasks.labels import loss as labelled
+from balora_jax.tasks.labels.loss import TEACHER, Constants, LabelLoss
 from tests.models import tiny_encoders as tiny
 
 RANK, ALPHA = 3, 5.0

@@ -9,8 +9,9 @@ from jax.sharding import PartitionSpec as P
 
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
-from balora_jax.models import token_split
-from balora_jax.training import assemble, causal, sharding
+from balora_jax.parallel import sharding, token_split
+from balora_jax.tasks import assemble
+from balora_jax.tasks.text import loss as causal
 
 
 def mesh(data=1, fsdp=1, sequence=1, tensor=1):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from balora_jax.config import MeshConfig
-from balora_jax.training import sharding, steps
+from balora_jax.parallel import sharding
+from balora_jax.training import steps
 from tests.training import tiny_loss
 from tests.training.tiny_loss import LAYERS, Tiny
 

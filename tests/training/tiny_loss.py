@@ -14,7 +14,8 @@ from balora_jax.models.rotary import RopeConfig
 from balora_jax.models.weight_names import linear_shapes, weight_rules
 from balora_jax.numerics import linalg
 from balora_jax.numerics.objective import Objective, weights
-from balora_jax.training import causal, guard, optim, steps
+from balora_jax.tasks.text import loss as causal
+from balora_jax.training import guard, optim, steps
 
 LAYERS, VOCABULARY, CHUNK = 3, 23, 7
 MODEL = DecoderConfig(

@@ -1,0 +1,1 @@
+"""Programs behind single tables of measurements, each run with `python -m`."""

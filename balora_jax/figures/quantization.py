@@ -1,0 +1,86 @@
+"""What does a quantised base save, and what does it change before anything trains?
+
+``python -m balora_jax.figures.quantization CONFIG [--set …]`` prints the bytes of the frozen
+weights from shapes alone, in all and on each device of the config's mesh, and, where the
+checkpoint has weights, the error of the pretrained model's logits on a batch of the config's own
+data.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import jax
+import numpy as np
+
+from balora_jax.config import RunConfig
+from balora_jax.config_file import load_config
+from balora_jax.errors import InputError
+from balora_jax.models.decoder import structure
+from balora_jax.models.quantized import Quantization, bytes_of
+from balora_jax.parallel import sharding
+from balora_jax.plan.arguments import shapes_only
+from balora_jax.tasks.labels import run as label_run
+from balora_jax.tasks.labels import score as label_score
+from balora_jax.tasks.text import run as text_run
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a table with a line for each way of holding the weights."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="YAML file of a run")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.PATH=VALUE")
+    options = parser.parse_args(arguments)
+    reference = None
+    print(f"{'weights':>10}  {'GiB':>8}  {'a device':>8}  {'largest error':>13}  {'rms error':>9}")
+    for kind in get_args(Quantization):
+        config = load_config(options.config, [*options.set, f"model.quantization={kind}"])
+        try:
+            held, logits = measured(config)
+        except InputError as error:
+            print(f"{kind:>10}  {error}")
+            continue
+        name = config.model.dtype if kind == "none" else kind
+        line = f"{name:>10}  {bytes_of(held) / 2**30:8.3f}  {on_a_device(config, held):8.3f}"
+        if logits is not None and reference is not None:
+            error = (logits - reference) / np.ptp(reference)
+            line += f"  {np.abs(error).max():13.2%}  {np.sqrt(np.mean(error**2)):9.3%}"
+        reference = logits if kind == "none" else reference
+        print(line, flush=True)
+
+
+def on_a_device(config: RunConfig, held: Mapping[str, Any]) -> float:
+    """GiB of frozen arrays on each device of the config's mesh."""
+    mesh = sharding.make_mesh(config.mesh)
+    shards = {
+        path: jax.ShapeDtypeStruct(
+            sharding.sharding_of(path, leaf.shape, mesh).shard_shape(leaf.shape), leaf.dtype
+        )
+        for path, leaf in held.items()
+    }
+    return bytes_of(shards) / 2**30
+
+
+def measured(config: RunConfig) -> tuple[Mapping[str, Any], np.ndarray | None]:
+    """The frozen arrays, or their shapes; logits [rows, C] or [tokens, V], float32, if any."""
+    shapes = shapes_only(config.model.name_or_path)
+    if shapes is not None:
+        options: Any = {"dtype": config.model.dtype, "quantization": config.model.quantization}
+        return structure(shapes.config, **options).frozen, None
+    run = label_run.check(config) if config.task == "nlu" else text_run.check(config)
+    frozen = run.base.load_for(run.plain, run.mesh)
+    batch = next(run.batches())
+    if isinstance(run, label_run.LabelRun):
+        head = run.base.load_head(jax.random.key(config.training.seed))
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        forward = label_score.logits_forward(run.plain.bind)
+        logits = np.asarray(forward((frozen, head), *(batch[name][0] for name in names)))
+    else:
+        names, valid = ("input_ids", "segment_ids"), batch["segment_ids"][0] > 0
+        forward = jax.jit(lambda parts, *arrays: run.plain.bind(*parts)(*arrays))
+        logits = np.asarray(forward((frozen,), *(batch[name][0] for name in names)))[valid]
+    return frozen, logits
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""How long does a start take, layer by layer?
+
+``python -m balora_jax.figures.start_time CONFIG [--set …] [--devices N] [--layers L]`` draws random
+weights of the config's shape (or loads the checkpoint's), computes the config's start and prints
+the seconds of each kind of layer: of the first, with the compilation, and the median of the others.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a line for each kind of layer and one for the whole start."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="YAML file of a run")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.PATH=VALUE")
+    parser.add_argument("--devices", type=int, help="virtual CPU devices; those there are without")
+    parser.add_argument("--layers", type=int, help="layers of the model; the checkpoint's without")
+    options = parser.parse_args(arguments)
+    if options.devices:
+        # Read when JAX first looks for devices, which nothing has done yet.
+        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={options.devices}"
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    found, start, total = measured(options.config, options.set, options.layers)
+    print(f"{'layer':>20}  {'count':>5}  {'shape':>14}  {'first s':>8}  {'median s':>8}")
+    for name, (shape, seconds) in found.items():
+        later = f"{statistics.median(seconds[1:]):8.3f}" if seconds[1:] else f"{'-':>8}"
+        size = " x ".join(map(str, shape))
+        print(f"{name:>20}  {len(seconds):5d}  {size:>14}  {seconds[0]:8.3f}  {later}")
+    print(f"start {start}: {total:.1f} s in all", flush=True)
+
+
+def measured(
+    file: str, changes: Sequence[str] = (), layers: int | None = None
+) -> tuple[dict[str, tuple[tuple[int, int], list[float]]], str, float]:
+    """Seconds of the layers by the name of their kind, with [D, F]; the start; seconds in all."""
+    import dataclasses
+    import functools
+
+    import jax
+
+    from balora_jax.config_file import load_config
+    from balora_jax.models import starts
+    from balora_jax.parallel import sharding
+    from balora_jax.plan import arguments
+    from balora_jax.pretrained.checkpoint import open_base
+    from balora_jax.tasks import assemble
+
+    config = load_config(file, list(changes))
+    name = config.model.name_or_path
+    base = arguments.shapes_only(name)
+    drawn, base = base is not None, base or open_base(name, config.model.revision)
+    decoder = base.config if layers is None else dataclasses.replace(base.config, num_layers=layers)
+    program, _ = assemble.program_of(config, decoder)
+    if drawn:
+        frozen = arguments.random_arrays(program.plain.frozen, program)
+    else:
+        frozen = base.load_for(program.plain, program.mesh)
+    kinds: dict[str, tuple[tuple[int, int], list[float]]] = {}
+    seconds: dict[str, list[float]] = defaultdict(list)
+    clock = [time.perf_counter()]
+    began, waiting = clock[0], iter(modules_in_order(program.modules))
+
+    def report(stacks: Any) -> None:
+        jax.block_until_ready(stacks)
+        now, module = time.perf_counter(), next(waiting)
+        kind = module.path.removeprefix("layers.")
+        seconds[kind].append(now - clock[0])
+        kinds[kind] = (module.in_features, module.out_features), seconds[kind]
+        clock[0] = now
+
+    found = starts.start_adapters(
+        program.modules,
+        assemble.kernels_of(frozen, config.model),
+        start=config.adapter.start,
+        key=jax.random.key(config.training.seed),
+        layout=functools.partial(sharding.sharding_of, mesh=program.mesh),
+        report=report,
+    )
+    jax.block_until_ready(found)
+    return kinds, config.adapter.start, time.perf_counter() - began
+
+
+def modules_in_order(modules: Sequence[Any]) -> list[Any]:
+    """Layers in the order in which a start reaches them: one stack after another."""
+    paths = list(dict.fromkeys(module.path for module in modules))
+    return sorted(modules, key=lambda module: paths.index(module.path))
+
+
+if __name__ == "__main__":
+    main()

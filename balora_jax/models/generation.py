@@ -1,0 +1,163 @@
+"""Batched decoding with a key/value cache: greedy or sampled, with stop tokens."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from balora_jax.array_types import Array, Float, Int, PRNGKeyArray
+from balora_jax.models.decoder import Decoder, mask_positions
+from balora_jax.parallel import hosts
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen, and when a row ends.
+
+    Attributes:
+        max_new_tokens: longest continuation.
+        stop_ids: tokens that end a row (the stop token itself is not returned).
+        pad_id: fills rows after their end.
+        temperature: 0 takes the most likely token; otherwise logits are divided by it.
+        top_p: draw from the smallest set of tokens with at least this probability.
+    """
+
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+def next_token(
+    logits: Float[Array, "B V"], sampling: Sampling, keys: PRNGKeyArray
+) -> Int[Array, "B"]:
+    """The next token of every row; each row draws with its own key."""
+    if sampling.temperature == 0.0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if sampling.top_p < 1.0:
+        logits = keep_nucleus(logits, sampling.top_p)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def keep_nucleus(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"]:
+    """Set all but the most likely tokens, up to a mass of ``top_p``, to minus infinity.
+
+    Source: Holtzman et al. 2020 (nucleus sampling); the token that crosses the mass is kept.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> keep_nucleus(jnp.log(jnp.array([[0.5, 0.3, 0.2]])), 0.6)[0, 2].item()
+        -inf
+    """
+    order = jnp.argsort(-logits, axis=-1)
+    ranked = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), order, axis=-1)
+    before = jnp.cumsum(ranked, axis=-1) - ranked
+    keep = jnp.zeros(logits.shape, bool)
+    keep = jnp.put_along_axis(keep, order, before < top_p, axis=-1, inplace=False)
+    return jnp.where(keep, logits, -jnp.inf)
+
+
+def decode(
+    module: Decoder,
+    input_ids: Int[Array, "B T"],
+    mask: Int[Array, "B T"],
+    sampling: Sampling,
+    key: PRNGKeyArray,
+) -> Int[Array, "B M"]:
+    """Continuations of ``max_new_tokens`` columns; padded after a row's stop token.
+
+    ``mask`` is 1 on prompt tokens; padding may stand left or right. Rows without any token end at
+    once.
+    """
+    rows, width = input_ids.shape
+    limit = sampling.max_new_tokens
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+    stops = jnp.asarray(sampling.stop_ids, jnp.int32)
+
+    def choose(hidden: Array, done: Array, column: Array) -> tuple[Array, Array]:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, column)
+        token = next_token(module.logits(hidden), sampling, keys)
+        done = done | jnp.any(token[:, None] == stops, axis=-1)
+        return jnp.where(done, sampling.pad_id, token), done
+
+    cache = module.empty_cache(rows, width + limit)
+    hidden, cache = module.extend(input_ids, mask_positions(mask), mask, cache)
+    last = jnp.argmax(jnp.arange(width) * mask, axis=-1)
+    token, done = choose(hidden[jnp.arange(rows), last], jnp.sum(mask, axis=-1) == 0, jnp.array(0))
+    out = jnp.full((rows, limit), sampling.pad_id, jnp.int32).at[:, 0].set(token)
+    lengths = jnp.sum(mask, axis=-1)
+
+    def unfinished(carry):
+        _, _, done, column, _ = carry
+        return (column < limit) & ~jnp.all(done)
+
+    def step(carry):
+        out, token, done, column, cache = carry
+        positions = (lengths + column - 1)[:, None]
+        hidden, cache = module.extend(token[:, None], positions, jnp.ones_like(positions), cache)
+        token, done = choose(hidden[:, 0], done, column)
+        return out.at[:, column].set(token), token, done, column + 1, cache
+
+    carry = (out, token, done, jnp.array(1), cache)
+    return jax.lax.while_loop(unfinished, step, carry)[0]
+
+
+def make_decoder(bind: Callable[..., Decoder], sampling: Sampling) -> Callable[..., Array]:
+    """``decode`` jitted over ``(parts, input_ids, mask, key)`` with ``bind(*parts)`` the module."""
+
+    def run(parts, input_ids, mask, key):
+        return decode(bind(*parts), input_ids, mask, sampling, key)
+
+    return jax.jit(run)
+
+
+def pad_prompts(
+    prompts: Sequence[Sequence[int]], *, rows: int, width: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded ids and mask [rows, width]; rows beyond the prompts are empty."""
+    ids = np.full((rows, width), pad_id, np.int32)
+    mask = np.zeros((rows, width), np.int32)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = prompt
+        mask[row, : len(prompt)] = 1
+    return ids, mask
+
+
+def generate(
+    decoder: Callable[..., Array],
+    parts: Sequence[dict[str, Array]],
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    batch_size: int,
+    key: PRNGKeyArray,
+    progress: Callable[[int], object] = lambda done: None,
+) -> list[list[int]]:
+    """Continuations of all prompts, in batches of one shape (so one compilation).
+
+    Rows keep their own text up to the first stop token. ``progress`` gets the rows done per batch.
+    """
+    if not prompts:
+        return []
+    longest = max(1, *(len(prompt) for prompt in prompts))
+    width = -(-longest // 16) * 16
+    outputs: list[list[int]] = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        ids, mask = pad_prompts(batch, rows=batch_size, width=width, pad_id=sampling.pad_id)
+        tokens = hosts.gathered(decoder(parts, ids, mask, jax.random.fold_in(key, start)))
+        outputs += [until_stop(row, sampling) for row in tokens[: len(batch)].tolist()]
+        progress(len(batch))
+    return outputs
+
+
+def until_stop(row: Sequence[int], sampling: Sampling) -> list[int]:
+    """The tokens before the padding that follows a stop token."""
+    row = list(row)
+    while row and row[-1] == sampling.pad_id:
+        row.pop()
+    return row

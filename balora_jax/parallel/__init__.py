@@ -1,0 +1,1 @@
+"""Devices and processes: the mesh, how processes find, watch and speak to each other."""

@@ -1,0 +1,196 @@
+"""What do several processes of one run need of each other: a start, one voice, one opinion?
+
+Everything here is also right, and does nothing, in a run of one process.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from balora_jax.errors import InputError, RunStoppedError
+from balora_jax.parallel.launch import Start
+
+Result = TypeVar("Result")
+
+START_TIMEOUT = 300
+"""Seconds that a process waits for all others to appear."""
+
+_PIECE = 2**20
+"""Numbers of each process that all of them exchange at a time: they pass through the devices."""
+
+
+def connect(start: Start) -> None:
+    """Join the other processes; to be called before anything asks for a device.
+
+    Raises:
+        InputError: the environment does not tell who the others are.
+        RunStoppedError: they do not appear, or go before all have begun.
+    """
+    try:
+        jax.distributed.initialize(
+            start.coordinator,
+            start.processes,
+            start.process,
+            initialization_timeout=START_TIMEOUT,
+            heartbeat_timeout_seconds=start.timeout,
+        )
+        jax.devices()  # all processes tell each other here what they have
+    except (ValueError, RuntimeError) as error:
+        kind = InputError if isinstance(error, ValueError) else RunStoppedError
+        line = " ".join(str(error).split())[:300]
+        raise kind(
+            f"start of {start.processes or 'several'} processes: expected all of them to find "
+            f"{start.coordinator or 'each other'}, got: {line} Check that every host runs the same "
+            "command and can reach that address, or give --coordinator, --processes and --process."
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this process speaks and writes for all."""
+    return jax.process_index() == 0
+
+
+def say(*lines: object) -> None:
+    """Print lines, once for all processes."""
+    if lines and is_first():
+        print(*lines, sep="\n", flush=True)
+
+
+def barrier(name: str) -> None:
+    """Wait for all processes; ``name`` must be the same everywhere."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def from_first(value: Any) -> Any:
+    """The first process's value (anything JSON can hold) in all of them."""
+    if jax.process_count() == 1:
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8) if is_first() else np.zeros(0)
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(text), np.int32)))
+    padded = text.astype(np.uint8) if is_first() else np.zeros(size, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+
+
+def by_first(action: Callable[[], Result]) -> Result:
+    """What the first process's ``action`` returns (anything JSON can hold), in all processes.
+
+    Raises:
+        InputError: in all of them, where the action raised one.
+    """
+    if jax.process_count() == 1:
+        return action()
+    outcome = None
+    if is_first():
+        try:
+            outcome = [True, action()]
+        except InputError as error:
+            outcome = [False, str(error)]
+    good, value = from_first(outcome)
+    if not good:
+        raise InputError(value)
+    return value
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """``action()`` of every process, or an error in all of them where one has failed.
+
+    Raises:
+        InputError: where this process's own action raised it.
+        RunStoppedError: where only another's did.
+    """
+    if jax.process_count() == 1:
+        return action()
+    failure, result = None, None
+    try:
+        result = action()
+    except InputError as error:
+        failure = error
+    failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(failure is not None)))
+    if failure is not None:
+        raise failure
+    if failed.size:
+        raise RunStoppedError(
+            f"process {failed[0]} of {jax.process_count()} could not start; its own output says "
+            "why. Correct that and start all processes again."
+        )
+    return result  # type: ignore[return-value]
+
+
+def share_out(count: int, work: Callable[[int, int], np.ndarray]) -> np.ndarray:
+    """``work(0, count)``, int32 [N], made in parts: each process does ``work(start, stop)`` of one.
+
+    The parts, which may be empty, are joined in order; every process then has the whole.
+
+    Raises:
+        InputError, RunStoppedError: as :func:`together`.
+    """
+    processes, me = jax.process_count(), jax.process_index()
+    if processes == 1:
+        return work(0, count)
+    ends = [count * i // processes for i in range(processes + 1)]
+    mine = together(lambda: work(ends[me], ends[me + 1]))
+    sizes = np.ravel(multihost_utils.process_allgather(np.asarray(mine.size, np.int32)))
+    whole = [np.empty(size, np.int32) for size in sizes]
+    piece = min(int(sizes.max()), _PIECE)
+    for start in range(0, int(sizes.max()), piece or 1):
+        part = np.zeros(piece, np.int32)
+        own = mine[start : start + piece]
+        part[: own.size] = own
+        for target, found in zip(whole, multihost_utils.process_allgather(part), strict=True):
+            size = max(0, min(piece, target.size - start))
+            target[start : start + size] = found[:size]
+    return np.concatenate(whole)
+
+
+def place(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process holds whole, or that lies on devices, laid out anew.
+
+    A process sends only the parts of its own devices.
+    """
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return jax.jit(lambda x: x, out_shardings=sharding)(value)
+    if sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    host = np.asarray(value)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def gathered(value: Any) -> np.ndarray:
+    """The whole of an array on this host, wherever its parts lie; all processes must ask."""
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        if value.is_fully_replicated:
+            return np.asarray(value.addressable_data(0))
+        return np.asarray(multihost_utils.process_allgather(value, tiled=True))
+    return np.asarray(value)
+
+
+def gathered_all(values: Mapping[str, Any]) -> dict[str, Any]:
+    """:func:`gathered` for each array of a dict, in the order of its keys."""
+    return {name: gathered(values[name]) for name in sorted(values)}
+
+
+def preempted(step: int) -> bool:
+    """Whether all processes are to save and stop after this step; asked at every step.
+
+    Any process's SIGTERM makes it true, in all of them at the same step.
+    """
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
+def leave(code: int) -> None:
+    """End this process with a code at once where others may not answer any more.
+
+    An ordinary exit would wait for all of them first. The first process gives the others a moment
+    to end by themselves: they take its end for a failure.
+    """
+    if jax.process_count() > 1:
+        if is_first():
+            time.sleep(1.0)
+        os._exit(code)

@@ -1,0 +1,136 @@
+"""Compile steps for devices that are not here, in a process that has their compiler.
+
+``python -m balora_jax.plan.ahead TOPOLOGY`` answers each line of its input, a case, with a line.
+The TPU compiler (``libtpu``, extra ``plan``) must not be loaded where an ordinary start on a CPU or
+a GPU would then look for a TPU, and virtual devices are a matter of the environment.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import IO, Any, Protocol
+
+from balora_jax.config import RunConfig
+from balora_jax.config_file import parse_config
+from balora_jax.errors import InputError
+from balora_jax.parallel import sharding
+from balora_jax.plan.targets import Target, described_devices, parse_target
+
+
+class Compile(Protocol):
+    """Compiles one step; see :func:`balora_jax.plan.compiled.compile_case` for the row."""
+
+    def __call__(self, config: RunConfig, name: str, *, head_alone: bool = False) -> dict[str, Any]:
+        """The figures of a case.
+
+        Raises:
+            InputError: a setting that does not fit, no compiler, or a step that it refuses for
+                another reason than memory.
+        """
+        ...
+
+
+@contextmanager
+def compiler(target: Target) -> Iterator[Compile]:
+    """What compiles for a target: this process for the devices here, else one of its own."""
+    if target.name == "auto":
+        yield partial(_compile, target)
+        return
+    command = [sys.executable, "-m", "balora_jax.plan.ahead", target.name]
+    environment = os.environ | target.environment
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            command, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+        )  # fmt: skip
+        try:
+            yield partial(_ask, process, log, target)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _ask(
+    process: subprocess.Popen,
+    log: IO[str],
+    target: Target,
+    config: RunConfig,
+    name: str,
+    *,
+    head_alone: bool = False,
+) -> dict[str, Any]:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    case = {"config": config.model_dump(mode="json"), "name": name, "head_alone": head_alone}
+    answer = ""
+    # A process that could not start has closed its end: its message is in the log.
+    if process.poll() is None:
+        process.stdin.write(json.dumps(case) + "\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+    if not answer:
+        process.wait()
+        log.seek(0)
+        last = (log.read().strip().splitlines() or ["no message"])[-1]
+        raise InputError(
+            f"--topology {target.name}: expected the step to compile, got: {last[:400]} Install "
+            "the TPU compiler with pip install '.[plan]', or change topology, mesh or batch."
+        )
+    found = json.loads(answer)
+    if "error" in found:
+        raise InputError(found["error"])
+    return found["row"]
+
+
+def compiled_for(target: Target, config: RunConfig, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Compile cases of a config for a target, a row for each.
+
+    Raises:
+        InputError: no compiler, or a step that it refuses for another reason than memory.
+    """
+    from balora_jax.plan import arguments
+
+    with compiler(target) as compile_one:
+        return [
+            compile_one(arguments.configured(config, case), case.name)
+            for case in arguments.cases_named(names)
+        ]
+
+
+def _compile(
+    target: Target, config: RunConfig, name: str, *, head_alone: bool = False
+) -> dict[str, Any]:
+    """Compile one case in this process."""
+    from balora_jax.plan import arguments, compiled
+
+    mesh = sharding.make_mesh(config.mesh, described_devices(target))
+    base = arguments.opened_base(config)
+    return compiled.compile_case(config, name, base.config, mesh, head_alone=head_alone)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Answer the cases on standard input until it ends."""
+    (name,) = arguments
+    target = parse_target(name)
+    # Libraries may print; the answers have a channel of their own.
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)
+        for line in sys.stdin:
+            case = json.loads(line)
+            config = parse_config(case["config"], case["name"])
+            try:
+                row = _compile(target, config, case["name"], head_alone=case["head_alone"])
+                found: dict[str, Any] = {"row": row}
+            except InputError as error:
+                found = {"error": str(error)}
+            print(json.dumps(found), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

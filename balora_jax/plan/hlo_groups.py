@@ -1,0 +1,80 @@
+"""Over which mesh axes does a collective go?"""
+
+import itertools
+import math
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from balora_jax.plan.hlo_text import Instruction
+
+
+class AxesOfGroups:
+    """From the groups of a collective to mesh axes: the set of axes that has the same groups."""
+
+    def __init__(self, mesh_shape: Mapping[str, int]):
+        self.devices = math.prod(mesh_shape.values())
+        self.shape = tuple(mesh_shape.values())
+        used = [axis for axis, size in mesh_shape.items() if size > 1]
+        names = list(mesh_shape)
+        ids = np.arange(self.devices).reshape(self.shape)
+        self.known: dict[frozenset, tuple[str, ...]] = {}
+        for count in range(1, len(used) + 1):
+            for axes in itertools.combinations(used, count):
+                places = [names.index(axis) for axis in axes]
+                moved = np.moveaxis(ids, places, range(-count, 0))
+                self.known[_as_sets(moved.reshape(-1, _size(mesh_shape, axes)))] = axes
+        self.names = names
+
+    def __call__(self, one: Instruction) -> tuple[tuple[str, ...], int]:
+        """Axes and devices of a group."""
+        if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", one.rest):
+            numbers = [int(number) for number in re.findall(r"\d+", pairs[1])]
+            places = np.stack(np.unravel_index(numbers, self.shape), -1).reshape(
+                -1, 2, len(self.shape)
+            )
+            differs = (places[:, 0] != places[:, 1]).any(0)
+            axes = tuple(name for name, yes in zip(self.names, differs, strict=True) if yes)
+            return axes, self.devices
+        groups = replica_groups(one.rest, self.devices)
+        return self.known.get(_as_sets(groups), ()), groups.shape[1]
+
+
+def _size(mesh_shape: Mapping[str, int], axes: tuple[str, ...]) -> int:
+    return math.prod(mesh_shape[axis] for axis in axes)
+
+
+def _as_sets(groups: np.ndarray) -> frozenset:
+    return frozenset(frozenset(group) for group in groups.tolist())
+
+
+def replica_groups(text: str, devices: int) -> np.ndarray:
+    """The groups of a collective, ``[groups, size]``, in any of the three ways they are written.
+
+    >>> replica_groups("replica_groups=[2,2]<=[2,2]T(1,0), x", 4).tolist()
+    [[0, 2], [1, 3]]
+    >>> replica_groups("replica_groups={{0,1},{2,3}}", 4).tolist()
+    [[0, 1], [2, 3]]
+    >>> replica_groups("replica_groups=mesh['a'=2,'b'=2] {'a'}, x", 4).tolist()
+    [[0, 2], [1, 3]]
+    >>> replica_groups("replica_groups={}", 2).tolist()
+    [[0, 1]]
+    """
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        shape, source, order = (tuple(map(int, part.split(","))) if part else None
+                                for part in found.groups())  # fmt: skip
+        assert shape is not None
+        assert source is not None
+        return np.arange(math.prod(source)).reshape(source).transpose(order).reshape(shape)
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
+        axes = re.findall(r"'([^']+)'", found[2])
+        places = [list(sizes).index(axis) for axis in axes]
+        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        moved = np.moveaxis(ids, places, range(-len(places), 0))
+        return moved.reshape(-1, math.prod(sizes[axis] for axis in axes))
+    if found := re.search(r"replica_groups=\{(\{[\d,{}\s]*\})\}", text):
+        groups = [group.split(",") for group in re.findall(r"\{([\d,\s]+)\}", found[1])]
+        return np.array(groups, dtype=int)
+    return np.arange(devices)[None]

@@ -1,0 +1,236 @@
+"""A finished run to files that other tools read: a PEFT adapter or a merged checkpoint."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from balora_jax.array_types import Array
+from balora_jax.config import RunConfig
+from balora_jax.errors import InputError
+from balora_jax.io.hf_export import MergeReport, export_merged, module_deltas
+from balora_jax.io.peft_writer import ExportReport, PeftAdapter, export_peft, read_peft
+from balora_jax.models.adapters import AdaptedModule
+from balora_jax.models.decoder import structure
+from balora_jax.models.encoder import encoder_structure
+from balora_jax.models.starts import given_factors
+from balora_jax.models.weight_names import WeightRule
+from balora_jax.paths import PACKAGE_PREFIX
+from balora_jax.pretrained.checkpoint import (
+    Base,
+    EncoderBase,
+    head_from_peft,
+    open_base,
+    open_encoder,
+    peft_modules,
+)
+from balora_jax.pretrained.load import host_copy
+
+CLASSES = {
+    "bert": "BertForSequenceClassification",
+    "roberta": "RobertaForSequenceClassification",
+    "deberta-v2": "DebertaV2ForSequenceClassification",
+}
+
+ADAPTER, MODEL = "adapter", "model"
+"""Folders of a run: its PEFT adapter, or the checkpoint of a full fine-tuning."""
+
+
+def write_adapter(
+    folder: Path,
+    base: Base | EncoderBase,
+    name_or_path: str,
+    modules: tuple[AdaptedModule, ...],
+    trainable: Mapping[str, Array],
+    origin: Mapping[str, Array],
+    *,
+    use_rslora: bool,
+    rank: int | None = None,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write adapters as a PEFT folder on the original base, with the head if there is one."""
+    saved = saved_head(base, trainable)
+    return export_peft(
+        folder,
+        modules=modules,
+        adapters=host_copy({p: v for p, v in trainable.items() if not p.startswith("head.")}),
+        origin=host_copy(
+            {p: v for p, v in origin.items() if ".origin_" in p or p.endswith(".lora_a")}
+        ),
+        base_name=_base_name(base, name_or_path),
+        rank=rank,
+        task_type="SEQ_CLS" if isinstance(base, EncoderBase) else "CAUSAL_LM",
+        use_rslora=use_rslora,
+        base_modules=[name for shape in base.linears(_frozen(base)) for name in shape.names],
+        fan_in_fan_out=base.stores_transposed,
+        saved=saved,
+        modules_to_save=sorted({_module_to_save(name) for name in saved}),
+        overwrite=overwrite,
+    )
+
+
+def _base_name(base: Base | EncoderBase, name_or_path: str) -> str:
+    """Other tools know nothing of paths inside this package."""
+    packaged = name_or_path.startswith(PACKAGE_PREFIX)
+    return str(base.folder) if packaged else name_or_path
+
+
+def _frozen(base: Base | EncoderBase) -> dict[str, Any]:
+    """Shapes of the frozen weights."""
+    if isinstance(base, EncoderBase):
+        return encoder_structure(base.config).frozen
+    return structure(base.config).frozen
+
+
+def saved_head(base: Base | EncoderBase, trainable: Mapping[str, Array]) -> dict[str, np.ndarray]:
+    """The trained head by checkpoint name, as stored there; empty where there is none."""
+    if not isinstance(base, EncoderBase):
+        return {}
+    return {rule.name: _stored(rule, trainable[rule.path]) for rule in base.head_rules}
+
+
+def _stored(rule: WeightRule, value: Array) -> np.ndarray:
+    """An array that is not stacked, in the checkpoint's orientation."""
+    host = np.asarray(value)
+    return np.ascontiguousarray(host.T if rule.transpose else host)
+
+
+def _module_to_save(name: str) -> str:
+    """What PEFT calls the module of a head's tensor: ``pooler`` or ``classifier``."""
+    return next(part for part in ("pooler", "classifier") if part in name.split("."))
+
+
+def head_settings(base: Base | EncoderBase) -> dict[str, Any]:
+    """What a ``config.json`` says of the head of an encoder: its class and its labels."""
+    if not isinstance(base, EncoderBase):
+        return {}
+    labels = {str(i): f"LABEL_{i}" for i in range(base.config.num_labels)}
+    return {
+        "architectures": [CLASSES[base.config.model_type]],
+        "id2label": labels,
+        "label2id": {name: int(i) for i, name in labels.items()},
+        "num_labels": len(labels),
+        # Named in either case: the base may have been fine-tuned for the other.
+        "problem_type": "regression" if len(labels) == 1 else "single_label_classification",
+    }
+
+
+def write_model(
+    folder: Path,
+    base: Base | EncoderBase,
+    trainable: Mapping[str, Array],
+    dtype: str,
+) -> MergeReport:
+    """Write the weights of a full fine-tuning as a checkpoint of the base's layout."""
+    changed: dict[str, np.ndarray] = {}
+    for rule in base.rules:
+        if rule.path not in trainable:
+            continue
+        value = np.asarray(trainable[rule.path], np.float32)
+        layers = value if rule.stacked else [value]
+        for name, layer in zip(rule.names(len(value)), layers, strict=True):
+            changed[name] = layer.T if rule.transpose else layer
+    if isinstance(base, Base) and base.config.tie_word_embeddings:
+        # Some checkpoints store the tied head as well; transformers would not tie what differs.
+        changed["lm_head.weight"] = np.asarray(trainable["embed_tokens.embedding"], np.float32)
+    return export_merged(
+        folder,
+        source=base.folder,
+        deltas=lambda name, _: changed.get(name),
+        dtype=dtype,
+        rules=base.rules,
+        added=saved_head(base, trainable),
+        settings=head_settings(base),
+    )
+
+
+def export_run(
+    config: RunConfig, workdir: Path, out: Path, *, format: str, rank: int | None
+) -> dict[str, Any]:
+    """Export the adapter of a finished run; returns figures for the report.
+
+    Args:
+        config: of the run; names the base.
+        workdir: its folder.
+        out: new folder.
+        format: ``peft`` or ``merged``.
+        rank: recompress every adapter to this rank by SVD (``peft`` only).
+
+    Raises:
+        InputError: no finished adapter there, or an output folder that cannot be written.
+    """
+    source = workdir / ADAPTER
+    if not source.is_dir():
+        raise InputError(
+            f"{workdir}: expected the folder of a finished run with adapter/ in it, got none. "
+            "Finish the run (balora train … --resume), or name its --workdir."
+        )
+    if rank is not None and format == "merged":
+        raise InputError("--rank: expected --format peft, got merged. Leave one of them out.")
+    peft = read_peft(source)
+    base = _base_of(config, peft)
+    modules = peft_modules(peft, base.linears(_frozen(base)), str(source))
+    adapters = host_copy(given_factors(modules, _frozen(base), peft.tensors, peft.magnitudes))
+    if format == "merged":
+        return _merge(config, out, base, modules, adapters, peft)
+    report = export_peft(
+        out,
+        modules=modules,
+        adapters=adapters,
+        origin={},
+        base_name=_base_name(base, config.model.name_or_path),
+        rank=rank,
+        task_type=str(peft.config.get("task_type") or "CAUSAL_LM"),
+        use_rslora=bool(peft.config.get("use_rslora")),
+        base_modules=[name for shape in base.linears(_frozen(base)) for name in shape.names],
+        fan_in_fan_out=base.stores_transposed,
+        saved=peft.saved,
+        modules_to_save=peft.config.get("modules_to_save") or (),
+    )
+    return {
+        "folder": str(out),
+        "format": format,
+        "rank": report.rank,
+        "parameters": report.parameters,
+        "relative_error": report.error,
+    }
+
+
+def _merge(
+    config: RunConfig,
+    out: Path,
+    base: Base | EncoderBase,
+    modules: tuple[AdaptedModule, ...],
+    adapters: dict[str, np.ndarray],
+    peft: PeftAdapter,
+) -> dict[str, Any]:
+    """Write the merged checkpoint; returns figures for the report."""
+    stored = {module.name for module in modules} if base.stores_transposed else ()
+    merged = export_merged(
+        out,
+        source=base.folder,
+        deltas=module_deltas(modules, adapters, {}, transposed=stored),
+        dtype=config.model.dtype,
+        rules=base.rules,
+        added=peft.saved,
+        settings=head_settings(base),
+    )
+    return {
+        "folder": str(out),
+        "format": "merged",
+        "dtype": config.model.dtype,
+        "files": merged.files,
+        "merged_weights": merged.merged,
+    }
+
+
+def _base_of(config: RunConfig, peft: PeftAdapter) -> Base | EncoderBase:
+    name, revision = config.model.name_or_path, config.model.revision
+    if config.task == "nlg":
+        return open_base(name, revision)
+    base = open_encoder(name, revision)
+    head = head_from_peft(peft, base.head_rules)
+    if "head.out.bias" not in head:
+        return base
+    return open_encoder(name, revision, num_labels=len(head["head.out.bias"]))

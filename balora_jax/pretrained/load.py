@@ -1,0 +1,206 @@
+"""From a checkpoint's name to a model that computes: open, plan, load, call."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from balora_jax.array_types import Array, Float, Int
+from balora_jax.errors import InputError
+from balora_jax.io.peft_writer import read_peft
+from balora_jax.models.adapters import adapter_shapes
+from balora_jax.models.decoder import Structure, structure
+from balora_jax.models.encoder import Encoder, encoder_structure
+from balora_jax.models.generation import Sampling, generate, make_decoder
+from balora_jax.models.starts import start_from_factors
+from balora_jax.pretrained.checkpoint import (
+    Base,
+    EncoderBase,
+    head_from_peft,
+    is_encoder,
+    open_base,
+    open_encoder,
+    peft_modules,
+)
+
+
+class PretrainedModel:
+    """A loaded causal language model: call it for logits, or generate text.
+
+    Attributes:
+        base: the checkpoint it came from.
+        config: what it is.
+        parts: its arrays by path: frozen weights, then adapters and their constants if any.
+        bind: from ``*parts`` to the module.
+    """
+
+    def __init__(self, base: Base, skeleton: Structure, parts: Sequence[dict[str, Array]]):
+        self.config = base.config
+        self.parts = tuple(parts)
+        self.base = base
+        self.bind = skeleton.bind
+        self._logits = jax.jit(lambda parts, ids, mask: skeleton.bind(*parts)(ids, mask))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer."""
+        return self.base.tokenizer()
+
+    def __call__(
+        self, input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T V"]:
+        """Logits of every position, float32; ``attention_mask`` is 0 on padding."""
+        ids = jnp.asarray(input_ids, jnp.int32)
+        mask = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(attention_mask)
+        return self._logits(self.parts, ids, mask.astype(jnp.int32))
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """Continuations of texts; greedy at temperature 0."""
+        tokenizer = self.tokenizer
+        sampling = sampling_for(
+            tokenizer, max_new_tokens, temperature, top_p, stop_ids=self.base.stop_ids()
+        )
+        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        decoder = make_decoder(self.bind, sampling)
+        tokens = generate(
+            decoder, self.parts, ids, sampling, batch_size=len(ids), key=jax.random.key(seed)
+        )
+        return tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+
+def sampling_for(
+    tokenizer: Any,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    *,
+    stop_ids: Sequence[int] = (),
+) -> Sampling:
+    """Sampling that stops at the tokenizer's EOS or ``stop_ids``, and pads with the tokenizer's
+    padding, or its EOS where there is none.
+    """
+    stop = tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop
+    stops = tuple(sorted({*stop_ids, *(() if stop is None else (int(stop),))}))
+    return Sampling(max_new_tokens, stops, int(pad or 0), temperature, top_p)
+
+
+class PretrainedEncoder:
+    """A loaded encoder with its head: call it for the logits of whole rows.
+
+    Attributes:
+        base: the checkpoint it came from.
+        config: what it is.
+        parts: its arrays by path: frozen weights and head, then adapters and their constants.
+        bind: from ``*parts`` to the module.
+    """
+
+    def __init__(
+        self, base: EncoderBase, bind: Callable[..., Encoder], parts: Sequence[dict[str, Array]]
+    ):
+        self.config = base.config
+        self.parts = tuple(parts)
+        self.base = base
+        self.bind = bind
+        self._logits = jax.jit(lambda parts, *arrays: bind(*parts)(*arrays))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer."""
+        return self.base.tokenizer()
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        attention_mask: Int[Array, "B T"] | None = None,
+        token_type_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B C"]:
+        """Logits of every row, float32, or its score; pad on the right."""
+        ids = jnp.asarray(input_ids, jnp.int32)
+        mask = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(attention_mask)
+        types = jnp.zeros_like(ids) if token_type_ids is None else jnp.asarray(token_type_ids)
+        return self._logits(self.parts, ids, mask.astype(jnp.int32), types.astype(jnp.int32))
+
+
+def load_pretrained(
+    path: str, *, adapter: str | None = None, dtype: str = "float32"
+) -> PretrainedModel | PretrainedEncoder:
+    """Load a checkpoint in Hugging Face layout, optionally with a PEFT adapter on it.
+
+    Args:
+        path: a folder, a hub name, or ``balora_jax:quickstart/model``.
+        adapter: folder of a PEFT LoRA adapter.
+        dtype: of weights and activations, ``float32`` or ``bfloat16``.
+
+    Returns:
+        A causal language model, or an encoder with its head, by the checkpoint's family.
+
+    Raises:
+        InputError: a checkpoint or adapter that is missing, broken or unsupported.
+
+    Example:
+        ``model = load_pretrained("org/name"); logits = model(ids)``
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"dtype: expected 'float32' or 'bfloat16', got {dtype!r}. Choose one.")
+    load = load_encoder if is_encoder(path) else load_decoder
+    return load(path, adapter=adapter, dtype=dtype)
+
+
+def load_decoder(
+    path: str, *, adapter: str | None = None, dtype: str = "float32"
+) -> PretrainedModel:
+    """As :func:`load_pretrained`, for a checkpoint that must be a causal language model."""
+    peft = None if adapter is None else read_peft(adapter)
+    base = open_base(path)
+    plain = structure(base.config, dtype=dtype)
+    if peft is None:
+        return PretrainedModel(base, plain, [base.load(plain.frozen)])
+    modules = peft_modules(peft, base.linears(plain.frozen), str(adapter))
+    skeleton = structure(base.config, adapters=adapter_shapes(modules, origin=False), dtype=dtype)
+    frozen = base.load(plain.frozen)
+    adapters, constants = start_from_factors(modules, frozen, peft.tensors, peft.magnitudes)
+    return PretrainedModel(base, skeleton, [frozen, constants, adapters])
+
+
+def load_encoder(
+    path: str, *, adapter: str | None = None, dtype: str = "float32"
+) -> PretrainedEncoder:
+    """As :func:`load_pretrained`, for a checkpoint that must be an encoder."""
+    peft = None if adapter is None else read_peft(adapter)
+    base = open_encoder(path)
+    brought = {} if peft is None else head_from_peft(peft, base.head_rules)
+    if "head.out.bias" in brought:
+        base = open_encoder(path, num_labels=len(brought["head.out.bias"]))
+    missing = {rule.path for rule in base.head_rules} - set(brought) - set(base.stored_head())
+    if missing:
+        raise InputError(
+            f"{path}: expected a head for classes or scores, in the checkpoint or in an adapter, "
+            f"got none with {', '.join(sorted(missing))}. Fine-tune it first (task: nlu)."
+        )
+    head = base.load_head(jax.random.key(0)) | {k: jnp.asarray(v) for k, v in brought.items()}
+    plain = encoder_structure(base.config, dtype=dtype)
+    frozen = base.load(plain.frozen)
+    if peft is None:
+        return PretrainedEncoder(base, plain.bind, [frozen, head])
+    modules = peft_modules(peft, base.linears(plain.frozen), str(adapter))
+    shapes = adapter_shapes(modules, origin=False)
+    skeleton = encoder_structure(base.config, adapters=shapes, dtype=dtype)
+    adapters, constants = start_from_factors(modules, frozen, peft.tensors, peft.magnitudes)
+    return PretrainedEncoder(base, skeleton.bind, [frozen, head, constants, adapters])
+
+
+def host_copy(arrays: Mapping[str, Array]) -> dict[str, np.ndarray]:
+    """Adapters as host arrays, for export."""
+    return {path: np.asarray(value) for path, value in jax.device_get(dict(arrays)).items()}

@@ -1,0 +1,1 @@
+"""Many runs of one config: every dataset by every variant by every seed."""

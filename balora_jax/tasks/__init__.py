@@ -1,0 +1,1 @@
+"""What a run computes and scores: one folder per task."""

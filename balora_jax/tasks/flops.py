@@ -1,0 +1,130 @@
+"""How many operations does a step need, and how many can a device do in a second?"""
+
+import math
+from collections.abc import Sequence
+
+from balora_jax.models import starts
+from balora_jax.tasks.assemble import Program
+
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+    "Tesla T4": 65e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,  # a v5p: some runtimes leave the p out, so the two above stand before it
+    "TPU v6 lite": 918e12,
+}
+"""Published dense bfloat16 (T4: float16) operations per second, by the start of a device's name."""
+
+
+def peak_flops(kind: str) -> float | None:
+    """Operations per second of a device; None for one that is not in the table.
+
+    >>> peak_flops("TPU v5 lite") == 197e12, peak_flops("TPU v5p") == 459e12, peak_flops("cpu")
+    (True, True, None)
+    """
+    return next((peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)), None)
+
+
+def model_flops(program: Program, shape: Sequence[int], counted: float) -> float:
+    """Floating point operations that a step cannot do without.
+
+    ``4·P·N + 6·P_A·N + 4·V·D·M + 3·attention``, and ``2·P·N + 2·V·D·M + attention`` for a teacher:
+    P parameters of the frozen linear layers (of experts, those that a token takes), P_A of the
+    adapters (twice with an origin), N tokens, M counted tokens. LoRA-FA's A has no gradient, so 4
+    there and no second half; a full fine-tuning has 6 for P and for the head, and no adapters.
+    Attention is causal, so half of the square. Rematerialisation is not counted, nor what does not
+    grow with the tokens, such as DoRA's norms.
+
+    Args:
+        program: the step.
+        shape: of the batch, ``[micro-batches, B, T]``.
+        counted: M.
+    """
+    tokens = math.prod(shape)
+    linear, attention = linear_parameters(program), attention_flops(program, shape)
+    passes = 6.0 if program.config.adapter.method == "full" else 4.0
+    head = program.decoder.vocab_size * program.decoder.hidden_size * counted
+    flops = passes * (linear * tokens + head) + adapter_flops(program) * tokens + 3 * attention
+    if program.objective.needs_teacher:
+        flops += 2.0 * linear * tokens + 2.0 * head + attention
+    return flops
+
+
+def recomputed_flops(program: Program, shape: Sequence[int]) -> float:
+    """Operations that ``model.remat`` adds to those of the model.
+
+    ``full`` runs the student's layers forward once more: ``2·P·N + 2·P_A·N + attention``. ``dots``
+    and ``offload`` keep every product with a weight, so only attention is repeated. The fused head
+    forms its gradient in the forward and repeats nothing.
+    """
+    remat, tokens = program.config.model.remat, math.prod(shape)
+    if remat == "none":
+        return 0.0
+    attention = attention_flops(program, shape)
+    if remat != "full":
+        return attention
+    forward = 2.0 * linear_parameters(program) + adapter_flops(program, forward=True)
+    return forward * tokens + attention
+
+
+def attention_flops(program: Program, shape: Sequence[int]) -> float:
+    """Operations of the scores and of the weighted values, forward, causal."""
+    decoder = program.decoder
+    heads = decoder.num_layers * decoder.num_heads * decoder.head_dim
+    return 2 * 2 * heads * shape[-1] * math.prod(shape) / 2
+
+
+def linear_parameters(program: Program) -> float:
+    """Parameters of the frozen linear layers that a token goes through, without the head."""
+    return sum(
+        leaf.size * taken_share(program, path)
+        for path, leaf in program.plain.parameters.items()
+        if path.endswith(".kernel")
+    )
+
+
+def adapter_flops(program: Program, *, forward: bool = False) -> float:
+    """Operations of the adapters' products for one token, forward and backward or forward only."""
+    twice = 2 if starts.start_has_origin(program.config.adapter.start) else 1
+    total = 0.0
+    for module in program.modules:
+        a, b = module.rank * module.in_features, module.rank * module.out_features
+        if forward:
+            one = 2.0 * (a + b) * twice
+        elif module.method == "lora_fa":
+            one = 4.0 * a + 6.0 * b
+        else:
+            one = 6.0 * (a + b) * twice
+        total += one * taken_share(program, module.path)
+    return total
+
+
+def taken_share(program: Program, path: str) -> float:
+    """The share of a stack's layers that a token goes through: all, but for experts."""
+    decoder = program.decoder
+    return decoder.experts_per_token / decoder.experts if ".experts." in path else 1.0
+
+
+def encoder_flops(
+    linear: int, layers: int, width: int, shape: Sequence[int], *, taught: bool
+) -> float:
+    """The same for an encoder, whose attention sees the whole square; its small head is left out.
+
+    ``4·P·N + 3·attention``, and ``2·P·N + attention`` for a teacher that runs in each step.
+
+    Args:
+        linear: P, parameters of the layers.
+        layers: how many.
+        width: D.
+        shape: of the batch, ``[micro-batches, B, T]``.
+        taught: whether the teacher runs.
+    """
+    tokens = math.prod(shape)
+    attention = 4 * layers * width * shape[-1] * tokens
+    flops = 4.0 * linear * tokens + 3 * attention
+    return flops + (2.0 * linear * tokens + attention if taught else 0.0)

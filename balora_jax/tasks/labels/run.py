@@ -1,0 +1,338 @@
+"""A run of an encoder on labelled rows: its data, its weights, its teacher and its score."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from balora_jax.array_types import Array
+from balora_jax.config import RunConfig
+from balora_jax.data.glue import LabelledTask
+from balora_jax.data.labelled import (
+    LabelledBatches,
+    LabelledSet,
+    describe_labelled,
+    encode_labelled,
+    padded_length,
+)
+from balora_jax.errors import InputError
+from balora_jax.io.peft_writer import PeftAdapter
+from balora_jax.models.adapters import AdaptedModule, trainable_parameters
+from balora_jax.models.encoder import EncoderStructure, encoder_structure
+from balora_jax.numerics.objective import Objective
+from balora_jax.parallel import hosts, sharding
+from balora_jax.pretrained.checkpoint import EncoderBase, check_head, head_from_peft, open_encoder
+from balora_jax.tasks import assemble
+from balora_jax.tasks.assemble import Loaded
+from balora_jax.tasks.flops import encoder_flops
+from balora_jax.tasks.labels import probe
+from balora_jax.tasks.labels.loss import (
+    TEACHER,
+    Constants,
+    LabelLoss,
+    counts_of,
+    spectral_remarks,
+)
+from balora_jax.tasks.labels.rows import over_rows
+from balora_jax.tasks.labels.score import (
+    LabelScorer,
+    forward_rows,
+    logits_forward,
+    task_of,
+    train_rows,
+    validation_rows,
+)
+from balora_jax.tasks.labels.teacher_cache import TeacherCache
+from balora_jax.training import steps
+
+Arrays = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class LabelProgram:
+    """What a step of an encoder computes.
+
+    Attributes:
+        config: the whole run.
+        plain: the model without adapters, which with the first head is the teacher.
+        student: the same structure with adapters.
+        modules: the adapted layers.
+        objective: weights, terms and schedules; terms that the outputs leave undefined are off.
+        mesh: the devices.
+        outputs: C; 1 for regression.
+    """
+
+    config: RunConfig
+    plain: EncoderStructure
+    student: EncoderStructure
+    modules: tuple[AdaptedModule, ...]
+    objective: Objective
+    mesh: Mesh
+    outputs: int
+
+    @property
+    def trainable(self) -> int:
+        """Trainable parameters, the head among them."""
+        head = assemble.size_of(self.plain.head)
+        full = self.config.adapter.method == "full"
+        return head + (self.total if full else trainable_parameters(self.modules))
+
+    @property
+    def total(self) -> int:
+        """Parameters of the frozen encoder."""
+        return assemble.size_of(self.plain.parameters)
+
+    def step_parts(self, total_steps: int) -> steps.StepParts:
+        """The pure functions of a training step."""
+        loss = LabelLoss(self.student, self.plain, self.objective, self.outputs)
+        return assemble.parts_of(self.config, self.objective, loss, counts_of, total_steps)
+
+
+@dataclass(frozen=True)
+class LabelRun(LabelProgram):
+    """A checked run: a program and its data, but no weights yet.
+
+    Attributes:
+        base: the pretrained checkpoint.
+        tokenizer: its tokenizer.
+        task: columns, labels and metrics.
+        peft: the adapter to go on from, if the start names one.
+        data: encoded training rows and what became of them.
+        validation: title → encoded rows of the score; empty for none.
+        length: tokens of every row of a batch.
+    """
+
+    base: EncoderBase
+    tokenizer: Any
+    task: LabelledTask
+    peft: PeftAdapter | None
+    data: LabelledSet
+    validation: Mapping[str, LabelledSet]
+    length: int
+
+    @property
+    def pad_id(self) -> int:
+        """The token for empty places."""
+        return int(self.tokenizer.pad_token_id or 0)
+
+    def batches(self) -> LabelledBatches:
+        """The training batches, from the beginning."""
+        training = self.config.training
+        return LabelledBatches(
+            self.data.examples,
+            batch_size=training.batch_size // training.accumulation,
+            accumulation=training.accumulation,
+            length=self.length,
+            seed=training.seed,
+            pad_id=self.pad_id,
+        )
+
+    def step_flops(self, counted: float) -> float:
+        """Operations of a step, counted as for decoders; padding is computed as well."""
+        del counted  # the head is small, whatever it reads
+        training, config = self.config.training, self.base.config
+        linear = sum(v.size for path, v in self.plain.parameters.items() if "layers." in path)
+        shape = (1, training.batch_size, self.length)
+        taught = self.objective.needs_teacher and not self.config.regularizers.teacher_cache
+        layers, width = config.num_layers, config.hidden_size
+        return encoder_flops(linear, layers, width, shape, taught=taught)
+
+    def load(self) -> Loaded:
+        """The frozen weights, and adapters and head at their start."""
+        frozen = self.base.load_for(self.plain, self.mesh)
+        trainable, origin = assemble.begin(self.config, self.modules, frozen, self.peft, self.mesh)
+        head = self.base.load_head(jax.random.key(self.config.training.seed))
+        if self.peft is not None:
+            brought = head_from_peft(self.peft, self.base.head_rules)
+            head |= {path: jnp.asarray(value) for path, value in brought.items()}
+        elif self.config.regularizers.teacher_head == "probe":
+            head = self._probed(frozen, head)
+        return Loaded(frozen, origin, trainable | sharding.placed(head, self.mesh))
+
+    def _probed(self, frozen: Arrays, head: Arrays) -> Arrays:
+        """A head fitted on the frozen features of the training rows."""
+        bind = self.plain.bind
+        forward = jax.jit(lambda parts, *arrays: bind(*parts).features(*arrays))
+        features = self.over_training_rows(forward, (frozen, head), "probe")
+        labels = np.asarray([example.label for example in self.data.examples])
+        return probe.fit_head(bind, frozen, head, features, labels, self.outputs)
+
+    def constants(self, loaded: Loaded) -> Constants:
+        """What a step reads; the teacher's head is a copy of the student's first one."""
+        head = {
+            path: jnp.array(value, copy=True)
+            for path, value in loaded.trainable.items()
+            if path.startswith("head.")
+        }
+        return Constants(loaded.frozen, loaded.origin, head)
+
+    def teacher(self, constants: Constants, folder: Path) -> np.ndarray | None:
+        """The teacher's logits [rows, C] of the training set, computed once and kept in ``folder``.
+
+        None where no term reads them, or where each step is to compute its own.
+        """
+        if not (self.objective.needs_teacher and self.config.regularizers.teacher_cache):
+            return None
+        cache = TeacherCache(
+            folder,
+            base=self.base.fingerprint,
+            head=hosts.gathered_all(constants.teacher_head),
+            examples=self.batches().get_state()["examples"],
+            dtype=self.config.model.dtype + self.config.model.quantization,
+            length=self.length,
+        )
+        found = cache.read()
+        hosts.barrier("teacher cache read")  # nobody writes it before all have looked
+        if found is None:
+            parts = (constants.frozen, constants.teacher_head)
+            forward = logits_forward(self.plain.bind)
+            found = self.over_training_rows(forward, parts, "teacher")
+            if hosts.is_first():
+                cache.write(found)
+        return found
+
+    def prepare(self, batch: dict[str, Any], teacher: np.ndarray | None) -> dict[str, Any]:
+        """A batch with its teacher's logits [micro-batches, B, C], where they are at hand."""
+        return batch if teacher is None else {**batch, TEACHER: teacher[batch["row"]]}
+
+    def over_training_rows(self, forward: Any, parts: Any, title: str) -> np.ndarray:
+        """A function of every training row, in order."""
+        return over_rows(
+            forward,
+            parts,
+            self.data.examples,
+            batch_size=forward_rows(self.config, self.mesh),
+            length=self.length,
+            pad_id=self.pad_id,
+            mesh=self.mesh,
+            title=title,
+        )
+
+    def scorer(self) -> "LabelScorer | None":
+        """What scores the validation rows; None where there are none."""
+        if not self.validation:
+            return None
+        return LabelScorer(
+            logits_forward(self.student.bind),
+            self.validation,
+            self.task,
+            self.config,
+            pad_id=self.pad_id,
+            mesh=self.mesh,
+            max_length=self.base.config.max_length,
+        )
+
+    def describe(self) -> list[str]:
+        """Lines about the data, for the start of a run."""
+        first = describe_labelled(self.data.examples[0], self.tokenizer, self.task)
+        return [
+            f"data: {self.data.report}; rows of {self.length} tokens",
+            *(f"{title}: {rows.report}" for title, rows in self.validation.items()),
+            f"first example: {first}",
+        ]
+
+
+def label_objective(config: RunConfig, outputs: int) -> Objective:
+    """The objective for labels: the nuclear ratio where none is named, undefined terms off.
+
+    With one output the covariance has no other column, and the only singular value is its own
+    sum: both terms are constants, so they are left out.
+    """
+    objective = assemble.objective_of(config.regularizers)
+    if config.regularizers.norm is None:
+        objective = replace(objective, norm="nuclear")
+    if outputs > 1:
+        return objective
+    if objective.consistency_schedule == "adaptive":
+        raise InputError(
+            "regularizers.consistency_schedule: expected constant or cosine for a regression, got "
+            "adaptive: a single output has no entropy. Choose one of them."
+        )
+    return replace(objective, diversity=0.0, spectral=0.0)
+
+
+def label_program(
+    config: RunConfig, base: EncoderBase, mesh: Mesh | None = None
+) -> tuple[LabelProgram, PeftAdapter | None]:
+    """The computation that a config asks for on an encoder, and the adapter it begins with if any.
+
+    Raises:
+        InputError: a setting that does not fit the model or the devices.
+    """
+    outputs = base.config.num_labels
+    objective = label_objective(config, outputs)
+    mesh = assemble.checked_mesh(config, mesh)
+    assemble.check_full(config)
+    options: Any = {
+        "dtype": config.model.dtype,
+        "remat": config.model.remat,
+        "quantization": config.model.quantization,
+    }
+    plain = encoder_structure(base.config, **options)
+    peft, modules = assemble.plan(config.adapter, base.linears(plain.parameters))
+    check_head(base, peft, config.adapter.start, config.regularizers.teacher_head)
+    sharding.shardings(plain.frozen, mesh)
+    shapes = assemble.shapes_of(config.adapter, modules)
+    student = encoder_structure(base.config, adapters=shapes, **options)
+    return LabelProgram(config, plain, student, modules, objective, mesh, outputs), peft
+
+
+def check(config: RunConfig) -> LabelRun:
+    """Open and check everything a run reads, short of loading the weights.
+
+    To be called by all processes of a run; each reads all rows, of which there are few.
+
+    Raises:
+        InputError: whatever is wrong, as one sentence.
+        RunStoppedError: it is wrong in another process.
+    """
+    return hosts.together(partial(_checked, config))
+
+
+def _checked(config: RunConfig) -> LabelRun:
+    task = task_of(config.data)
+    label_objective(config, task.outputs)  # before a checkpoint is looked for
+    model = config.model
+    base = open_encoder(model.name_or_path, model.revision, num_labels=task.outputs)
+    program, peft = label_program(config, base)
+    for line in remarks(program):
+        print(line, file=sys.stderr, flush=True)
+    tokenizer = base.tokenizer()
+    most = min(config.data.max_length, base.config.max_length)
+    data = encode_labelled(train_rows(config.data, task), tokenizer, task, most)
+    validation = {
+        title: encode_labelled(rows, tokenizer, task, most)
+        for title, rows in validation_rows(config, task).items()
+    }
+    for encoded in (data, *validation.values()):
+        base.check_ids(encoded.examples)
+    return LabelRun(
+        **vars(program),
+        base=base,
+        tokenizer=tokenizer,
+        task=task,
+        peft=peft,
+        data=data,
+        validation=validation,
+        length=padded_length(data.examples, most),
+    )
+
+
+def remarks(program: LabelProgram) -> list[str]:
+    """What a reader should know of the terms before they trust a comparison."""
+    terms, spec = program.config.regularizers, program.objective.term_spec
+    lines = []
+    if program.outputs == 1 and (terms.diversity > 0 or terms.spectral > 0):
+        lines.append(
+            "note: with one output the diversity and the spectral term are constants; they are "
+            "left out. Consistency is the mean squared difference of the scores."
+        )
+    rows = program.config.training.batch_size // program.config.training.accumulation
+    return lines + spectral_remarks(spec, rows, program.outputs)

@@ -1,0 +1,172 @@
+"""The score of an encoder on labelled rows, during a run and on its own."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from balora_jax.array_types import Array, PRNGKeyArray
+from balora_jax.config import DataConfig, RunConfig
+from balora_jax.data.glue import LabelledTask, custom_task, glue_task
+from balora_jax.data.labelled import LabelledSet, encode_labelled, padded_length
+from balora_jax.data.sources import load_rows
+from balora_jax.errors import InputError
+from balora_jax.evals.classification import score_labels
+from balora_jax.models.encoder import Encoder
+from balora_jax.parallel import hosts, sharding
+from balora_jax.pretrained.load import load_encoder
+from balora_jax.tasks.labels.loss import Constants
+from balora_jax.tasks.labels.rows import over_rows
+
+Arrays = dict[str, Array]
+
+
+class LabelScorer:
+    """Metrics of the validation rows, with one compiled forward for the whole run."""
+
+    def __init__(
+        self,
+        forward: Any,
+        validation: Mapping[str, LabelledSet],
+        task: LabelledTask,
+        config: RunConfig,
+        *,
+        pad_id: int,
+        mesh: Mesh,
+        max_length: int,
+    ):
+        # A position past the last has no embedding, not even under padding.
+        self.max_length = min(config.data.max_length, max_length)
+        self.forward, self.validation, self.task = forward, validation, task
+        self.config, self.pad_id, self.mesh = config, pad_id, mesh
+
+    def __call__(
+        self, constants: Constants, trainable: Arrays, key: PRNGKeyArray, title: str
+    ) -> dict[str, Any]:
+        """The task's metrics, printed as well."""
+        del key  # nothing here draws
+        return self.score((constants.frozen, constants.origin, trainable), title)
+
+    def score(self, parts: Any, title: str) -> dict[str, Any]:
+        """The metrics of a model's arrays; of MNLI's two sets with their titles."""
+        figures: dict[str, Any] = {}
+        for name, rows in self.validation.items():
+            found = self._score(parts, rows, f"{title} {name}")
+            suffix = "" if len(self.validation) == 1 else f"_{name}"
+            figures |= {f"{metric}{suffix}": value for metric, value in found.items()}
+        shown = ", ".join(f"{metric} {value:.4g}" for metric, value in figures.items())
+        hosts.say(f"{title}: {shown}")
+        return figures
+
+    def _score(self, parts: Any, rows: LabelledSet, title: str) -> dict[str, Any]:
+        logits = over_rows(
+            self.forward,
+            parts,
+            rows.examples,
+            batch_size=forward_rows(self.config, self.mesh),
+            length=padded_length(rows.examples, self.max_length),
+            pad_id=self.pad_id,
+            mesh=self.mesh,
+            title=title,
+        )
+        golds = np.asarray([example.label for example in rows.examples])
+        predictions = logits[:, 0] if self.task.regression else logits.argmax(axis=-1)
+        figures = score_labels(self.task.metrics, predictions, golds)
+        return {**figures, "rows": len(golds)}
+
+
+def task_of(config: DataConfig) -> LabelledTask:
+    """The task that a data section describes."""
+    if config.glue is not None:
+        return glue_task(config.glue)
+    return custom_task(
+        config.text_columns, config.label_column, config.labels, regression=config.regression
+    )
+
+
+def logits_forward(bind: Callable[..., Encoder]) -> Any:
+    """A jitted function from arrays of the model and of a batch to logits."""
+    return jax.jit(lambda parts, *arrays: bind(*parts)(*arrays))
+
+
+def forward_rows(config: RunConfig, mesh: Mesh) -> int:
+    """Rows of a forward without backward: ``eval.batch_size``, whole over the devices."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-config.eval.batch_size // parts) * parts
+
+
+def evaluate(config: RunConfig, *, adapter: str | None) -> dict[str, Any]:
+    """Score a fine-tuned checkpoint, or an adapter on its base, on the validation rows.
+
+    Raises:
+        InputError: no validation rows, a head for another number of labels, or anything that a run
+            would refuse.
+    """
+    task = task_of(config.data)
+    found = validation_rows(config, task)
+    if not found:
+        raise InputError(
+            "data.validation: expected rows to score, got none. Name a file with --set "
+            "data.validation=FILE."
+        )
+    model = load_encoder(config.model.name_or_path, adapter=adapter, dtype=config.model.dtype)
+    if model.config.num_labels != task.outputs:
+        raise InputError(
+            f"{adapter or config.model.name_or_path}: expected a head with {task.outputs} outputs "
+            f"for {task.name}, got {model.config.num_labels}. Name a model of this task."
+        )
+    most = min(config.data.max_length, model.config.max_length)
+    validation = {
+        title: encode_labelled(rows, model.tokenizer, task, most) for title, rows in found.items()
+    }
+    for encoded in validation.values():
+        model.base.check_ids(encoded.examples)
+    scorer = LabelScorer(
+        logits_forward(model.bind),
+        validation,
+        task,
+        config,
+        pad_id=int(model.tokenizer.pad_token_id or 0),
+        mesh=sharding.make_mesh(config.mesh),
+        max_length=model.config.max_length,
+    )
+    return scorer.score(model.parts, "score")
+
+
+def train_rows(config: DataConfig, task: LabelledTask) -> Any:
+    """The rows to train on: of a file, or of the hub's data set of the task."""
+    if config.train is not None:
+        file = _named(config.train, config)
+        return load_rows(file, split=config.split, limit=config.train_limit)
+    return load_rows(_hub(task), split=task.train_split, limit=config.train_limit)
+
+
+def validation_rows(config: RunConfig, task: LabelledTask) -> dict[str, Any]:
+    """Title → rows; none where there is no score."""
+    data, evaluation = config.data, config.eval
+    if evaluation.task == "none":
+        return {}
+    limits = [n for n in (evaluation.limit, data.validation_limit) if n is not None]
+    limit = min(limits) if limits else None
+    if data.validation is not None:
+        file = _named(data.validation, data)
+        rows = load_rows(file, split=data.validation_split, limit=limit)
+        return {"validation": rows}
+    if data.train is not None or task.hub is None:
+        return {}
+    return {
+        title: load_rows(_hub(task), split=split, limit=limit)
+        for title, split in task.validation_splits.items()
+    }
+
+
+def _named(file: str, config: DataConfig) -> str:
+    """A path in which ``{glue}`` stands for the task, so that one setting serves a whole study."""
+    return file.replace("{glue}", config.glue or "{glue}")
+
+
+def _hub(task: LabelledTask) -> str:
+    assert task.hub is not None
+    return ":".join(task.hub)
