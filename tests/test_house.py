@@ -68,6 +68,7 @@ MAY_OPEN = (
     "io",
     "data",
     "pretrained",
+    "tasks.labels.teacher_cache",
     "plan",
     "bench",
     "figures",
