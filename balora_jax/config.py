@@ -334,8 +334,11 @@ class RunConfig(Section):
     Attributes:
         task: ``nlg`` trains a causal language model on text, ``nlu`` an encoder with a head on
             labels.
+        extensions: Python files of your own, relative to this one, that register terms, starts,
+            families, benchmarks or trackers.
     """
 
+    extensions: tuple[str, ...] = ()
     task: Literal["nlg", "nlu"] = "nlg"
     model: ModelConfig
     adapter: AdapterConfig = AdapterConfig()

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from balora_jax.config import RunConfig
 from balora_jax.errors import InputError
+from balora_jax.extensions import load_extensions
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -36,7 +37,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise InputError(f"{path}: expected sections such as 'model:', got {tree!r}. Fill it in.")
     for override in overrides:
         _apply_override(tree, override)
+    load_extensions(_texts(tree.get("extensions"), str(path)), path.parent)
     return parse_config(tree, str(path))
+
+
+def _texts(value: Any, where: str) -> list[str]:
+    """The files under ``extensions``, which are read before the schema can check them."""
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise InputError(
+            f"{where}: extensions: expected a list of Python files, got {value!r}. Write "
+            "extensions: [my_terms.py]."
+        )
+    return value
 
 
 def parse_config(tree: Mapping[str, Any], where: str) -> RunConfig:

@@ -31,7 +31,7 @@ MODULES = {
 # name that a module's own begins with decides.
 LAYERS = (
     ("errors",),
-    ("array_types",),
+    ("array_types", "registry", "extensions"),
     ("paths", "parallel.launch", "parallel.supervise"),
     ("parallel.hosts",),
     ("numerics",),

@@ -41,7 +41,7 @@ def test_an_end_from_outside_is_one_sentence(text, phrase):
 def test_signals_reach_the_child():
     child = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(3)); print()\n"
     child += "import time; sys.stdout.flush(); time.sleep(60)"
-    parent = f"from balora_jax import supervise; import sys; sys.exit(supervise.run_child({python(child)!r}))"
+    parent = f"from balora_jax.parallel import supervise; import sys; sys.exit(supervise.run_child({python(child)!r}))"
     with subprocess.Popen(python(parent), cwd=ROOT, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         process.send_signal(signal.SIGTERM)
@@ -50,10 +50,10 @@ def test_signals_reach_the_child():
 
 def test_the_child_ends_with_its_parent():
     child = (
-        "from balora_jax import supervise; import os, time; supervise.end_with_parent()\n"
+        "from balora_jax.parallel import supervise; import os, time; supervise.end_with_parent()\n"
         "print(os.getpid(), flush=True); time.sleep(60)"
     )
-    parent = f"from balora_jax import supervise; supervise.run_child({python(child)!r})"
+    parent = f"from balora_jax.parallel import supervise; supervise.run_child({python(child)!r})"
     with subprocess.Popen(python(parent), cwd=ROOT, stdout=subprocess.PIPE) as process:
         number = int(process.stdout.readline())
         process.kill()

@@ -1,0 +1,55 @@
+"""A user's own Python files, which add terms, starts, families, benchmarks and trackers.
+
+A config names them under ``extensions``; they are imported before the rest of the config is
+checked, so that what they register can be named there. They are code that the user wrote: only
+files on this machine are taken, never anything that a checkpoint brings along.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from balora_jax.errors import InputError
+
+_LOADED: set[Path] = set()
+
+
+def load_extensions(files: Iterable[str], folder: Path) -> None:
+    """Import files once each; names are relative to ``folder``, or to the working directory.
+
+    Raises:
+        InputError: A file that is missing, is no Python file, or cannot be imported.
+    """
+    for name in files:
+        file = next((f for f in (folder / name, Path(name)) if f.is_file()), None)
+        if file is None or file.suffix != ".py":
+            got = "no file" if file is None else f"a {file.suffix or 'nameless'} file"
+            raise InputError(
+                f"extensions: expected a Python file on this machine, got {got} at {name!r}. Name "
+                "it relative to the config."
+            )
+        file = file.resolve()
+        if file not in _LOADED:
+            _import(file)
+            _LOADED.add(file)
+
+
+def _import(file: Path) -> None:
+    name = f"balora_jax_extension_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None  # every .py file has one
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError, AttributeError, NameError, TypeError, ValueError) as error:
+        del sys.modules[name]
+        if isinstance(error, InputError):
+            raise
+        line = " ".join(str(error).split())
+        raise InputError(
+            f"extensions: expected {file} to import, got {type(error).__name__}: {line}. Mend the "
+            "file."
+        ) from error
