@@ -265,7 +265,7 @@ def _report(figures: Any, file: str | None) -> None:
     if file is None:
         print(text)
         return
-    from balora_jax.io.metrics import write_atomically
+    from balora_jax.io.folders import write_atomically
 
     try:
         write_atomically(Path(file), text + "\n")

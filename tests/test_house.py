@@ -31,7 +31,7 @@ MODULES = {
 # name that a module's own begins with decides.
 LAYERS = (
     ("errors",),
-    ("array_types", "registry", "extensions"),
+    ("array_types", "registry", "extensions", "hardware"),
     ("paths", "parallel.launch", "parallel.supervise"),
     ("parallel.hosts",),
     ("numerics",),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from balora_jax.io import metrics
+from balora_jax.io.drawing import save_picture
 from balora_jax.io.tables import markdown
 
 MIB = 2**20
@@ -80,34 +80,28 @@ def ahead_table(figures: Mapping[str, Any]) -> str:
 
 
 def draw(figures: Mapping[str, Any], path: Path) -> bool:
-    """Time and memory of each case as bars in a PNG.
+    """Time and memory of each case as bars in a PNG; whether it was drawn."""
 
-    Returns:
-        Whether it was drawn: matplotlib is an extra (``viz``).
-    """
-    pyplot = metrics.pyplot_or_none()
-    if pyplot is None:
-        return False
+    def paint(pyplot: Any) -> Any:
+        rows = list(reversed(figures["rows"]))
+        names = [row["case"] for row in rows]
+        seconds = [row["seconds"] for row in rows]
+        memory = [_step_mebibytes(row) for row in rows]
+        figure, (left, right) = pyplot.subplots(
+            1, 2, figsize=(10, 0.45 * len(rows) + 1.2), sharey=True, constrained_layout=True
+        )
+        colours = ["#b07a3f" if name.startswith("torch") else "#3f6fb0" for name in names]
+        for axis, values, title, form in (
+            (left, seconds, "seconds per step (median)", "%.2f"),
+            (right, memory, "memory of a step, MiB", "%.0f"),
+        ):
+            axis.bar_label(axis.barh(names, values, color=colours), fmt=form, padding=3, fontsize=8)
+            axis.set_title(title, fontsize=10)
+            axis.margins(x=0.15)
+            axis.spines[["top", "right"]].set_visible(False)
+        return figure
 
-    rows = list(reversed(figures["rows"]))
-    names = [row["case"] for row in rows]
-    seconds = [row["seconds"] for row in rows]
-    memory = [_step_mebibytes(row) for row in rows]
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(10, 0.45 * len(rows) + 1.2), sharey=True, constrained_layout=True
-    )
-    colours = ["#b07a3f" if name.startswith("torch") else "#3f6fb0" for name in names]
-    for axis, values, title, form in (
-        (left, seconds, "seconds per step (median)", "%.2f"),
-        (right, memory, "memory of a step, MiB", "%.0f"),
-    ):
-        axis.bar_label(axis.barh(names, values, color=colours), fmt=form, padding=3, fontsize=8)
-        axis.set_title(title, fontsize=10)
-        axis.margins(x=0.15)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return True
+    return save_picture(path, paint)
 
 
 def _step_mebibytes(row: Mapping[str, Any]) -> float:

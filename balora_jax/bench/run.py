@@ -13,12 +13,12 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from balora_jax import hardware
 from balora_jax.bench import label_steps, measure, report
 from balora_jax.bench.label_steps import LabelCase
 from balora_jax.bench.measure import Measured
 from balora_jax.config import RunConfig
 from balora_jax.errors import InputError
-from balora_jax.io import metrics
 from balora_jax.plan import ahead, arguments
 from balora_jax.plan.arguments import Case, Weights
 from balora_jax.plan.targets import parse_target
@@ -63,7 +63,7 @@ def bench(
         raise InputError(
             "bench: expected task nlg with --against or --topology, got nlu. Leave them out."
         )
-    figures: dict[str, Any] = {"versions": metrics.versions()}
+    figures: dict[str, Any] = {"versions": hardware.versions()}
     if topology is not None:
         target = parse_target(topology)
         figures |= {"topology": topology, "rows": ahead.compiled_for(target, config, cases)}
@@ -171,7 +171,7 @@ def _row(
     devices: int,
 ) -> dict[str, Any]:
     """Figures of one case; ratios to others, and to the reference's same case, within rounds."""
-    peak = flops.peak_flops(jax.devices()[0].device_kind)
+    peak = hardware.peak_flops(jax.devices()[0].device_kind)
     row: dict[str, Any] = {
         "case": name,
         "seconds": seen.median,
@@ -198,7 +198,7 @@ def _row(
 
 def _machine() -> dict[str, Any]:
     return {
-        "device": metrics.device_description(),
+        "device": hardware.device_description(),
         "processor": _processor(),
         "threads": os.cpu_count(),
     }

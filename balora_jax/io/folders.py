@@ -1,4 +1,4 @@
-"""How is a folder written so that a reader never sees half of it?"""
+"""Files and folders that a reader never sees half written."""
 
 import os
 import shutil
@@ -8,6 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from balora_jax.errors import InputError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a whole file or nothing."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 @contextmanager

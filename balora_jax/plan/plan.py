@@ -6,10 +6,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from balora_jax import hardware
 from balora_jax.config import RunConfig
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
-from balora_jax.io import metrics
 from balora_jax.parallel import sharding
 from balora_jax.plan import ahead, arguments, search
 from balora_jax.plan import report as plan_report
@@ -58,7 +58,7 @@ def plan(
             rows = [compile_one(config, layout_name(config), head_alone=True)]
     rows = [judged(row, target, utilisation) for row in rows]
     figures = {
-        "versions": metrics.versions(),
+        "versions": hardware.versions(),
         "model": config.model.name_or_path,
         "dtype": config.model.dtype,
         "rank": config.adapter.rank,

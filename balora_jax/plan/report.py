@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from balora_jax.config import RunConfig
-from balora_jax.io import metrics
+from balora_jax.io.drawing import save_picture
 from balora_jax.io.tables import markdown
 
 KINDS = {
@@ -172,35 +172,34 @@ def draw(figures: Mapping[str, Any], path: Path) -> bool:
     """Bytes of each plan by kind as stacked bars in a PNG, with a line at the device's memory.
 
     Returns:
-        Whether it was drawn: matplotlib is an extra (``viz``).
+        Whether it was drawn.
     """
-    pyplot = metrics.pyplot_or_none()
-    if pyplot is None:
-        return False
 
-    rows = list(reversed(figures["rows"]))
-    names = [row["case"].replace(", ", "\n", 1) for row in rows]
-    figure, axis = pyplot.subplots(figsize=(10, 0.7 * len(rows) + 1.6), constrained_layout=True)
-    left = [0.0] * len(rows)
-    for number, (kind, title) in enumerate(KINDS.items()):
-        sizes = [max(row["bytes_by_kind"].get(kind, 0), 0) / 2**30 for row in rows]
-        axis.barh(names, sizes, left=left, label=title, color=f"C{number}")
-        left = [a + b for a, b in zip(left, sizes, strict=True)]
-    rest = [max(needed(row) - place, 0.0) for row, place in zip(rows, left, strict=True)]
-    if any(rest):
-        title = "the rest of a step that was refused"
-        axis.barh(names, rest, left=left, label=title, color="none", edgecolor="grey", hatch="///")
-        left = [a + b for a, b in zip(left, rest, strict=True)]
-    limit = figures["target"]["memory"]
-    if limit is not None:
-        axis.axvline(limit / 2**30, color="black", linestyle="--", label="memory of a device")
-    for place, row in enumerate(rows):
-        axis.text(left[place], place, f"  {_verdict(row)}", va="center", fontsize=8)
-    title = f"{figures['model']} on {figures['target']['name']}, GiB per device"
-    axis.set_title(title, fontsize=10)
-    axis.margins(x=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(fontsize=7, ncols=4, loc="outside lower center")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return True
+    def paint(pyplot: Any) -> Any:
+        rows = list(reversed(figures["rows"]))
+        names = [row["case"].replace(", ", "\n", 1) for row in rows]
+        figure, axis = pyplot.subplots(figsize=(10, 0.7 * len(rows) + 1.6), constrained_layout=True)
+        left = [0.0] * len(rows)
+        for number, (kind, title) in enumerate(KINDS.items()):
+            sizes = [max(row["bytes_by_kind"].get(kind, 0), 0) / 2**30 for row in rows]
+            axis.barh(names, sizes, left=left, label=title, color=f"C{number}")
+            left = [a + b for a, b in zip(left, sizes, strict=True)]
+        rest = [max(needed(row) - place, 0.0) for row, place in zip(rows, left, strict=True)]
+        if any(rest):
+            title = "the rest of a step that was refused"
+            grey = {"color": "none", "edgecolor": "grey", "hatch": "///"}
+            axis.barh(names, rest, left=left, label=title, **grey)
+            left = [a + b for a, b in zip(left, rest, strict=True)]
+        limit = figures["target"]["memory"]
+        if limit is not None:
+            axis.axvline(limit / 2**30, color="black", linestyle="--", label="memory of a device")
+        for place, row in enumerate(rows):
+            axis.text(left[place], place, f"  {_verdict(row)}", va="center", fontsize=8)
+        title = f"{figures['model']} on {figures['target']['name']}, GiB per device"
+        axis.set_title(title, fontsize=10)
+        axis.margins(x=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        figure.legend(fontsize=7, ncols=4, loc="outside lower center")
+        return figure
+
+    return save_picture(path, paint)

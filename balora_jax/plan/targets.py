@@ -1,4 +1,4 @@
-"""For which devices is a step planned, and what does their maker publish about them?"""
+"""The devices that a step is planned for, by name."""
 
 import math
 import os
@@ -7,51 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from balora_jax.errors import InputError
-from balora_jax.tasks.flops import peak_flops
-
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Accelerator:
-    """Published figures of one chip.
-
-    Attributes:
-        kind: what JAX calls it; the key of its peak in :data:`training.flops.PEAK_FLOPS`.
-        memory: bytes that a program may use.
-        bandwidth: bytes per second of that memory.
-        link: bytes per second that a chip sends to other chips over all its links, one direction.
-        host_chips: chips of one host in a larger slice.
-    """
-
-    kind: str
-    memory: int
-    bandwidth: float
-    link: float
-    host_chips: int
-
-
-TPUS = {
-    "v4": Accelerator("TPU v4", int(30.5 * GIB), 1228e9, 300e9, 4),
-    "v5e": Accelerator("TPU v5 lite", int(15.75 * GIB), 819e9, 200e9, 4),
-    "v5p": Accelerator("TPU v5", int(95.73 * GIB), 2765e9, 600e9, 4),
-    "v6e": Accelerator("TPU v6 lite", int(31.24 * GIB), 1640e9, 400e9, 4),
-}
-"""**Source:** Google's pages of each version, whose Gbit/s between chips are of one direction; the
-memory is what libtpu 0.0.52 lets a program use."""
-
-GPUS = {
-    "A100": Accelerator("NVIDIA A100", 80 * 10**9, 2039e9, 300e9, 8),
-    "H100": Accelerator("NVIDIA H100", 80 * 10**9, 3350e9, 450e9, 8),
-    "H200": Accelerator("NVIDIA H200", 141 * 10**9, 4800e9, 450e9, 8),
-    "L4": Accelerator("NVIDIA L4", 24 * 10**9, 300e9, 32e9, 8),
-    "T4": Accelerator("Tesla T4", 16 * 10**9, 320e9, 16e9, 8),
-}
-"""**Source:** NVIDIA's data sheets: SXM parts with NVLink, L4 and T4 over PCIe; half of the sum of
-both directions."""
-
-BY_MEMORY = {16: "T4", 24: "L4", 80: "H100", 141: "H200"}
-"""Whose speed stands for a GPU that is named by its memory in GB."""
+from balora_jax.hardware import TPUS, Accelerator, accelerator_named, accelerator_of, gpu_of_memory
 
 TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -61,8 +17,6 @@ TPU_ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
 """What libtpu needs to compile without a TPU and without asking a metadata server for one."""
-
-_TPU_TYPES = {"v4": "v4", "v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}
 
 
 @dataclass(frozen=True)
@@ -93,13 +47,12 @@ class Target:
     @property
     def cores(self) -> int:
         """Devices of a chip: libtpu describes a v4 as two cores."""
-        return 2 if self.accelerator is TPUS["v4"] and self.name != "auto" else 1
+        return 1 if self.accelerator is None or self.name == "auto" else self.accelerator.cores
 
     @property
     def peak(self) -> float | None:
         """Operations per second of one device."""
-        peak = None if self.accelerator is None else peak_flops(self.accelerator.kind)
-        return None if peak is None else peak / self.cores
+        return None if self.accelerator is None else self.accelerator.peak / self.cores
 
     @property
     def bandwidth(self) -> float | None:
@@ -118,7 +71,7 @@ class Target:
         return {
             "name": self.name,
             "platform": self.platform,
-            "kind": "CPU" if self.accelerator is None else self.accelerator.kind,
+            "kind": "CPU" if self.accelerator is None else self.accelerator.kinds[0],
             "devices": self.devices,
             "hosts": None if host_chips is None else -(-self.chips // host_chips),
             "memory": self.memory,
@@ -131,9 +84,8 @@ class Target:
     @property
     def environment(self) -> dict[str, str]:
         """Variables of a process that compiles for these devices."""
-        if self.platform == "tpu":
-            version = self.name.partition(":")[0]
-            kind = f"{_TPU_TYPES[version]}-{self.chips}"
+        if self.platform == "tpu" and self.accelerator is not None:
+            kind = f"{self.accelerator.slice_type}-{self.chips}"
             return TPU_ENVIRONMENT | {"TPU_ACCELERATOR_TYPE": kind}
         kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if _COUNT not in flag]
         return {
@@ -142,6 +94,7 @@ class Target:
         }
 
 
+_TPU_NAMES = "|".join(one.name for one in TPUS)
 _COUNT = "--xla_force_host_platform_device_count"
 
 
@@ -160,10 +113,11 @@ def parse_target(text: str) -> Target:
     """
     if text == "auto":
         return _target_here()
-    if match := re.fullmatch(r"(v4|v5e|v5p|v6e):(\d+(?:x\d+){1,2})", text):
-        accelerator = TPUS[match[1]]
+    if match := re.fullmatch(rf"({_TPU_NAMES}):(\d+(?:x\d+){{1,2}})", text):
+        accelerator = accelerator_named(match[1])
+        assert accelerator is not None
         chips = math.prod(int(size) for size in match[2].split("x"))
-        memory = accelerator.memory // (2 if match[1] == "v4" else 1)
+        memory = accelerator.memory // accelerator.cores
         return _positive(Target(text, "tpu", chips, memory, accelerator))
     if match := re.fullmatch(r"gpu:(\d+)x(?:(\d+)GB|([A-Z]\d+))", text):
         return _positive(_gpu(text, int(match[1]), match[2], match[3]))
@@ -174,15 +128,14 @@ def parse_target(text: str) -> Target:
 
 
 def _gpu(text: str, count: int, gigabytes: str | None, name: str | None) -> Target:
-    name = BY_MEMORY.get(int(gigabytes)) if gigabytes else name
-    accelerator = None if name is None else GPUS.get(name)
+    accelerator = gpu_of_memory(int(gigabytes)) if gigabytes else accelerator_named(name or "")
     if gigabytes:
         memory = int(gigabytes) * 10**9
     elif accelerator is not None:
         memory = accelerator.memory
     else:
         raise _unknown(text)
-    speed = "unknown" if accelerator is None else f"those of {accelerator.kind}"
+    speed = "unknown" if accelerator is None else f"those of {accelerator.kinds[0]}"
     note = (
         "memory and collectives are an estimate by the CPU's compiler, which may compute bfloat16 "
         f"in float32 and then takes more; speeds are {speed}"
@@ -197,8 +150,9 @@ def _positive(target: Target) -> Target:
 
 
 def _unknown(text: str) -> InputError:
+    names = ", ".join(one.name for one in TPUS)
     return InputError(
-        f"--topology: expected {', '.join(TPUS)} and a shape, such as v5e:4x4 or v5p:2x2x1, or "
+        f"--topology: expected {names} and a shape, such as v5e:4x4 or v5p:2x2x1, or "
         f"gpu:8x80GB, gpu:8xH100, cpu:8 or auto, got {text!r}. Correct it."
     )
 
@@ -213,8 +167,7 @@ def _target_here() -> Target:
 
     devices = jax.devices()
     kind, platform = devices[0].device_kind, devices[0].platform
-    known = (*TPUS.values(), *GPUS.values())
-    found = next((one for one in known if kind.startswith(one.kind)), None)
+    found = accelerator_of(kind)
     limit = (devices[0].memory_stats() or {}).get("bytes_limit")
     if platform == "cpu":
         limit = _share_of_memory(len(devices))

@@ -19,10 +19,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from balora_jax import hardware
 from balora_jax.config import RunConfig, StudyConfig
 from balora_jax.config_file import load_config, parse_config
 from balora_jax.errors import InputError, RunStoppedError
-from balora_jax.io import metrics
+from balora_jax.io.drawing import save_picture
+from balora_jax.io.folders import write_atomically
 from balora_jax.training.loop import fit
 from balora_jax.training.workdir import check_workdir
 
@@ -325,8 +327,8 @@ def figures_of(runs: Sequence[StudyRun], records: Mapping[str, Figures]) -> Figu
         "variants": list(dict.fromkeys(run.variant for run in runs)),
         "runs": rows,
         "wall_seconds": round(_wall_seconds(rows), 3),
-        "versions": metrics.versions(),
-        "device": metrics.device_description(),
+        "versions": hardware.versions(),
+        "device": hardware.device_description(),
     }
 
 
@@ -340,8 +342,8 @@ def _name(row: Mapping[str, Any]) -> str:
 
 def _save(folder: Path, figures: Figures) -> None:
     text = json.dumps(figures, indent=2, ensure_ascii=False)
-    metrics.write_atomically(folder / "study.json", text + "\n")
-    metrics.write_atomically(folder / "table.md", table(figures) + "\n")
+    write_atomically(folder / "study.json", text + "\n")
+    write_atomically(folder / "table.md", table(figures) + "\n")
 
 
 def main_metric(after: Mapping[str, Any] | None) -> str | None:
@@ -415,33 +417,27 @@ def _clock(seconds: float) -> str:
 
 
 def draw(figures: Mapping[str, Any], path: Path) -> bool:
-    """Mean and deviation of each cell as bars, by data set, in a PNG.
+    """Mean and deviation of each cell as bars, by data set, in a PNG; whether it was drawn."""
 
-    Returns:
-        Whether it was drawn: matplotlib is an extra (``viz``).
-    """
-    pyplot = metrics.pyplot_or_none()
-    if pyplot is None:
-        return False
+    def paint(pyplot: Any) -> Any:
+        datasets, variants = figures["datasets"], figures["variants"]
+        width = 0.8 / len(variants)
+        size = (2.5 + 0.45 * len(datasets) * (len(variants) + 1), 4)
+        figure, axis = pyplot.subplots(figsize=size, constrained_layout=True)
+        for place, variant in enumerate(variants):
+            cells = [_points(figures, variant, dataset) for dataset in datasets]
+            axis.bar(
+                [i + (place - (len(variants) - 1) / 2) * width for i in range(len(datasets))],
+                [statistics.mean(points) if points else math.nan for points in cells],
+                width,
+                yerr=[_deviation(points) or 0.0 for points in cells],
+                capsize=3,
+                label=variant,
+            )
+        axis.set_xticks(range(len(datasets)), [_title(figures, name) for name in datasets])
+        axis.set_ylabel("points: mean, sample standard deviation")
+        axis.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside upper center", ncols=len(variants), fontsize=8)
+        return figure
 
-    datasets, variants = figures["datasets"], figures["variants"]
-    width = 0.8 / len(variants)
-    size = (2.5 + 0.45 * len(datasets) * (len(variants) + 1), 4)
-    figure, axis = pyplot.subplots(figsize=size, constrained_layout=True)
-    for place, variant in enumerate(variants):
-        cells = [_points(figures, variant, dataset) for dataset in datasets]
-        axis.bar(
-            [i + (place - (len(variants) - 1) / 2) * width for i in range(len(datasets))],
-            [statistics.mean(points) if points else math.nan for points in cells],
-            width,
-            yerr=[_deviation(points) or 0.0 for points in cells],
-            capsize=3,
-            label=variant,
-        )
-    axis.set_xticks(range(len(datasets)), [_title(figures, name) for name in datasets])
-    axis.set_ylabel("points: mean, sample standard deviation")
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=len(variants), fontsize=8)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return True
+    return save_picture(path, paint)

@@ -1,33 +1,10 @@
-"""How many operations does a step need, and how many can a device do in a second?"""
+"""Floating point operations of a training step."""
 
 import math
 from collections.abc import Sequence
 
 from balora_jax.models import starts
 from balora_jax.tasks.assemble import Program
-
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA L4": 121e12,
-    "Tesla T4": 65e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,  # a v5p: some runtimes leave the p out, so the two above stand before it
-    "TPU v6 lite": 918e12,
-}
-"""Published dense bfloat16 (T4: float16) operations per second, by the start of a device's name."""
-
-
-def peak_flops(kind: str) -> float | None:
-    """Operations per second of a device; None for one that is not in the table.
-
-    >>> peak_flops("TPU v5 lite") == 197e12, peak_flops("TPU v5p") == 459e12, peak_flops("cpu")
-    (True, True, None)
-    """
-    return next((peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)), None)
 
 
 def model_flops(program: Program, shape: Sequence[int], counted: float) -> float:

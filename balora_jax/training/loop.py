@@ -16,13 +16,14 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from balora_jax import hardware
 from balora_jax.config import RunConfig, TrainingConfig
 from balora_jax.config_file import dump_config
 from balora_jax.errors import RunStoppedError
-from balora_jax.io import checkpoint, metrics
+from balora_jax.io import checkpoint, drawing, metrics
+from balora_jax.io.folders import write_atomically
 from balora_jax.parallel import hosts
 from balora_jax.pretrained import export
-from balora_jax.tasks import flops
 from balora_jax.tasks.assemble import Loaded
 from balora_jax.tasks.labels import run as label_run
 from balora_jax.tasks.labels.run import LabelRun
@@ -144,7 +145,7 @@ class Training:
         make_folder(self.folder)
         if hosts.is_first():
             text = dump_config(self.setup.config)
-            metrics.write_atomically(self.folder / "config.yaml", text)
+            write_atomically(self.folder / "config.yaml", text)
         self.store = self.open_store(resumed)
         start = 0 if resumed is None else self.restore(resumed)
         self.log = None
@@ -294,9 +295,9 @@ class Training:
             "steps": int(self.state.step),
             "skipped_updates": int(self.state.guard.skipped),
             "wall_seconds": round(time.monotonic() - self.began, 3),
-            "peak_memory_bytes": metrics.peak_memory_bytes(),
-            "versions": metrics.versions(),
-            "device": metrics.device_description(),
+            "peak_memory_bytes": hardware.peak_memory_bytes(),
+            "versions": hardware.versions(),
+            "device": hardware.device_description(),
         }
         if hosts.is_first():
             write_results(self.folder, summary, written)
@@ -332,9 +333,9 @@ class Training:
 def write_results(folder: Path, summary: dict[str, Any], written: str) -> None:
     """The summary and the curves of a finished run, and what was gained, for the reader."""
     rows = metrics.read_metrics(folder / "metrics.jsonl")
-    drawn = metrics.draw_curves(rows, folder / "curves.png")
+    drawn = drawing.draw_curves(rows, folder / "curves.png")
     text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
-    metrics.write_atomically(folder / "summary.json", text)
+    write_atomically(folder / "summary.json", text)
     print(written)
     if drawn:
         print(f"curves:  {folder / 'curves.png'}")
@@ -360,7 +361,7 @@ def total_steps(config: TrainingConfig, batches_per_epoch: Callable[[], int]) ->
 
 def peak_of(mesh: Mesh) -> float | None:
     """Published operations per second of all devices; None for devices that nobody lists."""
-    peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
+    peak = hardware.peak_flops(mesh.devices.flat[0].device_kind)
     return None if peak is None else peak * mesh.size
 
 
@@ -381,7 +382,7 @@ def describe(run: Run) -> None:
     kinds = sorted({module.path.rsplit(".", 1)[-1] for module in run.modules})
     layers = f"{len(run.modules)} layers ({', '.join(kinds)})" if kinds else "none, full model"
     share = 100.0 * run.trainable / run.total
-    devices = f"devices: {metrics.device_description()}, mesh {dict(run.mesh.shape)}"
+    devices = f"devices: {hardware.device_description()}, mesh {dict(run.mesh.shape)}"
     if jax.process_count() > 1:
         devices += f", {jax.process_count()} processes"
     hosts.say(

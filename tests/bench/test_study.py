@@ -14,7 +14,7 @@ import yaml
 from balora_jax import cli
 from balora_jax.config_file import dump_config, load_config, parse_config
 from balora_jax.errors import InputError, RunStoppedError
-from balora_jax.io import metrics
+from balora_jax.io import drawing
 from balora_jax.study import run as study
 from balora_jax.training import loop
 from tests.tiny_label_run import write_label_config, write_label_inputs
@@ -370,7 +370,7 @@ def test_the_picture_may_lie_elsewhere_and_needs_matplotlib(fit, tmp_path, monke
 
 def test_a_real_study_of_two_runs(tmp_path, capsys, monkeypatch):
     """One diverges, one is scored; the scored one is done by the loop's own terms."""
-    monkeypatch.setattr(metrics, "draw_curves", lambda rows, path: False)
+    monkeypatch.setattr(drawing, "draw_curves", lambda rows, path: False)
     config = write_label_config(
         tmp_path / "study.yaml",
         write_label_inputs(tmp_path),

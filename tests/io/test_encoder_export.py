@@ -46,7 +46,7 @@ def write_base(folder, family, *, save=lambda model, folder: model.save_pretrain
 
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
-    monkeypatch.setattr(loop.metrics, "draw_curves", lambda rows, path: False)
+    monkeypatch.setattr(loop.drawing, "draw_curves", lambda rows, path: False)
 
 
 def tree_of(folder, base, family, **overrides):

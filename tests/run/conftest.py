@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from balora_jax.cli import main
-from balora_jax.io import metrics
+from balora_jax.io import drawing
 from tests import compiler
 from tests.tiny_run import tree_digest, write_config, write_inputs, write_model
 
@@ -81,7 +81,7 @@ def inputs(tmp_path_factory):
 @pytest.fixture
 def no_curves(monkeypatch):
     """Skip the drawing, which takes longer than the training here."""
-    monkeypatch.setattr(metrics, "draw_curves", lambda rows, path: False)
+    monkeypatch.setattr(drawing, "draw_curves", lambda rows, path: False)
 
 
 class FinishedRun(NamedTuple):

@@ -14,7 +14,7 @@ import jax
 import transformers
 
 from balora_jax import cli
-from balora_jax.io import metrics
+from balora_jax.io import drawing
 from balora_jax.parallel import supervise
 from balora_jax.training import loop
 from tests import compiler
@@ -53,7 +53,7 @@ def _prepare(log, cache, devices):
     for stream in (1, 2):
         os.dup2(file, stream)
     os.environ["XLA_FLAGS"] = compiler.flags(devices)
-    metrics.draw_curves = lambda rows, path: False
+    drawing.draw_curves = lambda rows, path: False
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
