@@ -53,6 +53,7 @@ LAYERS = (
     ("study",),
     ("quickstart",),
     ("",),  # the package's own __init__
+    ("verbs",),
     ("cli",),
 )
 ALONE = ("bench.torch_reference",)  # a program of its own: imports nothing of the package
@@ -74,6 +75,7 @@ MAY_OPEN = (
     "figures",
     "study",
     "quickstart",
+    "verbs.verb",
 )
 
 TOP_LEVEL = {

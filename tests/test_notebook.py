@@ -149,7 +149,7 @@ def commands():
 def test_every_command_on_the_page_is_one(words, monkeypatch):
     monkeypatch.chdir(ROOT)
     if words[0] == "plan":
-        pytest.importorskip("balora_jax.plan.plan")
+        pytest.importorskip("balora_jax.plan.run")
     options = make_parser().parse_args(words)
     assert load_config(options.config, options.set)
 

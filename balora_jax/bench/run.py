@@ -50,8 +50,10 @@ def bench(
         picture: PNG of time and memory of each case.
 
     Raises:
-        InputError: an unknown case, or a setting that does not fit.
+        InputError: no round, an unknown case, or a setting that does not fit.
     """
+    if rounds < 1:
+        raise InputError(f"--rounds: expected at least 1, got {rounds}. Raise it.")
     labels = config.task == "nlu"
     known = [case.name for case in (label_steps.CASES if labels else arguments.CASES)]
     for name in cases:

@@ -14,8 +14,9 @@ from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 from balora_jax.figures import planned_memory
 from balora_jax.parallel import sharding
-from balora_jax.plan import arguments, compiled, plan, search
+from balora_jax.plan import arguments, compiled, search
 from balora_jax.plan import report as plan_report
+from balora_jax.plan import run as planning
 from balora_jax.plan.targets import Target, parse_target
 from balora_jax.tasks import assemble, flops
 from tests.bench.test_bench import SHAPE
@@ -126,7 +127,7 @@ TARGET = Target("v5e:2x2", "tpu", 4, 1000, FAST)
 
 
 def test_times_by_hand():
-    row = plan.judged(row_of(), TARGET, 0.5)
+    row = planning.judged(row_of(), TARGET, 0.5)
     compute = 12e12 / 4 / 197e12
     assert row["seconds"]["compute"] == pytest.approx(compute)
     assert row["seconds"]["memory"] == pytest.approx(0.01)
@@ -137,7 +138,7 @@ def test_times_by_hand():
     assert row["tokens_per_second"] == pytest.approx(2 * 4 * 16 / (2 * compute))
     assert row["mfu"] == pytest.approx(0.5 * 2 / 3)
     assert (row["fits"], row["spare"]) == (True, 600)
-    slow_links = plan.judged(row_of(collectives=[{"bytes": 10**9}]), TARGET, 0.5)
+    slow_links = planning.judged(row_of(collectives=[{"bytes": 10**9}]), TARGET, 0.5)
     assert slow_links["seconds"]["expected"] == pytest.approx(0.1)
 
 
@@ -154,23 +155,24 @@ def test_the_ranking_puts_what_fits_first():
         "many bytes": row_of(collectives=[{"bytes": 10**9}]),
     }
     judged = [
-        plan.judged(row | {"case": name, "settings": {"model.remat": name}}, TARGET, 0.4)
+        planning.judged(row | {"case": name, "settings": {"model.remat": name}}, TARGET, 0.4)
         for name, row in rows.items()
     ]
-    found = [row["case"] for row in plan.ranked(judged)]
+    found = [row["case"] for row in planning.ranked(judged)]
     assert found[:3] == ["dots", "remat", "many bytes"]
     assert set(found[3:]) == {"too large", "refused"}
-    assert plan.best_settings(plan.ranked(judged)) == "model.remat=dots"
-    assert plan.best_settings(plan.ranked(judged[:2])) is None
+    assert planning.best_settings(planning.ranked(judged)) == "model.remat=dots"
+    assert planning.best_settings(planning.ranked(judged[:2])) is None
 
 
 def test_work_and_bytes_rank_where_no_speed_is_known():
     target = Target("cpu:4", "cpu", 4, 1000, None)
     rows = [
-        plan.judged(row_of(case=f"{n}", collectives=[{"bytes": n}]), target, 0.4) for n in (7, 3)
+        planning.judged(row_of(case=f"{n}", collectives=[{"bytes": n}]), target, 0.4)
+        for n in (7, 3)
     ]
     assert rows[0]["seconds"] is None
-    assert [row["case"] for row in plan.ranked(rows)] == ["3", "7"]
+    assert [row["case"] for row in planning.ranked(rows)] == ["3", "7"]
 
 
 def test_the_search_learns_from_what_it_compiled(tree, decoder):
@@ -277,7 +279,7 @@ def test_a_step_that_is_too_large_is_a_result():
     assert compiled.compile_or_size(Lowered(told)) == (None, "25.9G of 15.7G")
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         compiled.compile_or_size(Lowered("something else"))
-    row = plan.judged(
+    row = planning.judged(
         row_of(does_not_fit="2G of 1G", bytes_per_device=None, collectives=None, traffic=None,
                bytes_by_kind={"frozen": 7}, open_loops=None, compile_seconds=1.0,
                parameters=1, trainable=1, accumulation=2),
@@ -325,7 +327,7 @@ def test_messages_of_what_cannot_be_planned(tree, decoder):
          "training": {"max_steps": 1}}, "here",
     )  # fmt: skip
     with pytest.raises(InputError) as error:
-        plan.plan(labels)
+        planning.plan(labels)
     assert str(error.value) == (
         "plan: expected task nlg, got nlu. An encoder fits one device: measure it with balora bench."
     )
@@ -387,7 +389,7 @@ def test_a_tpu_slice_that_is_not_here(tree, decoder):
     plain = {"start": "lora", "rank": R, "target_modules": ["q_proj", "down_proj"]}
     mesh = {"data": 1, "fsdp": 2, "tensor": 2}
     config = parse_config(tree | {"mesh": mesh, "regularizers": off, "adapter": plain}, "here")
-    row = plan.plan(config, topology="v5e:2x2")["rows"][0]
+    row = planning.plan(config, topology="v5e:2x2")["rows"][0]
     assert sum(row["bytes_by_kind"].values()) == row["bytes_per_device"]["total"]
     assert row["fits"]
     assert row["seconds"]["bound"] == max(row["seconds"][n] for n in ("compute", "memory", "links"))
@@ -399,7 +401,7 @@ def test_a_tpu_slice_that_is_not_here(tree, decoder):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="a TPU compiler is here")
 def test_no_tpu_compiler(tree):
     with pytest.raises(InputError) as error:
-        plan.plan(parse_config(tree, "here"), topology="v5e:2x2")
+        planning.plan(parse_config(tree, "here"), topology="v5e:2x2")
     first, _, last = str(error.value).partition("got: ")
     assert first == "--topology v5e:2x2: expected the step to compile, "
     assert last.endswith(

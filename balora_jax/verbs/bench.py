@@ -1,0 +1,35 @@
+"""``balora bench``: time and memory of a training step."""
+
+import argparse
+
+from balora_jax.config import RunConfig
+from balora_jax.verbs.verb import Verb, path_or_none, report
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What is measured, and where the figures go."""
+    parser.add_argument("--rounds", type=int, default=5, help="counted steps of each case")
+    parser.add_argument("--case", action="append", default=[], help="only this one; repeatable")
+    parser.add_argument("--against", choices=("torch",), help="run the torch reference beside ours")
+    parser.add_argument("--topology", help="compile for a TPU slice instead, such as v5e:4x4")
+    parser.add_argument("--picture", help="draw time and memory to this PNG")
+    parser.add_argument("--json", help="write the figures to this file")
+
+
+def run(config: RunConfig, options: argparse.Namespace) -> None:
+    """Measure the cases of the config."""
+    from balora_jax.bench.run import bench
+
+    figures = bench(
+        config,
+        rounds=options.rounds,
+        cases=options.case,
+        against_torch=options.against == "torch",
+        topology=options.topology,
+        picture=path_or_none(options.picture),
+    )
+    if options.json:
+        report(figures, options.json)
+
+
+VERB = Verb("bench", "time and memory of a training step", add_options, run)

@@ -1,0 +1,24 @@
+"""``balora eval``: the score of a base model or of an adapter."""
+
+import argparse
+
+from balora_jax.config import RunConfig
+from balora_jax.verbs.verb import Verb, report
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The adapter and the report."""
+    parser.add_argument("--adapter", help="PEFT folder; the base alone without it")
+    parser.add_argument("--json", help="write the figures to this file")
+
+
+def run(config: RunConfig, options: argparse.Namespace) -> None:
+    """Score the validation rows."""
+    from balora_jax.tasks.labels import score as label_score
+    from balora_jax.tasks.text.score import evaluate
+
+    score = label_score.evaluate if config.task == "nlu" else evaluate
+    report(score(config, adapter=options.adapter), options.json)
+
+
+VERB = Verb("eval", "score a base model or an adapter", add_options, run)

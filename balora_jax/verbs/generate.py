@@ -1,0 +1,32 @@
+"""``balora generate``: prompts and how the model continues them."""
+
+import argparse
+
+from balora_jax.config import RunConfig
+from balora_jax.errors import InputError
+from balora_jax.verbs.verb import Verb, report
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The adapter, the prompts and the report."""
+    parser.add_argument("--adapter", help="PEFT folder; the base alone without it")
+    parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
+    parser.add_argument("--raw", action="store_true", help="do not apply data.template")
+    parser.add_argument("--json", help="write prompts and texts to this file")
+
+
+def run(config: RunConfig, options: argparse.Namespace) -> None:
+    """Continue each prompt."""
+    from balora_jax.tasks.text.score import continue_prompts
+
+    if config.task == "nlu":
+        raise InputError("generate: expected task nlg, got nlu. Use balora eval for labels.")
+    texts = continue_prompts(config, options.prompt, adapter=options.adapter, raw=options.raw)
+    pairs = list(zip(options.prompt, texts, strict=True))
+    for prompt, text in pairs:
+        print(f"> {prompt}\n{text}")
+    if options.json:
+        report([{"prompt": prompt, "text": text} for prompt, text in pairs], options.json)
+
+
+VERB = Verb("generate", "continue prompts", add_options, run)

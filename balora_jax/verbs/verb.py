@@ -1,0 +1,86 @@
+"""What a verb is, and the figures that most of them can write to a file."""
+
+import argparse
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from balora_jax.config import RunConfig
+from balora_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One command of ``balora``.
+
+    Attributes:
+        name: what stands after ``balora``.
+        summary: one line of ``balora --help``.
+        add_options: adds its own options to those that every verb has (config and ``--set``).
+        run: does it with the config; returns an exit code, None for 0. It imports what it needs,
+            so that ``balora --help`` need not.
+    """
+
+    name: str
+    summary: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[RunConfig, argparse.Namespace], int | None]
+
+    def add_parser(self, commands: Any) -> None:
+        """Add the verb to the parsers of all of them."""
+        parser = commands.add_parser(self.name, help=self.summary)
+        parser.add_argument("config", help="YAML file, such as configs/quickstart.yaml")
+        parser.add_argument(
+            "--set",
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="KEY.PATH=VALUE",
+            help="override settings of the config; may be repeated",
+        )
+        parser.set_defaults(run=self.run)
+        self.add_options(parser)
+
+
+def check_report(file: str | None) -> None:
+    """Raises InputError for a ``--json`` that cannot be written: before the work, not after it."""
+    if file is None:
+        return
+    try:
+        if Path(file).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=Path(file).parent):
+            pass
+    except OSError as error:
+        raise _unwritable(file, error) from error
+
+
+def _unwritable(file: str, error: OSError) -> InputError:
+    return InputError(
+        f"--json {file}: expected a file that can be written, got {error.strerror}. Choose another."
+    )
+
+
+def report(figures: Any, file: str | None) -> None:
+    """Print figures as JSON, or write them to the file of ``--json``."""
+    text = json.dumps(figures, indent=2, ensure_ascii=False)
+    if file is None:
+        print(text)
+        return
+    from balora_jax.io.folders import write_atomically
+
+    try:
+        write_atomically(Path(file), text + "\n")
+    except OSError as error:
+        raise _unwritable(file, error) from error
+    print(f"wrote {file}")
+
+
+def path_or_none(name: str | None) -> Path | None:
+    """The path of an option that may be left out."""
+    return None if name is None else Path(name)
