@@ -21,12 +21,12 @@ absl_logging.get_absl_logger().addFilter(
 from balora_jax.config import RunConfig  # noqa: E402
 from balora_jax.config_file import load_config  # noqa: E402
 from balora_jax.errors import InputError, RunStoppedError  # noqa: E402
+from balora_jax.finetune import fit  # noqa: E402
 from balora_jax.pretrained.load import (  # noqa: E402
     PretrainedEncoder,
     PretrainedModel,
     load_pretrained,
 )
-from balora_jax.training.loop import fit  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -46,7 +46,7 @@ LAYERS = (
     ("pretrained",),
     ("training",),
     ("tasks",),
-    ("training.loop",),
+    ("finetune",),
     ("plan",),
     ("bench",),
     ("figures",),

@@ -16,7 +16,8 @@ from balora_jax.errors import InputError
 from balora_jax.models import weight_names
 from balora_jax.plan.arguments import Weights
 from balora_jax.pretrained.checkpoint import Base
-from balora_jax.tasks.assemble import Loaded, Program
+from balora_jax.tasks.assemble import Program
+from balora_jax.training.run import Loaded
 
 REFERENCE = Path(__file__).with_name("torch_reference.py")
 

@@ -15,8 +15,9 @@ import jax
 from jax.sharding import Mesh
 
 from balora_jax.plan.compiled import memory_of
-from balora_jax.tasks.assemble import Loaded, Program, constants_of, step_parts
+from balora_jax.tasks.assemble import Program, constants_of, step_parts
 from balora_jax.training import steps
+from balora_jax.training.run import Loaded
 
 Step = Callable[[], Mapping[str, Any]]
 """Runs one optimizer step; returns at least ``seconds`` and ``loss``."""

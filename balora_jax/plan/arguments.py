@@ -24,9 +24,10 @@ from balora_jax.parallel import sharding
 from balora_jax.paths import resolve_path
 from balora_jax.pretrained.checkpoint import Base, base_of, open_shapes
 from balora_jax.tasks import assemble
-from balora_jax.tasks.assemble import Loaded, Program
+from balora_jax.tasks.assemble import Program
 from balora_jax.tasks.text import run as text_run
 from balora_jax.training import optim, steps
+from balora_jax.training.run import Loaded
 
 TERMS = ("consistency", "diversity", "spectral")
 PUBLISHED = {"consistency": 0.025, "diversity": 0.005, "spectral": 0.005}

@@ -23,9 +23,9 @@ from balora_jax import hardware
 from balora_jax.config import RunConfig, StudyConfig
 from balora_jax.config_file import load_config, parse_config
 from balora_jax.errors import InputError, RunStoppedError
+from balora_jax.finetune import fit
 from balora_jax.io.drawing import save_picture
 from balora_jax.io.folders import write_atomically
-from balora_jax.training.loop import fit
 from balora_jax.training.workdir import check_workdir
 
 RECORDED = ("before", "after", "wall_seconds", "trainable_parameters", "device")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +37,7 @@ from balora_jax.parallel import hosts, sharding
 from balora_jax.pretrained.checkpoint import peft_modules
 from balora_jax.tasks.text import loss as causal
 from balora_jax.training import optim, steps
-
-Arrays = dict[str, Array]
+from balora_jax.training.run import Arrays, Loaded
 
 
 @dataclass(frozen=True)
@@ -73,14 +72,6 @@ class Program:
     def total(self) -> int:
         """Parameters of the frozen model."""
         return size_of(self.plain.parameters)
-
-
-class Loaded(NamedTuple):
-    """The arrays of a run at step 0."""
-
-    frozen: Arrays
-    origin: Arrays
-    trainable: Arrays
 
 
 def size_of(shapes: dict[str, jax.ShapeDtypeStruct]) -> int:

@@ -60,7 +60,7 @@ def _above(value: Scalar, ring: Array, seen: Array, sigmas: float) -> Array:
     return value > mean + sigmas * jnp.sqrt(variance)
 
 
-def noted(guard: Guard, good: Bool[Array, ""], loss: Scalar, norm: Scalar) -> Guard:
+def record(guard: Guard, good: Bool[Array, ""], loss: Scalar, norm: Scalar) -> Guard:
     """The guard after a step; what was left out does not count towards what is usual."""
     place = guard.seen % WINDOW
 

@@ -33,9 +33,10 @@ class Reporter:
     ):
         self.log, self.every, self.flops, self.peak = log, every, flops, peak
         self.pending: tuple[int, Any] | None = None
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Measure the speed from now on."""
         self.clock, self.tokens, self.steps, self.work = time.monotonic(), 0.0, 0, 0.0
 
     def take(self, step: int, values: Any, bar: tqdm) -> dict[str, float] | None:
@@ -73,7 +74,7 @@ class Reporter:
             # JSON knows no NaN: what is not finite is null.
             finite = {name: v if math.isfinite(v) else None for name, v in row.items()}
             self.log.write(finite | whole | speed)
-        self._restart()
+        self.restart()
 
 
 def progress(total: int, start: int) -> tqdm:

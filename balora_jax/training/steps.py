@@ -100,7 +100,7 @@ def train_step(
     (loss, values, grads), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(micro_batches), batch))
     norm = optax.global_norm(grads)
     good = guard.accepts(state.guard, loss, norm, parts.spike_sigmas)
-    seen = guard.noted(state.guard, good, loss, norm)
+    seen = guard.record(state.guard, good, loss, norm)
     updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.adapters)
     new = (jax.tree.map(jnp.add, state.adapters, updates), opt_state)
     old = (state.adapters, state.opt_state)

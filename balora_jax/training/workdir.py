@@ -4,7 +4,6 @@ import os
 import tempfile
 from pathlib import Path
 
-from balora_jax.config import RunConfig
 from balora_jax.errors import InputError
 from balora_jax.parallel import hosts
 from balora_jax.pretrained import export
@@ -35,10 +34,10 @@ def check_workdir(folder: Path, resume: bool) -> None:
         ) from error
 
 
-def check_model_folder(config: RunConfig, folder: Path, resume: bool) -> None:
-    """Raises InputError where the model of a full fine-tuning would replace one of the user's."""
+def check_folders(folder: Path, *, resume: bool, full: bool) -> None:
+    """As :func:`check_workdir`; nor may a full fine-tuning replace a model of the user's there."""
+    check_workdir(folder, resume)
     target = folder / export.MODEL
-    full = config.adapter.method == "full"
     if full and target.exists() and not (resume and (folder / "config.yaml").exists()):
         raise InputError(
             f"--workdir {folder}: expected no {export.MODEL}/ in it before a full fine-tuning, "

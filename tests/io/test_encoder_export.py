@@ -10,11 +10,11 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 import balora_jax
+from balora_jax import finetune
 from balora_jax.cli import main
 from balora_jax.config_file import parse_config
 from balora_jax.pretrained.checkpoint import open_encoder
 from balora_jax.pretrained.export import head_settings
-from balora_jax.training import loop
 from tests.models import tiny_encoders
 from tests.tiny_label_run import label_config_tree, reviews, write_tokenizer
 from tests.tiny_run import write_rows
@@ -46,7 +46,7 @@ def write_base(folder, family, *, save=lambda model, folder: model.save_pretrain
 
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
-    monkeypatch.setattr(loop.drawing, "draw_curves", lambda rows, path: False)
+    monkeypatch.setattr(finetune.drawing, "draw_curves", lambda rows, path: False)
 
 
 def tree_of(folder, base, family, **overrides):
@@ -70,17 +70,17 @@ def run(folder, tree, monkeypatch):
     """Train, and give back the logits of the state that the run ended with."""
     seen = []
 
-    class Watched(loop.Training):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+    class Watched(finetune.Training):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
             seen.append(self)
 
-    monkeypatch.setattr(loop, "Training", Watched)
-    loop.fit(parse_config(tree, "config"), workdir=folder / "run")
+    monkeypatch.setattr(finetune, "Training", Watched)
+    finetune.fit(parse_config(tree, "config"), workdir=folder / "run")
     (training,) = seen
     parts = (training.constants.frozen, training.constants.origin, training.state.adapters)
-    forward = jax.jit(lambda parts, *arrays: training.setup.student.bind(*parts)(*arrays))
-    return np.asarray(forward(parts, *arrays_of(training.setup.base.config.pad_token_id)))
+    forward = jax.jit(lambda parts, *arrays: training.run.student.bind(*parts)(*arrays))
+    return np.asarray(forward(parts, *arrays_of(training.run.base.config.pad_token_id)))
 
 
 def arrays_of(pad_id):

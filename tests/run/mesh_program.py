@@ -29,10 +29,10 @@ from balora_jax.models.encoder import encoder_structure
 from balora_jax.parallel import sharding
 from balora_jax.pretrained.checkpoint import open_base, open_encoder
 from balora_jax.tasks import assemble
-from balora_jax.tasks.assemble import Loaded
 from balora_jax.tasks.labels import loss as labelled
 from balora_jax.tasks.labels import run as label_run
 from balora_jax.training import steps
+from balora_jax.training.run import Loaded
 
 SIZES = {"vocab_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 32}
 DECODER = {

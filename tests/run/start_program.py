@@ -26,7 +26,7 @@ from balora_jax.models import starts
 from balora_jax.parallel import sharding
 from balora_jax.pretrained.checkpoint import open_base
 from balora_jax.tasks import assemble
-from balora_jax.tasks.assemble import Loaded
+from balora_jax.training.run import Loaded
 from tests.run.mesh_program import MODELS, config_of, write_checkpoint
 
 FROZEN = ("lm_head.embedding", "layers.mlp.down_proj.kernel", "layers.self_attn.k_proj.kernel")

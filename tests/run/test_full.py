@@ -10,11 +10,11 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from balora_jax import finetune
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 from balora_jax.tasks.labels import run as label_run
 from balora_jax.tasks.text import run as text_run
-from balora_jax.training import loop
 from tests import tiny_label_run as labels
 from tests import tiny_run as texts
 from tests.models.tiny_encoders import relative_error
@@ -40,15 +40,15 @@ def run(monkeypatch, tree, workdir):
     """Train; returns the summary and the logits of the final state."""
     seen = []
 
-    class Watched(loop.Training):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+    class Watched(finetune.Training):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
             seen.append(self)
 
-    monkeypatch.setattr(loop, "Training", Watched)
-    summary = loop.fit(parse_config(tree, "config"), workdir=workdir)
+    monkeypatch.setattr(finetune, "Training", Watched)
+    summary = finetune.fit(parse_config(tree, "config"), workdir=workdir)
     (training,) = seen
-    bind, parts = training.setup.student.bind, (training.constants.frozen, training.state.adapters)
+    bind, parts = training.run.student.bind, (training.constants.frozen, training.state.adapters)
     logits = jax.jit(lambda parts: bind(*parts)(jnp.asarray(IDS), jnp.ones_like(IDS)))(parts)
     return summary, training, np.asarray(logits, np.float32)
 
@@ -119,7 +119,7 @@ def test_an_encoder(tmp_path, monkeypatch, label_inputs):
     written = json.loads((folder / "config.json").read_text())
     assert written["architectures"] == ["BertForSequenceClassification"]
     # A finished run may be resumed: its own model is written anew.
-    loop.fit(parse_config(tree, "config"), workdir=tmp_path / "run", resume=True)
+    finetune.fit(parse_config(tree, "config"), workdir=tmp_path / "run", resume=True)
     again = load_file(folder / "model.safetensors")
     assert all(np.array_equal(again[name], new[name]) for name in new)
 
@@ -178,7 +178,7 @@ def test_a_model_that_lies_in_the_workdir_is_not_replaced(label_inputs):
     config = parse_config(labels.label_config_tree(label_inputs, adapter=FULL), "config")
     for resume in (False, True):
         with pytest.raises(InputError) as error:
-            loop.fit(config, workdir=label_inputs, resume=resume)
+            finetune.fit(config, workdir=label_inputs, resume=resume)
         assert str(error.value) == (
             f"--workdir {label_inputs}: expected no model/ in it before a full fine-tuning, which "
             "writes one, got one. Choose another folder."

@@ -9,13 +9,13 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
+from balora_jax import finetune
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 from balora_jax.tasks.labels import run as label_run
 from balora_jax.tasks.labels import score as label_score
 from balora_jax.tasks.labels.teacher_cache import NAME as CACHE
 from balora_jax.tasks.labels.teacher_cache import TeacherCache
-from balora_jax.training import loop
 from tests.run.conftest import invoke, settings
 from tests.tiny_label_run import (
     INNER,
@@ -420,7 +420,7 @@ def test_glue_scores_each_validation_split(tmp_path, inputs, monkeypatch, capsys
     )
     tree["data"] = {"glue": "mnli", "validation_limit": 5}
     config = parse_config(tree, "config")
-    summary = loop.fit(config, workdir=tmp_path / "run")
+    summary = finetune.fit(config, workdir=tmp_path / "run")
     assert {split for _, split, _ in asked} == {
         *("train", "validation_matched", "validation_mismatched")
     }

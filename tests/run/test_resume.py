@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
+from balora_jax import finetune
 from balora_jax.io import seals
-from balora_jax.training import loop
 from tests.run.conftest import invoke, settings
 from tests.tiny_run import (
     FEW,
@@ -225,16 +225,16 @@ def test_only_the_adapters_change(tmp_path, start, monkeypatch):
     files = tree_digest(inputs)
     seen = []
 
-    class Watched(loop.Training):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+    class Watched(finetune.Training):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
             seen.append((self, snapshot(self)))
 
     def snapshot(training):
         groups = (training.constants.frozen, training.constants.origin, training.state.adapters)
         return [jax.device_get(group) for group in groups]
 
-    monkeypatch.setattr(loop, "Training", Watched)
+    monkeypatch.setattr(finetune, "Training", Watched)
     config = write_config(tmp_path / "config.yaml", inputs, adapter={"start": start})
     train(config, tmp_path / "run")
     ((training, before),) = seen

@@ -13,15 +13,14 @@ from pathlib import Path
 import jax
 import transformers
 
-from balora_jax import cli
+from balora_jax import cli, finetune
 from balora_jax.io import drawing
 from balora_jax.parallel import supervise
-from balora_jax.training import loop
 from tests import compiler
 
 _ROOT = str(Path(__file__).parents[2])
 _TOKENIZERS = (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast)  # imported now
-_TRAINING = loop.Training
+_TRAINING = finetune.Training
 
 
 def start(target, *arguments):
@@ -79,11 +78,11 @@ def _watch():
     seen = []
 
     class Watched(_TRAINING):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
             seen.append(self)
 
-    loop.Training = Watched
+    finetune.Training = Watched
     return seen
 
 

@@ -16,7 +16,7 @@ from balora_jax.config_file import dump_config, load_config, parse_config
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.io import drawing
 from balora_jax.study import run as study
-from balora_jax.training import loop
+from balora_jax.training import endings
 from tests.tiny_label_run import write_label_config, write_label_inputs
 
 GRID = {
@@ -92,7 +92,7 @@ def signalled(number):
     """A run that gets a signal during its steps, saves and says so."""
 
     def steps():
-        with loop.interruptions() as received:
+        with endings.interruptions() as received:
             os.kill(os.getpid(), number)
             assert received == [number.name]
         return RunStoppedError("interrupted; everything is saved")
@@ -270,7 +270,7 @@ def interrupt_early():
 
 
 def end_as_usual_after_a_signal():
-    with loop.interruptions():
+    with endings.interruptions():
         os.kill(os.getpid(), signal.SIGINT)
     return 0.5
 

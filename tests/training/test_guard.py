@@ -79,7 +79,7 @@ def test_spikes_follow_numpy():
     norms[[150, 250]] *= 40.0
     state, found, kept, want = guard.new_guard(), [], [], []
     accept = jax.jit(lambda *a: guard.accepts(*a, 4.0))
-    note = jax.jit(guard.noted)
+    note = jax.jit(guard.record)
     for loss, norm in zip(np.float32(losses), np.float32(norms), strict=True):
         good = accept(state, loss, norm)
         state = note(state, good, loss, norm)

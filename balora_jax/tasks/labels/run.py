@@ -30,7 +30,6 @@ from balora_jax.numerics.objective import Objective
 from balora_jax.parallel import hosts, sharding
 from balora_jax.pretrained.checkpoint import EncoderBase, check_head, head_from_peft, open_encoder
 from balora_jax.tasks import assemble
-from balora_jax.tasks.assemble import Loaded
 from balora_jax.tasks.flops import encoder_flops
 from balora_jax.tasks.labels import probe
 from balora_jax.tasks.labels.loss import (
@@ -51,6 +50,7 @@ from balora_jax.tasks.labels.score import (
 )
 from balora_jax.tasks.labels.teacher_cache import TeacherCache
 from balora_jax.training import steps
+from balora_jax.training.run import Loaded
 
 Arrays = dict[str, Array]
 

@@ -19,7 +19,7 @@ from balora_jax.parallel import hosts, sharding
 from balora_jax.pretrained.checkpoint import Base, open_base
 from balora_jax.pretrained.load import sampling_for
 from balora_jax.tasks import assemble
-from balora_jax.tasks.assemble import Loaded, Program
+from balora_jax.tasks.assemble import Program
 from balora_jax.tasks.flops import model_flops
 from balora_jax.tasks.text import loss as causal
 from balora_jax.tasks.text.score import (
@@ -30,6 +30,7 @@ from balora_jax.tasks.text.score import (
     validation_rows,
 )
 from balora_jax.training import steps
+from balora_jax.training.run import Loaded
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,156 @@
+"""One run from start to end: check, load, score, train, export, score again."""
+
+import functools
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from balora_jax import hardware
+from balora_jax.config import RunConfig
+from balora_jax.config_file import dump_config
+from balora_jax.io import drawing, metrics
+from balora_jax.io.folders import write_atomically
+from balora_jax.parallel import hosts
+from balora_jax.pretrained import export
+from balora_jax.tasks.labels import run as label_run
+from balora_jax.tasks.text import run as text_run
+from balora_jax.training.endings import failures, interruptions
+from balora_jax.training.loop import Training, last_step
+from balora_jax.training.run import Run
+from balora_jax.training.workdir import check_folders
+
+
+def fit(config: RunConfig, *, workdir: str | Path, resume: bool = False) -> dict[str, Any]:
+    """Fine-tune as the config says; everything a run leaves lies in ``workdir``.
+
+    Args:
+        config: from ``load_config``.
+        workdir: gets ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``adapter/`` (PEFT),
+            ``summary.json`` and ``curves.png``.
+        resume: go on from the newest checkpoint in ``workdir`` (from the start if there is none).
+
+    Returns:
+        The contents of ``summary.json``.
+
+    Raises:
+        InputError: bad input or configuration; nothing was written.
+        RunStoppedError: diverged, interrupted after a checkpoint, or a device, a host or the disk
+            failed.
+    """
+    folder, began = Path(workdir), time.monotonic()
+    with failures(folder):
+        full = config.adapter.method == "full"
+        hosts.by_first(functools.partial(check_folders, folder, resume=resume, full=full))
+        check = label_run.check if config.task == "nlu" else text_run.check
+        run: Run = check(config)
+        step = last_step(run, folder) if resume else None
+        loaded = run.load()
+        describe(run)
+        with jax.set_mesh(run.mesh), interruptions() as interrupted:
+            training = Training(run, loaded, folder, interrupted, resumed=step)
+            training.score_before()
+            training.train()
+            written = export_trained(training)
+            summary = summarise(training, training.score("after"), began)
+            write_results(folder, summary, written)
+        return summary
+
+
+def describe(run: Run) -> None:
+    """Say what is about to run: config, layers, counts, data and one example with its loss mask."""
+    kinds = sorted({module.path.rsplit(".", 1)[-1] for module in run.modules})
+    layers = f"{len(run.modules)} layers ({', '.join(kinds)})" if kinds else "none, full model"
+    share = 100.0 * run.trainable / run.total
+    devices = f"devices: {hardware.device_description()}, mesh {dict(run.mesh.shape)}"
+    if jax.process_count() > 1:
+        devices += f", {jax.process_count()} processes"
+    hosts.say(
+        dump_config(run.config).rstrip(),
+        f"base: {run.base.folder} ({run.base.config.model_type}, {run.total:,} parameters)",
+        f"adapters: {layers}, {run.trainable:,} trainable parameters ({share:.2f} %)",
+        devices,
+        *run.describe(),
+    )
+
+
+def export_trained(training: Training) -> str:
+    """Write the adapter, or of a full fine-tuning the whole model; says what was written."""
+    run, folder = training.run, training.folder
+    trainable = hosts.gathered_all(training.state.adapters)
+    origin = hosts.gathered_all(training.constants.origin)
+    if not hosts.is_first():
+        return ""
+    model = run.config.model
+    if run.config.adapter.method == "full":
+        shutil.rmtree(folder / export.MODEL, ignore_errors=True)
+        found = export.write_model(folder / export.MODEL, run.base, trainable, model.dtype)
+        return f"model: {found.folder} ({found.merged} tensors changed)"
+    report = export.write_adapter(
+        folder / export.ADAPTER,
+        run.base,
+        model.name_or_path,
+        run.modules,
+        trainable,
+        origin,
+        use_rslora=use_rslora(run),
+        overwrite=True,
+    )
+    return f"adapter: {report.folder} (PEFT, rank {report.rank}, {report.parameters:,} numbers)"
+
+
+def use_rslora(run: Run) -> bool:
+    """Whether the scales are alpha / √rank."""
+    if run.peft is not None:
+        return bool(run.peft.config.get("use_rslora"))
+    return run.config.adapter.use_rslora
+
+
+def summarise(training: Training, after: dict[str, Any], began: float) -> dict[str, Any]:
+    """The contents of ``summary.json``; ``began`` is the clock at the start of the run."""
+    return {
+        "before": training.before,
+        "after": after,
+        "trainable_parameters": training.run.trainable,
+        "total_parameters": training.run.total,
+        "steps": int(training.state.step),
+        "skipped_updates": int(training.state.guard.skipped),
+        "wall_seconds": round(time.monotonic() - began, 3),
+        "peak_memory_bytes": hardware.peak_memory_bytes(),
+        "versions": hardware.versions(),
+        "device": hardware.device_description(),
+    }
+
+
+def write_results(folder: Path, summary: dict[str, Any], written: str) -> None:
+    """The summary and the curves, by the first process, and what was gained, for the reader."""
+    if hosts.is_first():
+        rows = metrics.read_metrics(folder / "metrics.jsonl")
+        drawn = drawing.draw_curves(rows, folder / "curves.png")
+        text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(folder / "summary.json", text)
+        print(written)
+        if drawn:
+            print(f"curves:  {folder / 'curves.png'}")
+        for line in _gains(summary):
+            print(line)
+    hosts.barrier("finished")
+
+
+def _gains(summary: dict[str, Any]) -> list[str]:
+    """A line for each figure of the score: before, after, and how long it took."""
+    before, after, seconds = summary["before"], summary["after"], summary["wall_seconds"]
+    return [
+        f"{name.replace('_', ' ')} on held-out rows: {before[name]:.3f} -> {after[name]:.3f} in "
+        f"{seconds:.0f} s"
+        for name in after
+        if name in before and not _is_count(name)
+    ]
+
+
+def _is_count(figure: str) -> bool:
+    """Whether a figure of a score is a number of rows (MNLI's two sets name theirs)."""
+    return figure == "answered" or figure.split("_")[0] == "rows"

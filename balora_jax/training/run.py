@@ -1,0 +1,128 @@
+"""What a task gives the training loop: a checked run, with everything but the loop itself."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from jax.sharding import Mesh
+
+from balora_jax.array_types import Array
+from balora_jax.config import RunConfig
+from balora_jax.io.peft_writer import PeftAdapter
+from balora_jax.models.adapters import AdaptedModule
+from balora_jax.pretrained.checkpoint import Base, EncoderBase
+from balora_jax.training.steps import StepParts
+
+Arrays = dict[str, Array]
+
+Scorer = Callable[..., dict[str, Any]]
+"""``(constants, trainable, key, title)`` → figures of the validation rows, printed as well."""
+
+
+class Loaded(NamedTuple):
+    """The arrays of a run at step 0.
+
+    Attributes:
+        frozen: the checkpoint's weights by path.
+        origin: scales and frozen starts of the adapters.
+        trainable: what the optimizer changes, float32.
+    """
+
+    frozen: Arrays
+    origin: Arrays
+    trainable: Arrays
+
+
+class Batches(Protocol):
+    """Batches without end, whose position can be saved."""
+
+    def __next__(self) -> dict[str, Any]:
+        """Host arrays [micro-batches, B, …] by name."""
+        ...
+
+    def batches_per_epoch(self) -> int:
+        """Batches that one epoch fills, the last perhaps not wholly."""
+        ...
+
+    def get_state(self) -> dict[str, Any]:
+        """The position after the last batch given out, as plain JSON values."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go to a saved position."""
+        ...
+
+
+class Run(Protocol):
+    """A checked run of any task: opened and found right, with no weights loaded yet."""
+
+    @property
+    def config(self) -> RunConfig:
+        """The whole run's settings."""
+        ...
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices."""
+        ...
+
+    @property
+    def base(self) -> Base | EncoderBase:
+        """The pretrained checkpoint."""
+        ...
+
+    @property
+    def modules(self) -> tuple[AdaptedModule, ...]:
+        """The adapted layers; none where every weight trains."""
+        ...
+
+    @property
+    def peft(self) -> PeftAdapter | None:
+        """The adapter to go on from, if the start names one."""
+        ...
+
+    @property
+    def trainable(self) -> int:
+        """Trainable parameters."""
+        ...
+
+    @property
+    def total(self) -> int:
+        """Parameters of the frozen model."""
+        ...
+
+    def describe(self) -> list[str]:
+        """Lines about the data, for the start of a run."""
+        ...
+
+    def load(self) -> Loaded:
+        """The frozen weights, and the start of what trains."""
+        ...
+
+    def step_parts(self, total_steps: int) -> StepParts:
+        """The pure functions of a training step."""
+        ...
+
+    def step_flops(self, counted: float) -> float:
+        """Operations that a step with so many tokens in the loss cannot do without."""
+        ...
+
+    def constants(self, loaded: Loaded) -> Any:
+        """What a step reads and never changes: a NamedTuple with ``origin`` among its fields."""
+        ...
+
+    def batches(self) -> Batches:
+        """The training batches, from the beginning."""
+        ...
+
+    def teacher(self, constants: Any, folder: Path) -> Any:
+        """What is computed of the teacher before the first step, kept in ``folder``; or None."""
+        ...
+
+    def prepare(self, batch: dict[str, Any], teacher: Any) -> dict[str, Any]:
+        """A batch as the step takes it, with its part of what :meth:`teacher` gave."""
+        ...
+
+    def scorer(self) -> Scorer | None:
+        """What scores the validation rows; None where there are none."""
+        ...
