@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from balora_jax.bench.weights import Weights
 from balora_jax.errors import InputError
 from balora_jax.models import weight_names
-from balora_jax.plan.arguments import Weights
 from balora_jax.pretrained.checkpoint import Base
 from balora_jax.tasks.assemble import Program
 from balora_jax.training.run import Loaded

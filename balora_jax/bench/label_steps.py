@@ -1,4 +1,4 @@
-"""The cases of a step on labelled rows: what do the terms and the teacher cost an encoder?"""
+"""A compiled step on labelled rows."""
 
 import math
 from dataclasses import dataclass
@@ -6,19 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from balora_jax.bench.cases import Case, configured
 from balora_jax.bench.measure import OurStep
 from balora_jax.config import RunConfig
-from balora_jax.config_file import parse_config
-from balora_jax.plan.arguments import TERMS, Case, configured
 from balora_jax.tasks.labels import run as label_run
 from balora_jax.tasks.labels.run import LabelRun
-
-CASES = (
-    Case("LoRA", "lora", ()),
-    Case("PiSSA", None, ()),
-    Case("BA-LoRA", None, TERMS),
-    Case("BA-LoRA, teacher in each step", None, TERMS, teacher_cache=False),
-)
 
 
 @dataclass(frozen=True)
@@ -43,13 +35,11 @@ class LabelCase:
 
 def compiled_case(config: RunConfig, case: Case) -> LabelCase:
     """Open, load and compile a case on the first batch of its own data."""
-    tree = configured(config, case).model_dump(mode="json")
-    tree["regularizers"]["teacher_cache"] = case.teacher_cache
-    run = label_run.check(parse_config(tree, case.name))
+    run = label_run.check(configured(config, case))
     loaded = run.load()
     constants = run.constants(loaded)
     batch: dict[str, Any] = next(run.batches())
-    if run.objective.needs_teacher and case.teacher_cache:
+    if run.objective.needs_teacher and run.config.regularizers.teacher_cache:
         # Any logits will do for the time of a step; a run computes them once, before the first.
         shape = (*batch["labels"].shape, run.outputs)
         batch = run.prepare(batch, np.zeros((len(run.data.examples), run.outputs), np.float32))

@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from balora_jax import hardware
 from balora_jax.bench import label_steps, measure, report
+from balora_jax.bench.cases import LABEL_CASES, TEXT_CASES, Case, chosen, compiled_for, configured
 from balora_jax.bench.label_steps import LabelCase
 from balora_jax.bench.measure import Measured
+from balora_jax.bench.weights import Weights, loaded_for, weights_of
 from balora_jax.config import RunConfig
 from balora_jax.errors import InputError
-from balora_jax.plan import ahead, arguments
-from balora_jax.plan.arguments import Case, Weights
 from balora_jax.plan.targets import parse_target
 from balora_jax.pretrained.checkpoint import Base
 from balora_jax.tasks import assemble, flops
@@ -44,7 +44,7 @@ def bench(
     Args:
         config: of a run; its model folder may hold a ``config.json`` alone.
         rounds: counted steps of each case, after two that are not.
-        cases: names of :data:`arguments.CASES`; all of them if empty.
+        cases: names of cases; all of them if empty.
         against_torch: run the torch reference for LoRA and BA-LoRA in turn with ours.
         topology: compile for this TPU slice instead of measuring here.
         picture: PNG of time and memory of each case.
@@ -55,12 +55,7 @@ def bench(
     if rounds < 1:
         raise InputError(f"--rounds: expected at least 1, got {rounds}. Raise it.")
     labels = config.task == "nlu"
-    known = [case.name for case in (label_steps.CASES if labels else arguments.CASES)]
-    for name in cases:
-        if name not in known:
-            raise InputError(
-                f"--case: expected one of {', '.join(known)}, got {name!r}. Choose among them."
-            )
+    todo = chosen(LABEL_CASES if labels else TEXT_CASES, cases)
     if labels and (against_torch or topology is not None):
         raise InputError(
             "bench: expected task nlg with --against or --topology, got nlu. Leave them out."
@@ -68,14 +63,14 @@ def bench(
     figures: dict[str, Any] = {"versions": hardware.versions()}
     if topology is not None:
         target = parse_target(topology)
-        figures |= {"topology": topology, "rows": ahead.compiled_for(target, config, cases)}
+        figures |= {"topology": topology, "rows": compiled_for(target, config, todo)}
         print(report.ahead_table(figures))
         return figures
     figures |= {"machine": _machine()}
     if labels:
-        figures |= _measured_labels(config, rounds, cases)
+        figures |= _measured_labels(config, rounds, todo)
     else:
-        figures |= _measured(config, rounds, cases, against_torch)
+        figures |= _measured(config, rounds, todo, against_torch)
     print(report.table(figures))
     if picture is not None and report.draw(figures, picture):
         print(f"picture: {picture}")
@@ -83,19 +78,19 @@ def bench(
 
 
 def _measured(
-    config: RunConfig, rounds: int, names: Sequence[str], against_torch: bool
+    config: RunConfig, rounds: int, cases: Sequence[Case], against_torch: bool
 ) -> dict[str, Any]:
     if against_torch:
-        names = [*names, *(name for name in TORCH_CASES if names and name not in names)]
+        names = [*(case.name for case in cases), *TORCH_CASES]
+        cases = [case for case in TEXT_CASES if case.name in names]
         rounds = max(rounds, COMPARED_STEPS - 2)
-    base, weights = arguments.weights_of(config)
-    chosen = arguments.cases_named(names)
-    programs = {case.name: _program(config, case, base) for case in chosen}
+    base, weights = weights_of(config)
+    programs = {case.name: _program(config, case, base) for case in cases}
     with contextlib.ExitStack() as stack, tqdm(total=1, unit="step") as bar:
         named: dict[str, Any] = {}
         for name, program in programs.items():
             bar.set_description_str(f"compiling: {name}")
-            loaded = arguments.loaded_for(program, weights)
+            loaded = loaded_for(program, weights)
             named[name] = measure.causal_step(program, loaded, weights.batch)
             if against_torch and name in TORCH_CASES:
                 # Asked for after the compilation, so that its start does not compete with it.
@@ -116,11 +111,10 @@ def _measured(
     }
 
 
-def _measured_labels(config: RunConfig, rounds: int, names: Sequence[str]) -> dict[str, Any]:
-    chosen = [case for case in label_steps.CASES if not names or case.name in names]
+def _measured_labels(config: RunConfig, rounds: int, cases: Sequence[Case]) -> dict[str, Any]:
     compiled: dict[str, LabelCase] = {}
     with tqdm(total=1, unit="step") as bar:
-        for case in chosen:
+        for case in cases:
             bar.set_description_str(f"compiling: {case.name}")
             compiled[case.name] = label_steps.compiled_case(config, case)
         named = {name: case.step for name, case in compiled.items()}
@@ -149,7 +143,7 @@ def _setting(config: RunConfig, weights: str, shape: Sequence[int]) -> dict[str,
 
 
 def _program(config: RunConfig, case: Case, base: Base) -> Program:
-    return assemble.program_of(arguments.configured(config, case), base.config)[0]
+    return assemble.program_of(configured(config, case), base.config)[0]
 
 
 def _torch_step(
@@ -158,7 +152,7 @@ def _torch_step(
     from balora_jax.bench.against import torch_trainer
 
     root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="balora_bench_")))
-    loaded = arguments.loaded_for(program, weights)
+    loaded = loaded_for(program, weights)
     threads = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     trainer = torch_trainer(root / name, program, base, weights, loaded, threads)
     return stack.enter_context(trainer).step

@@ -44,6 +44,7 @@ def measured(
 
     import jax
 
+    from balora_jax.bench.weights import random_arrays
     from balora_jax.config_file import load_config
     from balora_jax.models import starts
     from balora_jax.parallel import sharding
@@ -58,7 +59,7 @@ def measured(
     decoder = base.config if layers is None else dataclasses.replace(base.config, num_layers=layers)
     program, _ = assemble.program_of(config, decoder)
     if drawn:
-        frozen = arguments.random_arrays(program.plain.frozen, program)
+        frozen = random_arrays(program.plain.frozen, program)
     else:
         frozen = base.load_for(program.plain, program.mesh)
     kinds: dict[str, tuple[tuple[int, int], list[float]]] = {}

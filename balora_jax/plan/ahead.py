@@ -88,21 +88,6 @@ def _ask(
     return found["row"]
 
 
-def compiled_for(target: Target, config: RunConfig, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Compile cases of a config for a target, a row for each.
-
-    Raises:
-        InputError: no compiler, or a step that it refuses for another reason than memory.
-    """
-    from balora_jax.plan import arguments
-
-    with compiler(target) as compile_one:
-        return [
-            compile_one(arguments.configured(config, case), case.name)
-            for case in arguments.cases_named(names)
-        ]
-
-
 def _compile(
     target: Target, config: RunConfig, name: str, *, head_alone: bool = False
 ) -> dict[str, Any]:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from balora_jax import cli
-from balora_jax.bench import measure, report
+from balora_jax.bench import cases, measure, report
 from balora_jax.bench.run import bench
+from balora_jax.bench.weights import weights_of
 from balora_jax.config_file import parse_config
 from balora_jax.plan import arguments
 from balora_jax.tasks import assemble, flops
@@ -81,15 +82,15 @@ def test_the_table_has_a_line_for_each_case(figures):
 
 def test_cases_change_what_they_say(tree):
     config = parse_config(tree, "here")
-    found = {case.name: arguments.configured(config, case) for case in arguments.CASES}
+    found = {case.name: cases.configured(config, case) for case in cases.TEXT_CASES}
     terms = {
-        name: [term for term in arguments.TERMS if getattr(case.regularizers, term)]
+        name: [term for term in cases.TERMS if getattr(case.regularizers, term)]
         for name, case in found.items()
     }
     assert terms["LoRA"] == terms["PiSSA"] == terms["LoRA, plain head"] == []
-    for term in arguments.TERMS:
+    for term in cases.TERMS:
         assert terms[f"+ {term}"] == [term]
-    assert terms["BA-LoRA"] == terms["BA-LoRA, plain head"] == list(arguments.TERMS)
+    assert terms["BA-LoRA"] == terms["BA-LoRA, plain head"] == list(cases.TERMS)
     assert found["LoRA"].adapter.start == "lora"
     assert found["BA-LoRA"].adapter.start == "pissa"
     assert found["BA-LoRA"].regularizers.consistency_schedule == "constant"
@@ -101,7 +102,7 @@ def test_cases_change_what_they_say(tree):
 
 def test_model_flops_by_hand(tree):
     config = parse_config(tree, "here")
-    by_name = {case.name: case for case in arguments.CASES}
+    by_name = {case.name: case for case in cases.TEXT_CASES}
     decoder = arguments.shapes_only(config.model.name_or_path).config
     tokens, counted = 48, 45
     linear = 2 * (24 * 24 * 2 + 2 * 24 * 12 + 3 * 24 * 40)
@@ -113,7 +114,7 @@ def test_model_flops_by_hand(tree):
         "BA-LoRA": 6 * linear * tokens + 12 * adapters * tokens + 6 * head + 4 * attention,
     }
     for name, operations in expected.items():
-        program, _ = assemble.program_of(arguments.configured(config, by_name[name]), decoder)
+        program, _ = assemble.program_of(cases.configured(config, by_name[name]), decoder)
         assert flops.model_flops(program, (1, 3, 16), counted) == operations
 
 
@@ -126,7 +127,7 @@ def test_a_checkpoint_with_weights_gives_its_own_batch():
         },
         "here",
     )
-    base, weights = arguments.weights_of(config)
+    base, weights = weights_of(config)
     assert not weights.random
     assert (base.folder / "model.safetensors").is_file()
     assert 0 < weights.batch["loss_mask"].mean() < 1

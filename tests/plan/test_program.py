@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from balora_jax.bench import cases
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 from balora_jax.plan import arguments
@@ -35,9 +36,9 @@ def config_of(folder, **model):
 
 def program_of(folder, name, **model):
     config = config_of(folder, **model)
-    case = next(case for case in arguments.CASES if case.name == name)
+    case = next(case for case in cases.TEXT_CASES if case.name == name)
     decoder = arguments.shapes_only(str(folder)).config
-    return assemble.program_of(arguments.configured(config, case), decoder)[0]
+    return assemble.program_of(cases.configured(config, case), decoder)[0]
 
 
 def arrays_made(program):
