@@ -16,6 +16,8 @@ from balora_jax.config_file import dump_config, load_config, parse_config
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.io import drawing
 from balora_jax.study import run as study
+from balora_jax.study.grid import plan_runs
+from balora_jax.study.table import table
 from balora_jax.training import endings
 from tests.tiny_label_run import write_label_config, write_label_inputs
 
@@ -35,6 +37,10 @@ def make(grid=GRID, **training):
         "training": {"max_steps": 3, "seed": 99, **training},
     }
     return parse_config(tree | {"study": grid}, "here")
+
+
+def name_of(row):
+    return f"{row['dataset']}/{row['variant']}/seed{row['seed']}"
 
 
 class StandIn:
@@ -104,7 +110,7 @@ def test_every_run_in_order(fit, tmp_path, capsys):
     done = fit(draw=study.draw)
     figures = study.conduct(make(), workdir=tmp_path)
     assert done.calls == ORDER
-    assert [study._name(row) for row in figures["runs"]] == ORDER
+    assert [name_of(row) for row in figures["runs"]] == ORDER
     assert figures == json.loads((tmp_path / "study.json").read_text())
     first = figures["runs"][0]
     assert first == {
@@ -127,7 +133,7 @@ def test_every_run_in_order(fit, tmp_path, capsys):
 
 
 def test_variant_over_dataset_over_base_and_the_seed_above_all(tmp_path):
-    runs = {run.name: run.config for run in study.plan_runs(make(), tmp_path)}
+    runs = {run.name: run.config for run in plan_runs(make(), tmp_path)}
     got = {
         name: (c.adapter.start, c.adapter.rank, c.data.max_length, c.training.seed)
         for name, c in runs.items()
@@ -145,7 +151,7 @@ def test_variant_over_dataset_over_base_and_the_seed_above_all(tmp_path):
 
 def test_a_section_is_merged_and_a_table_of_layers_replaced(tmp_path):
     variants = {"a": {"adapter": {"alpha": 6, "rank_pattern": {"x.k_proj": 1}}}}
-    (run,) = study.plan_runs(make({"variants": variants, "seeds": [1]}), tmp_path)
+    (run,) = plan_runs(make({"variants": variants, "seeds": [1]}), tmp_path)
     assert run.name == "all/a/seed1"
     assert (run.config.adapter.rank, run.config.adapter.alpha) == (2, 6)
     assert run.config.adapter.rank_pattern == {"x.k_proj": 1}
@@ -158,7 +164,7 @@ def test_what_is_done_is_not_done_again(fit, tmp_path):
     again = fit()
     figures = study.conduct(make(), workdir=tmp_path)
     assert again.calls == ["d2/LoRA/seed3"]
-    assert [study._name(row) for row in figures["runs"]] == ORDER
+    assert [name_of(row) for row in figures["runs"]] == ORDER
     assert figures["runs"][0]["after"]["accuracy"] == 0.75
     log = (tmp_path / "d2" / "LoRA" / "seed3" / "log.txt").read_text()
     assert log.count("to stdout") == 2
@@ -319,7 +325,7 @@ def test_the_table_against_numpy(fit, tmp_path):
         for i, d in enumerate(("d1", "d2")) for j, v in enumerate(("LoRA", "BA-LoRA"))
         for s in range(3)
     })  # fmt: skip
-    lines = study.table(study.conduct(make(grid), workdir=tmp_path)).splitlines()
+    lines = table(study.conduct(make(grid), workdir=tmp_path)).splitlines()
     points = 100 * np.asarray(draws)
     means, deviations = points.mean(axis=-1), points.std(axis=-1, ddof=1)
     assert lines[0] == "| variant | d1 (accuracy) | d2 (accuracy) | average | wall time |"
@@ -338,7 +344,7 @@ def test_cells_without_a_deviation_a_score_or_an_average():
         return {"variant": variant, "dataset": dataset, "seed": seed, "after": after,
                 "wall_seconds": 5400.0}  # fmt: skip
 
-    text = study.table({
+    text = table({
         "datasets": ["a", "b"], "variants": ["x", "y"], "wall_seconds": 16200.0, "device": "D",
         "versions": {"jax": "J"},
         "runs": [
