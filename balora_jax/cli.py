@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from balora_jax import __version__
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.parallel import supervise
 from balora_jax.verbs import bench, eval, export, generate, plan, study, train
@@ -49,12 +50,13 @@ def _run(options: argparse.Namespace) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    parser = argparse.ArgumentParser(prog="balora", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="balora",
+        description="Fine-tune Hugging Face models on TPU and GPU with LoRA-family adapters and "
+        "with regularizers that keep what the model knew (BA-LoRA).",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for verb in VERBS:
         verb.add_parser(commands)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

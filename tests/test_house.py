@@ -55,6 +55,7 @@ LAYERS = (
     ("",),  # the package's own __init__
     ("verbs",),
     ("cli",),
+    ("__main__",),
 )
 ALONE = ("bench.torch_reference",)  # a program of its own: imports nothing of the package
 

@@ -10,10 +10,14 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.io import seals
 from balora_jax.parallel import hosts
+
+# What fails in a thread of orbax is raised again where it was asked for.
+logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
 
 # Keys that may differ when a run goes on: they change where or how often, not what is computed.
 FREE_KEYS = (

@@ -69,4 +69,4 @@ def end_with_parent() -> None:
 
 def module_command(arguments: Sequence[str]) -> list[str]:
     """The command line of this package in this interpreter."""
-    return [sys.executable, "-m", "balora_jax.cli", *arguments]
+    return [sys.executable, "-m", "balora_jax", *arguments]

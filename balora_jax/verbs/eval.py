@@ -1,9 +1,12 @@
 """``balora eval``: the score of a base model or of an adapter."""
 
 import argparse
+from typing import TYPE_CHECKING
 
-from balora_jax.config import RunConfig
 from balora_jax.verbs.verb import Verb, report
+
+if TYPE_CHECKING:
+    from balora_jax.config import RunConfig
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -12,7 +15,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", help="write the figures to this file")
 
 
-def run(config: RunConfig, options: argparse.Namespace) -> None:
+def run(config: "RunConfig", options: argparse.Namespace) -> None:
     """Score the validation rows."""
     from balora_jax.tasks.labels import score as label_score
     from balora_jax.tasks.text.score import evaluate

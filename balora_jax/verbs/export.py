@@ -2,9 +2,12 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from balora_jax.config import RunConfig
 from balora_jax.verbs.verb import Verb, report
+
+if TYPE_CHECKING:
+    from balora_jax.config import RunConfig
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +19,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", help="write the figures to this file")
 
 
-def run(config: RunConfig, options: argparse.Namespace) -> None:
+def run(config: "RunConfig", options: argparse.Namespace) -> None:
     """Write the newest adapter of the run."""
     from balora_jax.pretrained.export import export_run
 

@@ -1,10 +1,13 @@
 """``balora generate``: prompts and how the model continues them."""
 
 import argparse
+from typing import TYPE_CHECKING
 
-from balora_jax.config import RunConfig
 from balora_jax.errors import InputError
 from balora_jax.verbs.verb import Verb, report
+
+if TYPE_CHECKING:
+    from balora_jax.config import RunConfig
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +18,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", help="write prompts and texts to this file")
 
 
-def run(config: RunConfig, options: argparse.Namespace) -> None:
+def run(config: "RunConfig", options: argparse.Namespace) -> None:
     """Continue each prompt."""
     from balora_jax.tasks.text.score import continue_prompts
 

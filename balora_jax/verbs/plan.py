@@ -1,9 +1,12 @@
 """``balora plan``: memory and speed of a run before it starts."""
 
 import argparse
+from typing import TYPE_CHECKING
 
-from balora_jax.config import RunConfig
 from balora_jax.verbs.verb import Verb, path_or_none, report
+
+if TYPE_CHECKING:
+    from balora_jax.config import RunConfig
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", help="write the figures to this file")
 
 
-def run(config: RunConfig, options: argparse.Namespace) -> None:
+def run(config: "RunConfig", options: argparse.Namespace) -> None:
     """Compile the step for the devices."""
     from balora_jax.plan.run import plan
 

@@ -1,9 +1,12 @@
 """``balora study``: variants compared over data sets and seeds."""
 
 import argparse
+from typing import TYPE_CHECKING
 
-from balora_jax.config import RunConfig
 from balora_jax.verbs.verb import Verb, path_or_none, report
+
+if TYPE_CHECKING:
+    from balora_jax.config import RunConfig
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +19,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", help="write the figures to this file")
 
 
-def run(config: RunConfig, options: argparse.Namespace) -> None:
+def run(config: "RunConfig", options: argparse.Namespace) -> None:
     """Do the runs that are not done yet."""
     from balora_jax.study.run import conduct, raise_failures
 

@@ -2,10 +2,13 @@
 
 import argparse
 import os
+from typing import TYPE_CHECKING
 
-from balora_jax.config import RunConfig
 from balora_jax.parallel import launch, supervise
 from balora_jax.verbs.verb import Verb
+
+if TYPE_CHECKING:
+    from balora_jax.config import RunConfig
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(config: RunConfig, options: argparse.Namespace) -> int | None:
+def run(config: "RunConfig", options: argparse.Namespace) -> int | None:
     """Train; with several processes, as the child of a process that watches it."""
     from balora_jax import fit
     from balora_jax.parallel import hosts

@@ -8,10 +8,12 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from balora_jax.config import RunConfig
 from balora_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from balora_jax.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Verb:
     name: str
     summary: str
     add_options: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[RunConfig, argparse.Namespace], int | None]
+    run: Callable[["RunConfig", argparse.Namespace], int | None]
 
     def add_parser(self, commands: Any) -> None:
         """Add the verb to the parsers of all of them."""

@@ -1,0 +1,84 @@
+"""What the package loads, and when: nothing before it is used."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import balora_jax
+
+HEAVY = ("jax", "numpy", "pydantic", "transformers", "datasets", "orbax", "grain", "torch")
+FOREIGN = ("transformers", "datasets", "orbax", "grain", "torch", "pydantic")
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def loaded(code):
+    """The modules that a process holds after ``code``, and what it said."""
+    found = run("-c", f"import atexit, sys\natexit.register(lambda: print(*sys.modules))\n{code}")
+    assert not re.search(r"^Traceback", found.stderr, flags=re.MULTILINE), found.stderr
+    return set(found.stdout.splitlines()[-1].split()), found
+
+
+def test_the_package_alone_loads_nothing():
+    modules, _ = loaded("import balora_jax")
+    assert not modules & set(HEAVY)
+    assert len(modules) < 120
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["trian"], ["--version"], []])
+def test_help_and_wrong_arguments_load_nothing(words):
+    modules, _ = loaded(f"from balora_jax.cli import main\nmain({words})")
+    assert not modules & set(HEAVY)
+    assert len(modules) < 250
+
+
+def test_a_public_name_loads_what_it_needs():
+    modules, _ = loaded("import balora_jax\nbalora_jax.InputError")
+    assert not modules & set(HEAVY)
+    modules, _ = loaded("import balora_jax\nbalora_jax.load_pretrained")
+    assert "jax" in modules
+    assert not modules & {"torch", "matplotlib"}
+
+
+def test_variables_are_set_before_the_libraries_that_read_them():
+    names = ("OPENBLAS_NUM_THREADS", "TRANSFORMERS_NO_ADVISORY_WARNINGS")
+    environment = {k: v for k, v in os.environ.items() if k not in names}
+    code = f"import balora_jax, os, sys\nprint([os.environ[n] for n in {names}], 'numpy' in sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout == "['1', '1'] False\n"
+
+
+def test_tools_see_the_names_that_python_finds():
+    """The imports for type checkers, ``__all__``, ``dir`` and the lookup agree."""
+    tree = ast.parse(Path(balora_jax.__file__).read_text(encoding="utf-8"))
+    guarded = next(node for node in tree.body if isinstance(node, ast.If))
+    assert ast.unparse(guarded.test) == "TYPE_CHECKING"
+    seen = {alias.name: node.module for node in guarded.body for alias in node.names}
+    assert sorted(seen) == sorted(balora_jax.__all__)
+    assert set(balora_jax.__all__) <= set(dir(balora_jax))
+    for name, home in seen.items():
+        assert getattr(balora_jax, name) is getattr(sys.modules[home], name)
+
+
+def test_an_unknown_name_is_refused_as_python_does():
+    with pytest.raises(AttributeError, match="module 'balora_jax' has no attribute 'fitt'"):
+        _ = balora_jax.fitt
+
+
+def test_the_module_is_the_command():
+    found = run("-m", "balora_jax", "--version")
+    assert (found.returncode, found.stdout) == (0, f"balora {balora_jax.__version__}\n")
+    found = run("-m", "balora_jax", "trian")
+    assert found.returncode == 2
+    assert "invalid choice: 'trian'" in found.stderr
