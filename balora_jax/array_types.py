@@ -21,4 +21,11 @@ L       stacked layers
 
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
-__all__ = ["Array", "Bool", "Float", "Int", "PRNGKeyArray", "PyTree", "Scalar"]
+__all__ = ["Array", "Axes", "Bool", "Float", "Int", "PRNGKeyArray", "PyTree", "Scalar"]
+
+Axes = tuple[str | None, ...]
+"""Logical axes of an array, one for each dimension; None for one that no device splits.
+
+``layers``: what a scan runs over. ``vocabulary``, ``width``, ``heads``, ``inner``: V, D, H·K, F.
+``adapter_X``: the axis X of a factor. ``blocks_X``: blocks of the axis X that share a scale.
+"""

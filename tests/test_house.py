@@ -18,6 +18,7 @@ from balora_jax.config import RunConfig
 from balora_jax.config_file import load_config, parse_config
 from balora_jax.io.checkpoint import FREE_KEYS
 from balora_jax.numerics.objective import Objective
+from balora_jax.parallel.axes import AXES
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "balora_jax"
@@ -35,6 +36,7 @@ LAYERS = (
     ("paths", "parallel.launch", "parallel.supervise"),
     ("parallel.hosts",),
     ("numerics",),
+    ("parallel.axes",),
     ("parallel.token_split",),
     ("models",),
     ("config",),
@@ -277,9 +279,9 @@ def attributes_read():
 READ = attributes_read()
 
 
-# The section of the terms is handed to Objective as a whole: the test after this one.
+# Two sections are read as a whole: the tests after this one.
 @pytest.mark.parametrize(
-    ("section", "name"), [key for key in config_keys() if key[0] != "regularizers"]
+    ("section", "name"), [key for key in config_keys() if key[0] not in ("regularizers", "mesh")]
 )
 def test_every_setting_is_read(section, name):
     assert {(section, name), ("config", name)} & READ
@@ -289,6 +291,10 @@ def test_regularizers_are_the_fields_of_the_objective():
     """But for the two that say how the teacher is made."""
     ours = set(SECTIONS["regularizers"].model_fields) - {"teacher_head", "teacher_cache"}
     assert ours == set(Objective.__dataclass_fields__)
+
+
+def test_the_sizes_of_a_mesh_are_those_of_its_axes():
+    assert tuple(SECTIONS["mesh"].model_fields) == AXES
 
 
 def test_settings_that_may_change_on_resume_exist():

@@ -18,7 +18,7 @@ from balora_jax.config import MeshConfig
 from balora_jax.io import hf_weights
 from balora_jax.io.hf_files import open_tensors
 from balora_jax.models.decoder import structure
-from balora_jax.parallel.sharding import make_mesh, replicated
+from balora_jax.parallel.sharding import Layout, make_mesh, replicated
 from balora_jax.pretrained.checkpoint import open_base
 
 
@@ -31,17 +31,18 @@ def main(text: str) -> None:
     sizes = {axis: int(size) for axis, size in pairs}
     mesh = make_mesh(MeshConfig(**{"data": 1, "fsdp": 1, "tensor": 1} | sizes))
     base = open_base(options["folder"])
-    shapes = structure(base.config, dtype="bfloat16").frozen
+    model = structure(base.config, dtype="bfloat16")
+    layout = Layout(model.axes, mesh)
     with open_tensors(base.folder) as tensors:
         stored = [math.prod(t.shape) * t.itemsize for t in tensors.values()]
     jax.block_until_ready(jax.device_put(np.zeros(1), replicated(mesh)))  # the devices are up
     held: dict[str, jax.Array] = {}
     windows = []
-    for path, shape in shapes.items():
+    for path, shape in model.frozen.items():
         window = {"path": path, "anonymous_before": resident("RssAnon")}
         window["rss_before"] = rss = reset_peak()
         window["begin"] = time.monotonic()
-        held |= base.load({path: shape}, mesh)
+        held |= base.load({path: shape}, layout)
         window["end"] = time.monotonic()
         window["anonymous_after"], window["peak"] = resident("RssAnon"), resident("VmHWM")
         window["shards"] = bytes_on_devices(held[path])

@@ -7,7 +7,7 @@ data.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import jax
@@ -18,6 +18,7 @@ from balora_jax.config_file import load_config
 from balora_jax.errors import InputError
 from balora_jax.models.decoder import structure
 from balora_jax.models.quantized import Quantization, bytes_of
+from balora_jax.models.structure import Structure
 from balora_jax.parallel import sharding
 from balora_jax.plan.arguments import shapes_only
 from balora_jax.tasks.labels import run as label_run
@@ -36,12 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for kind in get_args(Quantization):
         config = load_config(options.config, [*options.set, f"model.quantization={kind}"])
         try:
-            held, logits = measured(config)
+            model, logits = measured(config)
         except InputError as error:
             print(f"{kind:>10}  {error}")
             continue
         name = config.model.dtype if kind == "none" else kind
-        line = f"{name:>10}  {bytes_of(held) / 2**30:8.3f}  {on_a_device(config, held):8.3f}"
+        line = f"{name:>10}  {bytes_of(model.frozen) / 2**30:8.3f}"
+        line += f"  {on_a_device(config, model):8.3f}"
         if logits is not None and reference is not None:
             error = (logits - reference) / np.ptp(reference)
             line += f"  {np.abs(error).max():13.2%}  {np.sqrt(np.mean(error**2)):9.3%}"
@@ -49,24 +51,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(line, flush=True)
 
 
-def on_a_device(config: RunConfig, held: Mapping[str, Any]) -> float:
+def on_a_device(config: RunConfig, model: Structure) -> float:
     """GiB of frozen arrays on each device of the config's mesh."""
-    mesh = sharding.make_mesh(config.mesh)
+    layout = sharding.Layout(model.axes, sharding.make_mesh(config.mesh))
     shards = {
-        path: jax.ShapeDtypeStruct(
-            sharding.sharding_of(path, leaf.shape, mesh).shard_shape(leaf.shape), leaf.dtype
-        )
-        for path, leaf in held.items()
+        path: jax.ShapeDtypeStruct(layout(path, leaf.shape).shard_shape(leaf.shape), leaf.dtype)
+        for path, leaf in model.frozen.items()
     }
     return bytes_of(shards) / 2**30
 
 
-def measured(config: RunConfig) -> tuple[Mapping[str, Any], np.ndarray | None]:
-    """The frozen arrays, or their shapes; logits [rows, C] or [tokens, V], float32, if any."""
+def measured(config: RunConfig) -> tuple[Structure, np.ndarray | None]:
+    """The model's structure; logits [rows, C] or [tokens, V], float32, if any."""
     shapes = shapes_only(config.model.name_or_path)
     if shapes is not None:
         options: Any = {"dtype": config.model.dtype, "quantization": config.model.quantization}
-        return structure(shapes.config, **options).frozen, None
+        return structure(shapes.config, **options), None
     run = label_run.check(config) if config.task == "nlu" else text_run.check(config)
     frozen = run.base.load_for(run.plain, run.mesh)
     batch = next(run.batches())
@@ -79,7 +79,7 @@ def measured(config: RunConfig) -> tuple[Mapping[str, Any], np.ndarray | None]:
         names, valid = ("input_ids", "segment_ids"), batch["segment_ids"][0] > 0
         forward = jax.jit(lambda parts, *arrays: run.plain.bind(*parts)(*arrays))
         logits = np.asarray(forward((frozen,), *(batch[name][0] for name in names)))[valid]
-    return frozen, logits
+    return run.plain, logits
 
 
 if __name__ == "__main__":

@@ -40,14 +40,12 @@ def measured(
 ) -> tuple[dict[str, tuple[tuple[int, int], list[float]]], str, float]:
     """Seconds of the layers by the name of their kind, with [D, F]; the start; seconds in all."""
     import dataclasses
-    import functools
 
     import jax
 
     from balora_jax.bench.weights import random_arrays
     from balora_jax.config_file import load_config
     from balora_jax.models import starts
-    from balora_jax.parallel import sharding
     from balora_jax.plan import arguments
     from balora_jax.pretrained.checkpoint import open_base
     from balora_jax.tasks import assemble
@@ -80,7 +78,7 @@ def measured(
         assemble.kernels_of(frozen, config.model),
         start=config.adapter.start,
         key=jax.random.key(config.training.seed),
-        layout=functools.partial(sharding.sharding_of, mesh=program.mesh),
+        layout=program.layout,
         report=report,
     )
     jax.block_until_ready(found)

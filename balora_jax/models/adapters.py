@@ -25,19 +25,16 @@ from flax import nnx
 
 from balora_jax.array_types import Array, Float, PRNGKeyArray
 from balora_jax.errors import InputError
+from balora_jax.models.products import low_rank, matmul, rescaled
 from balora_jax.models.quantized import (
     Quantization,
     dequantize_kernel,
     quantized_matmul,
     quantized_shapes,
 )
-from balora_jax.parallel.token_split import as_rows, as_tokens
+from balora_jax.models.variables import Ends, Origin, declared, prefixed
 
 Method = Literal["lora", "dora", "lora_fa"]
-
-
-class Origin(nnx.Variable):
-    """A frozen constant of an adapter: the start it is measured from, its scale, norms of W."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,8 @@ class Linear(nnx.Module):
     """A stack of linear layers ``y = x W (+ b)``, each optionally with an adapter in delta form.
 
     Parameters are stacked on a leading axis [L, …]; the forward sees one layer at a time (inside
-    the decoder's ``lax.scan``), so the call works on ``kernel`` [D_in, D_out].
+    the decoder's ``lax.scan``), so the call works on ``kernel`` [D_in, D_out]. ``axes`` are the
+    logical axes of these two; those of all other arrays follow from them.
 
     Source: delta form of this project. The start is subtracted from the *factors* in float32,
     ``s·(x [A − A₀, A₀]) [B; B − B₀]``, before they are cast to the activations' dtype: it is the
@@ -107,6 +105,7 @@ class Linear(nnx.Module):
         out_features: int,
         *,
         layers: int,
+        axes: Ends = (None, None),
         use_bias: bool = False,
         adapter: AdapterShape | None = None,
         dtype: jnp.dtype = jnp.float32,
@@ -114,27 +113,42 @@ class Linear(nnx.Module):
         name: str = "kernel",
     ):
         self.quantization: Quantization = quantization
-        kernel = jax.ShapeDtypeStruct((layers, in_features, out_features), dtype)
+        kernel, (d_in, d_out) = (
+            jax.ShapeDtypeStruct((layers, in_features, out_features), dtype),
+            axes,
+        )
         stored = quantized_shapes(kernel, quantization, name=name)
-        self.kernel = nnx.Param(jnp.zeros(stored["kernel"].shape, stored["kernel"].dtype))
+        self.kernel = declared(jnp.zeros_like(stored["kernel"]), "layers", d_in, d_out)
         if quantization != "none":
-            scale = stored["kernel_scale"]
-            self.kernel_scale = nnx.Param(jnp.zeros(scale.shape, scale.dtype))
-        self.bias = nnx.Param(jnp.zeros((layers, out_features), dtype)) if use_bias else None
+            scale = jnp.zeros_like(stored["kernel_scale"])
+            self.kernel_scale = declared(scale, "layers", prefixed("blocks", d_in), d_out)
+        self.bias = None
+        if use_bias:
+            # A vector over the model's width is small, and lies whole on every device.
+            across = None if d_out == "width" else d_out
+            self.bias = declared(jnp.zeros((layers, out_features), dtype), "layers", across)
         self.adapter = adapter
         if adapter is not None:
-            down, up = (layers, in_features, adapter.rank), (layers, adapter.rank, out_features)
-            kind = Origin if adapter.method == "lora_fa" else nnx.LoRAParam
-            self.lora_a = kind(jnp.zeros(down, jnp.float32))
-            self.lora_b = nnx.LoRAParam(jnp.zeros(up, jnp.float32))
-            self.lora_scale = Origin(jnp.zeros((layers,), jnp.float32))
-            if adapter.origin and adapter.method != "lora_fa":
-                self.origin_a = Origin(jnp.zeros(down, dtype))
-            if adapter.origin:
-                self.origin_b = Origin(jnp.zeros(up, dtype))
-            if adapter.method == "dora":
-                self.lora_magnitude = nnx.LoRAParam(jnp.zeros((layers, out_features), jnp.float32))
-                self.origin_norm = Origin(jnp.zeros((layers, out_features), jnp.float32))
+            self._adapt(adapter, kernel, axes)
+
+    def _adapt(self, adapter: AdapterShape, kernel: jax.ShapeDtypeStruct, axes: Ends) -> None:
+        """The adapter's arrays; a factor's long axis has a name of its own: it is split further."""
+        (layers, in_features, out_features), dtype = kernel.shape, kernel.dtype
+        d_in, d_out = (prefixed("adapter", axis) for axis in axes)
+        down, up = (layers, in_features, adapter.rank), (layers, adapter.rank, out_features)
+        trained, frozen = {"kind": nnx.LoRAParam}, {"kind": Origin}
+        moved = frozen if adapter.method == "lora_fa" else trained
+        self.lora_a = declared(jnp.zeros(down, jnp.float32), "layers", d_in, None, **moved)
+        self.lora_b = declared(jnp.zeros(up, jnp.float32), "layers", None, d_out, **trained)
+        self.lora_scale = declared(jnp.zeros((layers,), jnp.float32), "layers", **frozen)
+        if adapter.origin and adapter.method != "lora_fa":
+            self.origin_a = declared(jnp.zeros(down, dtype), "layers", d_in, None, **frozen)
+        if adapter.origin:
+            self.origin_b = declared(jnp.zeros(up, dtype), "layers", None, d_out, **frozen)
+        if adapter.method == "dora":
+            lengths = jnp.zeros((layers, out_features), jnp.float32)
+            self.lora_magnitude = declared(lengths, "layers", d_out, **trained)
+            self.origin_norm = declared(lengths, "layers", d_out, **frozen)
 
     def __call__(
         self, x: Float[Array, "... D_in"], dropout_key: PRNGKeyArray | None = None
@@ -154,8 +168,10 @@ class Linear(nnx.Module):
         """``x W``, W dequantised here if need be."""
         if self.quantization == "none":
             return matmul(x, self.kernel[...])
-        values = {"kernel": self.kernel[...], "kernel_scale": self.kernel_scale[...]}
-        return quantized_matmul(x, values, self.quantization)
+        return quantized_matmul(x, self._codes(), self.quantization)
+
+    def _codes(self) -> dict[str, Array]:
+        return {"kernel": self.kernel[...], "kernel_scale": self.kernel_scale[...]}
 
     def _factors(self) -> tuple[Float[Array, "*E D_in R"], Float[Array, "*E R D_out"]]:
         """Float32 factors of s·Δ, the scale in the first one; of one layer or of several."""
@@ -182,31 +198,11 @@ class Linear(nnx.Module):
         """DoRA's factor m / ‖W + s·Δ‖ of every output, float32."""
         kernel = self.kernel[...]
         if self.quantization != "none":
-            values = {"kernel": kernel, "kernel_scale": self.kernel_scale[...]}
-            kernel = dequantize_kernel(values, self.quantization, jnp.float32)
+            kernel = dequantize_kernel(self._codes(), self.quantization, jnp.float32)
         norm = column_norms(kernel, self.origin_norm[...], down, up)
         gain = magnitude_gain(self.lora_magnitude[...], norm)
         # A layer of the stack that is not adapted has the scale 0 and stays as it is.
         return jnp.where(self.lora_scale[...][..., None] == 0.0, 1.0, gain)
-
-
-def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D F"]) -> Float[Array, "... F"]:
-    """``x @ kernel`` in the dtype of ``x``; float32 is computed as float32 on every device."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    y = jnp.matmul(as_rows(x), kernel, precision=precision, preferred_element_type=x.dtype)
-    return as_tokens(y, x.shape[:-1])
-
-
-def low_rank(
-    x: Float[Array, "... D"], down: Float[Array, "D R"], up: Float[Array, "R F"]
-) -> Float[Array, "... F"]:
-    """``(x down) up`` in the dtype of ``x``."""
-    return matmul(matmul(x, down.astype(x.dtype)), up.astype(x.dtype))
-
-
-def rescaled(y: Float[Array, "... F"], gain: Float[Array, "... F"]) -> Float[Array, "... F"]:
-    """``y * gain`` rounded once: a bfloat16 gain could only be 1 or differ from it by 2⁻⁷."""
-    return (y.astype(jnp.float32) * gain).astype(y.dtype)
 
 
 def column_norms(
@@ -317,8 +313,7 @@ def plan_adapters(
         InputError: a target or pattern that matches no layer; a rank larger than a layer.
     """
     modules = []
-    used: dict[str, bool] = {key: False for key in (rank_pattern or {})}
-    used |= {key: False for key in (alpha_pattern or {})}
+    used = dict.fromkeys([*(rank_pattern or {}), *(alpha_pattern or {})], False)
     names = [name for shape in linears for name in shape.names]
     _check_targets(names, target_modules)
     _check_expressions("exclude_modules", [exclude_modules])

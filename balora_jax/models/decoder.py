@@ -6,8 +6,6 @@ training is plain ``jax.jit``/``grad``/``scan`` over pytrees.
 """
 
 import functools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -15,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from balora_jax.array_types import Array, Float, Int, PRNGKeyArray
-from balora_jax.models.adapters import AdapterShape, Origin
+from balora_jax.models.adapters import AdapterShape
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.experts import SparseMLP
 from balora_jax.models.gpt2 import Gpt2Layer
@@ -32,18 +30,22 @@ from balora_jax.models.layers import (
 )
 from balora_jax.models.quantized import Quantization
 from balora_jax.models.rotary import RopeConfig, rotary_tables
+from balora_jax.models.structure import Structure, structure_of
+from balora_jax.models.variables import declared
 from balora_jax.numerics.head import LogitMap
 
 Remat = Literal["none", "dots", "full", "offload"]
 Cache = dict[str, Array]
-Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
 class Embedding(nnx.Module):
-    """A table [V, D]: token embeddings, or the head that scores every entry."""
+    """A table [V, D]: token embeddings, or the head that scores every entry.
 
-    def __init__(self, entries: int, width: int, dtype: jnp.dtype):
-        self.embedding = nnx.Param(jnp.zeros((entries, width), dtype))
+    ``axis`` is the logical axis of the entries, None for a table too small to be split there.
+    """
+
+    def __init__(self, entries: int, width: int, dtype: jnp.dtype, *, axis: str | None = None):
+        self.embedding = declared(jnp.zeros((entries, width), dtype), axis, "width")
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Rows of the table."""
@@ -126,14 +128,15 @@ class Decoder(nnx.Module):
     ):
         self.config = config
         self.remat: Remat = remat
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype)
+        table = (config.vocab_size, config.hidden_size, dtype)
+        self.embed_tokens = Embedding(*table, axis="vocabulary")
         if config.rope is None:
             self.embed_positions = Embedding(config.max_length, config.hidden_size, dtype)
         layer = Gpt2Layer if config.model_type == "gpt2" else DecoderLayer
         self.layers = layer(config, adapters, kernel, dtype, quantization)
         self.norm = make_norm(config, dtype, layers=None)
         if not config.tie_word_embeddings:
-            self.lm_head = Embedding(config.vocab_size, config.hidden_size, dtype)
+            self.lm_head = Embedding(*table, axis="vocabulary")
 
     @property
     def head(self) -> Float[Array, "V D"]:
@@ -300,44 +303,6 @@ def mask_positions(mask: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
 
 
-@dataclass(frozen=True)
-class Structure:
-    """A module without its arrays: the graph, and the shape of every array it needs.
-
-    Attributes:
-        graph: NNX graph definition (static, hashable).
-        frozen, adapters, origin: shapes by dotted path: checkpoint weights as they are held,
-            trainable factors, and the constants of the adapters.
-        parameters: the checkpoint weights before any quantisation.
-        quantization: of the linear layers.
-    """
-
-    graph: nnx.GraphDef
-    frozen: dict[str, jax.ShapeDtypeStruct]
-    adapters: dict[str, jax.ShapeDtypeStruct]
-    origin: dict[str, jax.ShapeDtypeStruct]
-    parameters: dict[str, jax.ShapeDtypeStruct]
-    quantization: Quantization = "none"
-
-    def bind(self, *parts: Mapping[str, Array]) -> Decoder:
-        """The module with these arrays (flat dicts, merged; of two of one path the later)."""
-        return bind_arrays(self.graph, self.frozen, parts)
-
-
-def bind_arrays(graph: nnx.GraphDef, frozen: Shapes, parts: Iterable[Mapping[str, Array]]) -> Any:
-    """A module of a graph; weights that train in float32 are cast to the dtype of the frozen."""
-    tree: dict = {}
-    for part in parts:
-        for path, value in part.items():
-            *parents, leaf = path.split(".")
-            node = tree
-            for name in parents:
-                node = node.setdefault(name, {})
-            dtype = frozen[path].dtype if path in frozen else value.dtype
-            node[leaf] = value if value.dtype == dtype else value.astype(dtype)
-    return nnx.merge(graph, nnx.State(tree))
-
-
 def structure(
     config: DecoderConfig,
     *,
@@ -353,29 +318,14 @@ def structure(
         InputError: a layer that the quantisation cannot hold.
     """
 
-    def split(quantization: Quantization) -> Any:
-        module = nnx.eval_shape(
-            lambda: Decoder(
-                config,
-                adapters=adapters or {},
-                dtype=jnp.dtype(dtype),
-                remat=remat,
-                kernel=kernel,
-                quantization=quantization,
-            )
+    def make(quantization: Quantization) -> Decoder:
+        return Decoder(
+            config,
+            adapters=adapters or {},
+            dtype=jnp.dtype(dtype),
+            remat=remat,
+            kernel=kernel,
+            quantization=quantization,
         )
-        # A LoRAParam is a Param as well, so it is named first.
-        return nnx.split(module, nnx.LoRAParam, Origin, nnx.Param)
 
-    graph, lora, origin, frozen = split(quantization)
-    held = flat_shapes(frozen)
-    parameters = held if quantization == "none" else flat_shapes(split("none")[-1])
-    return Structure(graph, held, flat_shapes(lora), flat_shapes(origin), parameters, quantization)
-
-
-def flat_shapes(state: nnx.State) -> Shapes:
-    """Shapes of a state by dotted path."""
-    return {
-        ".".join(str(part) for part in path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        for path, leaf in nnx.to_flat_state(state)
-    }
+    return structure_of(make, quantization)

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from balora_jax.array_types import Array, Bool, Float
-from balora_jax.models.layers import MakeLinear
+from balora_jax.models.layers import INTO_HEADS, MakeLinear
 
 Keys = dict[str, Array | None]
 
@@ -88,9 +88,9 @@ class SelfAttention(nnx.Module):
     """A stack of BERT's self-attention layers, up to the output projection."""
 
     def __init__(self, width: int, heads: int, *, linear: MakeLinear):
-        self.query = linear("query", width, width, True)
-        self.key = linear("key", width, width, True)
-        self.value = linear("value", width, width, True)
+        self.query = linear("query", width, width, INTO_HEADS, True)
+        self.key = linear("key", width, width, INTO_HEADS, True)
+        self.value = linear("value", width, width, INTO_HEADS, True)
         self.heads = heads
 
     def __call__(
@@ -111,13 +111,13 @@ class DisentangledSelfAttention(nnx.Module):
     """
 
     def __init__(self, width: int, heads: int, config: DisentangledConfig, *, linear: MakeLinear):
-        self.query_proj = linear("query_proj", width, width, True)
-        self.key_proj = linear("key_proj", width, width, True)
-        self.value_proj = linear("value_proj", width, width, True)
+        self.query_proj = linear("query_proj", width, width, INTO_HEADS, True)
+        self.key_proj = linear("key_proj", width, width, INTO_HEADS, True)
+        self.value_proj = linear("value_proj", width, width, INTO_HEADS, True)
         if not config.share_att_key and "c2p" in config.pos_att_type:
-            self.pos_key_proj = linear("pos_key_proj", width, width, True)
+            self.pos_key_proj = linear("pos_key_proj", width, width, INTO_HEADS, True)
         if not config.share_att_key and "p2c" in config.pos_att_type:
-            self.pos_query_proj = linear("pos_query_proj", width, width, True)
+            self.pos_query_proj = linear("pos_query_proj", width, width, INTO_HEADS, True)
         self.heads = heads
         self.config = config
 

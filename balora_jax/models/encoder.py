@@ -5,33 +5,35 @@ dicts by dotted path. The encoder is frozen and may carry adapters below ``layer
 (pooler included) trains as a whole, in float32, below ``head.``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from balora_jax.array_types import Array, Bool, Float, Int, PRNGKeyArray
-from balora_jax.models.adapters import AdapterShape, Origin, matmul
-from balora_jax.models.decoder import (
-    Embedding,
-    Remat,
-    Shapes,
-    bind_arrays,
-    checkpointed,
-    flat_shapes,
-    linear_keys,
-)
+from balora_jax.models.adapters import AdapterShape
+from balora_jax.models.decoder import Embedding, Remat, checkpointed, linear_keys
 from balora_jax.models.disentangled import (
     DisentangledConfig,
     DisentangledSelfAttention,
     Keys,
     SelfAttention,
 )
-from balora_jax.models.layers import ACTIVATIONS, LayerNorm, MakeLinear, stacked_linear
+from balora_jax.models.layers import (
+    ACTIVATIONS,
+    INTO_INNER,
+    OUT_OF_HEADS,
+    OUT_OF_INNER,
+    LayerNorm,
+    MakeLinear,
+    stacked_linear,
+)
+from balora_jax.models.products import matmul
 from balora_jax.models.quantized import Quantization
+from balora_jax.models.structure import Structure, structure_of
+from balora_jax.models.variables import Ends, HeadParam, declared
 
 ENCODER_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     **ACTIVATIONS,
@@ -87,10 +89,6 @@ class EncoderConfig:
         return self.disentangled is None or self.disentangled.position_biased_input
 
 
-class HeadParam(nnx.Param):
-    """A parameter of the head: trained as a whole, without an adapter."""
-
-
 class Embeddings(nnx.Module):
     """Word, position and token-type embeddings, summed and normalised."""
 
@@ -140,7 +138,7 @@ class Intermediate(nnx.Module):
     """The MLP's first half, a stack."""
 
     def __init__(self, config: EncoderConfig, linear: MakeLinear):
-        self.dense = linear("dense", config.hidden_size, config.intermediate_size, True)
+        self.dense = linear("dense", config.hidden_size, config.intermediate_size, INTO_INNER, True)
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "B T D"], key: Array | None) -> Float[Array, "B T F"]:
@@ -151,8 +149,15 @@ class Intermediate(nnx.Module):
 class Output(nnx.Module):
     """A projection, the residual and a norm behind them, a stack."""
 
-    def __init__(self, config: EncoderConfig, d_in: int, linear: MakeLinear, dtype: jnp.dtype):
-        self.dense = linear("dense", d_in, config.hidden_size, True)
+    def __init__(
+        self,
+        config: EncoderConfig,
+        d_in: int,
+        axes: Ends,
+        linear: MakeLinear,
+        dtype: jnp.dtype,
+    ):
+        self.dense = linear("dense", d_in, config.hidden_size, axes, True)
         self.LayerNorm = LayerNorm(
             config.hidden_size, layers=config.num_layers, eps=config.norm_eps, dtype=dtype
         )
@@ -175,7 +180,7 @@ class EncoderAttention(nnx.Module):
             if config.disentangled is None
             else DisentangledSelfAttention(width, heads, config.disentangled, linear=linear)
         )
-        self.output = Output(config, width, make("layers.attention.output"), dtype)
+        self.output = Output(config, width, OUT_OF_HEADS, make("layers.attention.output"), dtype)
 
     def __call__(
         self, x: Float[Array, "B T D"], mask: Bool[Array, "B 1 T T"], keys: Keys, table
@@ -199,7 +204,8 @@ class EncoderLayer(nnx.Module):
 
         self.attention = EncoderAttention(config, make, dtype)
         self.intermediate = Intermediate(config, make("layers.intermediate"))
-        self.output = Output(config, config.intermediate_size, make("layers.output"), dtype)
+        inner, linear = config.intermediate_size, make("layers.output")
+        self.output = Output(config, inner, OUT_OF_INNER, linear, dtype)
 
     def __call__(
         self,
@@ -239,8 +245,8 @@ class HeadLinear(nnx.Module):
     """One trainable linear layer in float32."""
 
     def __init__(self, d_in: int, d_out: int):
-        self.kernel = HeadParam(jnp.zeros((d_in, d_out), jnp.float32))
-        self.bias = HeadParam(jnp.zeros((d_out,), jnp.float32))
+        self.kernel = declared(jnp.zeros((d_in, d_out), jnp.float32), None, None, kind=HeadParam)
+        self.bias = declared(jnp.zeros((d_out,), jnp.float32), None, kind=HeadParam)
 
     def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B F"]:
         """Apply the layer."""
@@ -350,31 +356,6 @@ def init_head(config: EncoderConfig, key: PRNGKeyArray) -> dict[str, Array]:
     }
 
 
-@dataclass(frozen=True)
-class EncoderStructure:
-    """An encoder without its arrays: the graph, and the shape of every array it needs.
-
-    Attributes:
-        graph: NNX graph definition (static, hashable).
-        frozen, adapters, origin, head: shapes by dotted path: checkpoint weights as they are
-            held, trainable factors, the constants of the adapters, and the trainable head.
-        parameters: the checkpoint weights before any quantisation.
-        quantization: of the linear layers.
-    """
-
-    graph: nnx.GraphDef
-    frozen: Shapes
-    adapters: Shapes
-    origin: Shapes
-    head: Shapes
-    parameters: Shapes
-    quantization: Quantization = "none"
-
-    def bind(self, *parts: Mapping[str, Array]) -> Encoder:
-        """The module with these arrays (flat dicts, merged; of two of one path the later)."""
-        return bind_arrays(self.graph, self.frozen, parts)
-
-
 def encoder_structure(
     config: EncoderConfig,
     *,
@@ -382,23 +363,16 @@ def encoder_structure(
     dtype: jnp.dtype | str = jnp.float32,
     remat: Remat = "none",
     quantization: Quantization = "none",
-) -> EncoderStructure:
+) -> Structure:
     """The encoder of ``config``, from shapes alone; ``dtype`` is that of the frozen weights."""
 
-    def split(quantization: Quantization) -> Any:
-        module = nnx.eval_shape(
-            lambda: Encoder(
-                config,
-                adapters=adapters or {},
-                dtype=jnp.dtype(dtype),
-                remat=remat,
-                quantization=quantization,
-            )
+    def make(quantization: Quantization) -> Encoder:
+        return Encoder(
+            config,
+            adapters=adapters or {},
+            dtype=jnp.dtype(dtype),
+            remat=remat,
+            quantization=quantization,
         )
-        # Head and adapter variables are Params as well, so they are named first.
-        return nnx.split(module, HeadParam, nnx.LoRAParam, Origin, nnx.Param)
 
-    graph, *states = split(quantization)
-    head, lora, origin, held = (flat_shapes(state) for state in states)
-    parameters = held if quantization == "none" else flat_shapes(split("none")[-1])
-    return EncoderStructure(graph, held, lora, origin, head, parameters, quantization)
+    return structure_of(make, quantization)

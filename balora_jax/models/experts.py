@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from balora_jax.array_types import Array, Float, Int, PRNGKeyArray
-from balora_jax.models.adapters import AdapterShape, Linear, rescaled
+from balora_jax.models.adapters import AdapterShape, Linear
 from balora_jax.models.decoder_config import DecoderConfig
-from balora_jax.models.layers import ACTIVATIONS
+from balora_jax.models.layers import ACTIVATIONS, INTO_INNER, OUT_OF_INNER
+from balora_jax.models.products import rescaled
+from balora_jax.models.variables import Ends, declared
 
 
 class ExpertLinear(Linear):
@@ -54,11 +56,9 @@ def stacked_experts(
 ) -> Callable[..., ExpertLinear]:
     """As ``stacked_linear``, for experts; ``layers`` counts those of all layers."""
 
-    def make(name: str, d_in: int, d_out: int, use_bias: bool) -> ExpertLinear:
+    def make(name: str, d_in: int, d_out: int, axes: Ends) -> ExpertLinear:
         adapter = adapters.get(f"{prefix}.{name}")
-        return ExpertLinear(
-            d_in, d_out, layers=layers, use_bias=use_bias, adapter=adapter, dtype=dtype
-        )
+        return ExpertLinear(d_in, d_out, layers=layers, axes=axes, adapter=adapter, dtype=dtype)
 
     return make
 
@@ -68,9 +68,9 @@ class Experts(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, linear: Callable[..., ExpertLinear]):
         width, inner = config.hidden_size, config.intermediate_size
-        self.w1 = linear("w1", width, inner, False)
-        self.w2 = linear("w2", inner, width, False)
-        self.w3 = linear("w3", width, inner, False)
+        self.w1 = linear("w1", width, inner, INTO_INNER)
+        self.w2 = linear("w2", inner, width, OUT_OF_INNER)
+        self.w3 = linear("w3", width, inner, INTO_INNER)
         self.activation = config.activation
 
     def __call__(
@@ -86,7 +86,7 @@ class Router(nnx.Module):
 
     def __init__(self, config: DecoderConfig, dtype: jnp.dtype):
         shape = (config.num_layers, config.hidden_size, config.experts)
-        self.weight = nnx.Param(jnp.zeros(shape, dtype))
+        self.weight = declared(jnp.zeros(shape, dtype), "layers", "width", None)
 
 
 class SparseMLP(nnx.Module):

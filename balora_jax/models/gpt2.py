@@ -8,6 +8,10 @@ from balora_jax.models.adapters import AdapterShape
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.layers import (
     ACTIVATIONS,
+    INTO_HEADS,
+    INTO_INNER,
+    OUT_OF_HEADS,
+    OUT_OF_INNER,
     AttentionKernel,
     KeyValues,
     MakeLinear,
@@ -27,8 +31,8 @@ class Gpt2Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, kernel: AttentionKernel, linear: MakeLinear):
         width = config.hidden_size
-        self.c_attn = linear("c_attn", width, 3 * width, True)
-        self.c_proj = linear("c_proj", width, width, True)
+        self.c_attn = linear("c_attn", width, 3 * width, INTO_HEADS, True)
+        self.c_proj = linear("c_proj", width, width, OUT_OF_HEADS, True)
         self.config = config
         self.kernel: AttentionKernel = kernel
 
@@ -52,8 +56,9 @@ class Gpt2MLP(nnx.Module):
     """A stack of MLPs: ``c_proj(act(c_fc(x)))``."""
 
     def __init__(self, config: DecoderConfig, *, linear: MakeLinear):
-        self.c_fc = linear("c_fc", config.hidden_size, config.intermediate_size, True)
-        self.c_proj = linear("c_proj", config.intermediate_size, config.hidden_size, True)
+        width, inner = config.hidden_size, config.intermediate_size
+        self.c_fc = linear("c_fc", width, inner, INTO_INNER, True)
+        self.c_proj = linear("c_proj", inner, width, OUT_OF_INNER, True)
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "B T D"], keys: dict[str, Array | None]) -> Array:

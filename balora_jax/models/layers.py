@@ -12,10 +12,19 @@ from balora_jax.models.adapters import AdapterShape, Linear
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.quantized import Quantization
 from balora_jax.models.rotary import rotate
+from balora_jax.models.variables import Ends, declared
 from balora_jax.parallel.token_split import parts, whole
 
 MakeLinear = Callable[..., Linear]
+# Logical axes of the kernels of attention and of the MLP.
+INTO_HEADS, OUT_OF_HEADS = ("width", "heads"), ("heads", "width")
+INTO_INNER, OUT_OF_INNER = ("width", "inner"), ("inner", "width")
 AttentionKernel = Literal["auto", "xla", "cudnn"]
+
+
+def norm_vector(value: Array) -> nnx.Variable:
+    """A norm's vector [D], or a stack of them [L, D]: small, so whole on every device."""
+    return declared(value, *(None,) if value.ndim == 1 else ("layers", None))
 
 
 class RMSNorm(nnx.Module):
@@ -34,7 +43,7 @@ class RMSNorm(nnx.Module):
         plus_one: bool = False,
     ):
         shape = (width,) if layers is None else (layers, width)
-        self.scale = nnx.Param(jnp.ones(shape, dtype))
+        self.scale = norm_vector(jnp.ones(shape, dtype))
         self.eps = eps
         self.plus_one = plus_one
 
@@ -52,8 +61,8 @@ class LayerNorm(nnx.Module):
 
     def __init__(self, width: int, *, layers: int | None, eps: float, dtype: jnp.dtype):
         shape = (width,) if layers is None else (layers, width)
-        self.scale = nnx.Param(jnp.ones(shape, dtype))
-        self.bias = nnx.Param(jnp.zeros(shape, dtype))
+        self.scale = norm_vector(jnp.ones(shape, dtype))
+        self.bias = norm_vector(jnp.zeros(shape, dtype))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -194,13 +203,14 @@ class Attention(nnx.Module):
     ):
         width, heads, groups = config.hidden_size, config.num_heads, config.num_kv_heads
         queries, keys = heads * config.head_dim, groups * config.head_dim
+        bias = config.qkv_bias
         if config.fused_projections:
-            self.qkv_proj = linear("qkv_proj", width, queries + 2 * keys, config.qkv_bias)
+            self.qkv_proj = linear("qkv_proj", width, queries + 2 * keys, INTO_HEADS, bias)
         else:
-            self.q_proj = linear("q_proj", width, queries, config.qkv_bias)
-            self.k_proj = linear("k_proj", width, keys, config.qkv_bias)
-            self.v_proj = linear("v_proj", width, keys, config.qkv_bias)
-        self.o_proj = linear("o_proj", queries, width, config.output_bias)
+            self.q_proj = linear("q_proj", width, queries, INTO_HEADS, bias)
+            self.k_proj = linear("k_proj", width, keys, INTO_HEADS, bias)
+            self.v_proj = linear("v_proj", width, keys, INTO_HEADS, bias)
+        self.o_proj = linear("o_proj", queries, width, OUT_OF_HEADS, config.output_bias)
         if config.qk_norm:
             norm = {"layers": config.num_layers, "width": config.head_dim}
             self.q_norm = make_norm(config, dtype, **norm)
@@ -265,11 +275,11 @@ class GatedMLP(nnx.Module):
         width, inner, use_bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.fused = config.fused_projections
         if self.fused:
-            self.gate_up_proj = linear("gate_up_proj", width, 2 * inner, use_bias)
+            self.gate_up_proj = linear("gate_up_proj", width, 2 * inner, INTO_INNER, use_bias)
         else:
-            self.gate_proj = linear("gate_proj", width, inner, use_bias)
-            self.up_proj = linear("up_proj", width, inner, use_bias)
-        self.down_proj = linear("down_proj", inner, width, use_bias)
+            self.gate_proj = linear("gate_proj", width, inner, INTO_INNER, use_bias)
+            self.up_proj = linear("up_proj", width, inner, INTO_INNER, use_bias)
+        self.down_proj = linear("down_proj", inner, width, OUT_OF_INNER, use_bias)
         self.activation = config.activation
 
     def __call__(
@@ -293,11 +303,12 @@ def stacked_linear(
 ) -> MakeLinear:
     """A constructor of the linear layers below ``prefix`` that looks up each one's adapter."""
 
-    def make(name: str, d_in: int, d_out: int, use_bias: bool) -> Linear:
+    def make(name: str, d_in: int, d_out: int, axes: Ends, use_bias: bool) -> Linear:
         return Linear(
             d_in,
             d_out,
             layers=layers,
+            axes=axes,
             use_bias=use_bias,
             adapter=adapters.get(f"{prefix}.{name}"),
             dtype=dtype,

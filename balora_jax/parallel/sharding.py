@@ -1,66 +1,25 @@
-"""Where every array lies on the device mesh: one table, path pattern → logical axes → mesh axes."""
+"""Where every array lies on the device mesh: logical axes → mesh axes → devices."""
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from balora_jax.array_types import Array
+from balora_jax.array_types import Array, Axes
 from balora_jax.config import MeshConfig
 from balora_jax.errors import InputError
 from balora_jax.numerics.head import HeadAxes, unwrapped
-from balora_jax.parallel import hosts, token_split
+from balora_jax.parallel import hosts
+from balora_jax.parallel.axes import AXES, MESH_AXES, ROWS, TOKENS, VOCABULARY
 
-# Devices side by side on the last axis exchange most.
-AXES = ("data", "fsdp", "sequence", "tensor")
-BATCH_AXES = token_split.ROWS
-TOKEN_AXES = (*token_split.ROWS, token_split.AXIS)
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
-# Frozen weights, by the first pattern that matches the whole path.
-LOGICAL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"(embed_tokens|lm_head)\.embedding", ("vocabulary", "width")),
-    (r"embed_positions\.embedding", (None, "width")),
-    # Encoders; their vocabularies are small and seldom divide.
-    (r"(embeddings|encoder)\.\w+\.embedding", (None, "width")),
-    (r"layers\.attention\.self\.\w+\.kernel", ("layers", "width", "heads")),
-    (r"layers\.attention\.self\.\w+\.bias", ("layers", "heads")),
-    (r"layers\.attention\.output\.dense\.kernel", ("layers", "heads", "width")),
-    (r"layers\.intermediate\.dense\.kernel", ("layers", "width", "inner")),
-    (r"layers\.intermediate\.dense\.bias", ("layers", "inner")),
-    (r"layers\.output\.dense\.kernel", ("layers", "inner", "width")),
-    (r"(embeddings|encoder)\.LayerNorm\.(scale|bias)", (None,)),
-    (r"head\.\w+\.kernel", (None, None)),
-    (r"head\.\w+\.bias", (None,)),
-    (r"layers\.(self_attn\.([qkv]|qkv)_proj|attn\.c_attn)\.kernel", ("layers", "width", "heads")),
-    (r"layers\.(self_attn\.([qkv]|qkv)_proj|attn\.c_attn)\.bias", ("layers", "heads")),
-    (r"layers\.(self_attn\.o_proj|attn\.c_proj)\.kernel", ("layers", "heads", "width")),
-    (r"layers\.mlp\.((gate|up|gate_up)_proj|c_fc)\.kernel", ("layers", "width", "inner")),
-    (r"layers\.mlp\.((gate|up|gate_up)_proj|c_fc)\.bias", ("layers", "inner")),
-    (r"layers\.mlp\.(down_proj|c_proj)\.kernel", ("layers", "inner", "width")),
-    (r"layers\.block_sparse_moe\.gate\.weight", ("layers", "width", None)),
-    (r"layers\.block_sparse_moe\.experts\.w[13]\.kernel", ("layers", "width", "inner")),
-    (r"layers\.block_sparse_moe\.experts\.w2\.kernel", ("layers", "inner", "width")),
-    (r"layers\..*\.(bias|scale)", ("layers", None)),
-    (r"norm\.(scale|bias)", (None,)),
-)
-
-MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
-    "layers": None,  # scanned over, so every device needs every layer
-    "vocabulary": "tensor",
-    "heads": "tensor",
-    "inner": "tensor",
-    # Devices that share a row share its weights too: they need not each hold a copy.
-    "width": ("fsdp", "sequence"),
-    # A factor of an adapter has one long axis, so that one takes all mesh axes: else half of the
-    # adapters, and of the optimizer's moments, would lie whole on every device.
-    "adapter_heads": ("tensor", "fsdp", "sequence"),
-    "adapter_inner": ("tensor", "fsdp", "sequence"),
-    "adapter_width": ("fsdp", "sequence"),
-}
+BLOCKS = "blocks_"
+"""Before the name of a logical axis: blocks of it, which lie as the axis itself does."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -71,7 +30,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
-    sizes = [config.data, config.fsdp, config.sequence, config.tensor]
+    sizes = [getattr(config, axis) for axis in AXES]
     if -1 in sizes:
         rest = math.prod(size for size in sizes if size != -1)
         sizes[sizes.index(-1)] = max(count // rest, 1)
@@ -84,51 +43,78 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
 
 
-def logical_axes(path: str) -> tuple[str | None, ...]:
-    """Logical axes of an array; an adapter's follow from the kernel it belongs to.
+@dataclass(frozen=True)
+class Layout:
+    """Where the arrays of a model lie on a mesh.
 
-    Example:
-        >>> logical_axes("layers.mlp.down_proj.lora_a")
-        ('layers', 'adapter_inner', None)
+    Attributes:
+        axes: logical axes of every array by path, as ``Structure.axes`` has them.
+        mesh: the devices.
     """
-    stem, _, leaf = path.rpartition(".")
-    if leaf == "lora_scale":
-        return ("layers",)
-    if leaf in ("lora_a", "origin_a", "lora_b", "origin_b"):
-        layers, d_in, d_out = logical_axes(f"{stem}.kernel")
-        if leaf.endswith("_a"):
-            return (layers, f"adapter_{d_in}", None)
-        return (layers, None, f"adapter_{d_out}")
-    if leaf in ("lora_magnitude", "origin_norm"):
-        layers, _, d_out = logical_axes(f"{stem}.kernel")
-        return (layers, f"adapter_{d_out}")
-    if leaf == "kernel_scale":
-        return logical_axes(f"{stem}.kernel")
-    for pattern, axes in LOGICAL_AXES:
-        if re.fullmatch(pattern, path):
-            return axes
-    raise KeyError(f"no sharding rule for {path!r}: add one to LOGICAL_AXES")
+
+    axes: Mapping[str, Axes]
+    mesh: Mesh
+
+    def __call__(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
+        """The sharding of one array, after checking that every axis divides.
+
+        Blocks that share a scale need not: those that do not divide lie whole on every device.
+
+        Raises:
+            InputError: an axis that the mesh cannot divide.
+        """
+        logical = self.axes[path]
+        spec = list(spec_of(path, logical))
+        for i, (size, axis) in enumerate(zip(shape, spec, strict=True)):
+            axes = [name for name in _names(axis) if self.mesh.shape[name] > 1]
+            parts = math.prod(self.mesh.shape[name] for name in axes)
+            if size % parts and (logical[i] or "").startswith(BLOCKS):
+                spec[i] = None
+            elif size % parts:
+                raise InputError(
+                    f"mesh.{' x mesh.'.join(axes)}: expected a divisor of {size}, an axis of "
+                    f"{path} {shape}, got {parts}. Choose another size for this part of the mesh."
+                )
+        return NamedSharding(self.mesh, P(*spec))
+
+    def attached(self, shapes: Shapes) -> dict[str, jax.ShapeDtypeStruct]:
+        """The same shapes, each with its sharding.
+
+        Raises:
+            InputError: an axis that the mesh cannot divide.
+        """
+        return {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self(path, leaf.shape))
+            for path, leaf in shapes.items()
+        }
+
+    def placed(self, arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Arrays laid out so, wherever they lay before."""
+        return {path: hosts.place(value, self(path, value.shape)) for path, value in arrays.items()}
 
 
-def spec_of(path: str) -> P:
+def spec_of(path: str, logical: Axes) -> P:
     """The partition of an array over mesh axes.
+
+    Args:
+        path: its name, for the message.
+        logical: its logical axes.
 
     Raises:
         InputError: two dimensions over the same mesh axis.
 
     Example:
-        >>> tuple(spec_of("embed_tokens.embedding"))
+        >>> tuple(spec_of("embed_tokens.embedding", ("vocabulary", "width")))
         ('tensor', ('fsdp', 'sequence'))
     """
-    logical = logical_axes(path)
-    spec = P(*(MESH_AXES[axis] if axis else None for axis in logical))
+    spec = P(*(MESH_AXES[axis.removeprefix(BLOCKS)] if axis else None for axis in logical))
     used = [name for entry in spec for name in _names(entry)]
     twice = sorted({name for name in used if used.count(name) > 1})
     if twice:
         raise InputError(
-            f"sharding.LOGICAL_AXES x MESH_AXES: expected every mesh axis in one dimension of an "
-            f"array, got {', '.join(twice)} in two of {path} {logical}, by the pattern "
-            f"{_pattern_of(path)!r}. Give one of these dimensions another axis, or None."
+            f"axes.MESH_AXES: expected every mesh axis in one dimension of an array, got "
+            f"{', '.join(twice)} in two of {path} {logical}. Give one of these logical axes "
+            "another mesh axis, or None."
         )
     return spec
 
@@ -138,77 +124,24 @@ def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def _pattern_of(path: str) -> str:
-    """The row of the table that an array's axes come from: its own, or its kernel's."""
-    paths = (path, f"{path.rpartition('.')[0]}.kernel")
-    return next(row for row, _ in LOGICAL_AXES if any(re.fullmatch(row, name) for name in paths))
-
-
-def shardings(arrays: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, NamedSharding]:
-    """The sharding of each array by path.
-
-    Raises:
-        InputError: an axis that the mesh cannot divide.
-    """
-    return {path: sharding_of(path, leaf.shape, mesh) for path, leaf in arrays.items()}
-
-
-def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """The sharding of one array, after checking that every axis divides.
-
-    Blocks of a quantised kernel's scale need not: those that do not divide lie whole everywhere.
-    """
-    spec = list(spec_of(path))
-    for i, (size, axis) in enumerate(zip(shape, spec, strict=True)):
-        axes = [name for name in _names(axis) if mesh.shape[name] > 1]
-        parts = math.prod(mesh.shape[name] for name in axes)
-        if size % parts and path.endswith(".kernel_scale") and i == 1:
-            spec[i] = None
-        elif size % parts:
-            raise InputError(
-                f"mesh.{' x mesh.'.join(axes)}: expected a divisor of {size}, an axis of {path} "
-                f"{shape}, got {parts}. Choose another size for this part of the mesh."
-            )
-    return NamedSharding(mesh, P(*spec))
-
-
-def with_shardings(
-    arrays: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """The same shapes, each with its sharding attached."""
-    placed = shardings(arrays, mesh)
-    return {
-        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed[path])
-        for path, leaf in arrays.items()
-    }
-
-
-def placed(arrays: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """Arrays laid out as the table says."""
-    return {
-        path: hosts.place(value, sharding_of(path, value.shape, mesh))
-        for path, value in arrays.items()
-    }
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Arrays [micro-batches, B, T] of a batch: rows over data and fsdp, tokens over sequence.
+    """Arrays [micro-batches, B, T] of a batch: rows over ``ROWS``, tokens over ``TOKENS``.
 
     Where tokens are not split, an array may have no axis of tokens, or others.
     """
-    tokens = ("sequence",) if mesh.shape["sequence"] > 1 else ()
-    return NamedSharding(mesh, P(None, BATCH_AXES, *tokens))
+    tokens = (TOKENS,) if mesh.shape[TOKENS] > 1 else ()
+    return NamedSharding(mesh, P(None, ROWS, *tokens))
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
-    """Arrays [B, …] without micro-batches: rows over data and fsdp."""
-    return NamedSharding(mesh, P(BATCH_AXES))
+    """Arrays [B, …] without micro-batches: rows over ``ROWS``."""
+    return NamedSharding(mesh, P(ROWS))
 
 
 def head_axes(mesh: Mesh) -> HeadAxes:
     """The axes that the pass over the logits is split over: rows of the batch, vocabulary."""
-    rows = tuple(axis for axis in TOKEN_AXES if mesh.shape[axis] > 1)
-    return HeadAxes(rows, "tensor" if mesh.shape["tensor"] > 1 else None)
+    rows = tuple(axis for axis in (*ROWS, TOKENS) if mesh.shape[axis] > 1)
+    return HeadAxes(rows, VOCABULARY if mesh.shape[VOCABULARY] > 1 else None)
 
 
 def across_devices(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -218,17 +151,18 @@ def across_devices(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., A
     """
     if mesh.size == 1:
         return unwrapped
-    rows, vocabulary = P(TOKEN_AXES), P("tensor", None)
+    rows, vocabulary = P((*ROWS, TOKENS)), P(VOCABULARY, None)
     specs = {"in_specs": (rows, vocabulary, P(), P()), "out_specs": (P(), rows)}
     return lambda compute: jax.shard_map(compute, mesh=mesh, check_vma=False, **specs)
 
 
 def head_layout(mesh: Mesh) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """Lay out rows over the axes of tokens and the head over ``tensor``, for the plain head.
+    """Lay out rows over the axes of tokens and the head over its vocabulary, for the plain head.
 
     Left alone the partitioner may hold the logits of all rows on every device.
     """
-    rows, vocabulary = NamedSharding(mesh, P(TOKEN_AXES)), NamedSharding(mesh, P("tensor", None))
+    rows = NamedSharding(mesh, P((*ROWS, TOKENS)))
+    vocabulary = NamedSharding(mesh, P(VOCABULARY, None))
     constrain = jax.lax.with_sharding_constraint
     return lambda parts, table: (
         jax.tree.map(lambda part: constrain(part, rows), parts),
@@ -241,7 +175,7 @@ def flatten_tokens(mesh: Mesh) -> Callable[[Array], Array]:
 
     Their order is that of the devices where tokens are split; no term depends on it.
     """
-    copies, parts = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["sequence"]
+    copies, parts = row_parts(mesh), mesh.shape[TOKENS]
 
     def flatten(x: Array) -> Array:
         rows, tokens, *rest = x.shape
@@ -257,27 +191,32 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def row_parts(mesh: Mesh) -> int:
+    """Parts into which the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
 def check_batch(rows: int, mesh: Mesh) -> None:
     """Raises InputError unless a micro-batch of ``rows`` divides over the mesh."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts, axes = row_parts(mesh), " x ".join(f"mesh.{axis}" for axis in ROWS)
     if rows % parts:
         raise InputError(
             f"training.batch_size: expected batch_size / accumulation to be a multiple of "
-            f"mesh.data x mesh.fsdp = {parts}, got {rows}. Change the batch or the mesh."
+            f"{axes} = {parts}, got {rows}. Change the batch or the mesh."
         )
 
 
 def whole_length(length: int, longest: int, mesh: Mesh) -> int:
-    """``length`` tokens of a row, rounded up to a multiple of ``mesh.sequence``.
+    """``length`` tokens of a row, rounded up to a multiple of the devices that share it.
 
     Raises:
         InputError: the multiple is more than ``longest``, which is ``data.max_length``.
     """
-    parts = mesh.shape["sequence"]
+    parts = mesh.shape[TOKENS]
     rounded = math.ceil(length / parts) * parts
     if rounded > longest:
         raise InputError(
-            f"data.max_length: expected a multiple of mesh.sequence = {parts}, got {longest}: "
+            f"data.max_length: expected a multiple of mesh.{TOKENS} = {parts}, got {longest}: "
             "tokens of a row are split evenly. Change one of them."
         )
     return rounded

@@ -1,6 +1,6 @@
 """Are the tokens of a row split over devices here, and what does that ask of a layer?
 
-The answer is in the mesh that ``jax.set_mesh`` made current. Where its axis ``sequence`` has one
+The answer is in the mesh that ``jax.set_mesh`` made current. Where its axis ``TOKENS`` has one
 device, or no mesh is current, every function here leaves the program as it is.
 """
 
@@ -12,9 +12,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from balora_jax.array_types import Array, Float
-
-ROWS, AXIS = ("data", "fsdp"), "sequence"
-"""Mesh axes over which the rows of a batch are split, and that over which each row's tokens are."""
+from balora_jax.parallel.axes import ROWS, TOKENS
 
 
 def parts() -> int:
@@ -24,7 +22,7 @@ def parts() -> int:
         >>> parts()
         1
     """
-    return _sizes().get(AXIS, 1)
+    return _sizes().get(TOKENS, 1)
 
 
 def whole(x: Float[Array, "B S ..."]) -> Float[Array, "B S ..."]:
@@ -59,7 +57,7 @@ def _kept(x: Array) -> Array:
         return x
     held = tuple(name for name in ROWS if _sizes().get(name, 1) > 1)
     divides = x.shape[0] % math.prod(_sizes()[name] for name in held) == 0
-    return _laid(x, held if held and divides else P.UNCONSTRAINED, AXIS)
+    return _laid(x, held if held and divides else P.UNCONSTRAINED, TOKENS)
 
 
 def _laid(x: Array, rows: Any, tokens: str | None) -> Array:

@@ -61,12 +61,12 @@ def trained_shapes(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
 
 def abstract_arguments(program: Program, total_steps: int) -> tuple[Any, ...]:
     """Shapes and shardings of a step's arguments: (state, constants, batch, key)."""
-    mesh, length = program.mesh, program.config.data.max_length
+    mesh, layout, length = program.mesh, program.layout, program.config.data.max_length
     sharding.whole_length(length, length, mesh)
     optimizer = optim.make_optimizer(program.config.training, total_steps)
-    state = steps.abstract_state(trained_shapes(program), optimizer, mesh)
-    frozen: Any = sharding.with_shardings(program.plain.frozen, mesh)
-    origin: Any = sharding.with_shardings(program.student.origin, mesh)
+    state = steps.abstract_state(layout.attached(trained_shapes(program)), optimizer, mesh)
+    frozen: Any = layout.attached(program.plain.frozen)
+    origin: Any = layout.attached(program.student.origin)
     factor: Any = None
     width = program.decoder.hidden_size
     if assemble.needs_factor(program):

@@ -226,7 +226,7 @@ def head_temporaries(program: Program) -> int | None:
     labels, mask = (shape(rows, length, dtype=kind) for kind in (jnp.int32, jnp.bool_))
     tied = program.decoder.tie_word_embeddings
     name = f"{'embed_tokens' if tied else 'lm_head'}.embedding"
-    table = sharding.with_shardings({name: program.plain.frozen[name]}, mesh)[name]
+    table = program.layout.attached({name: program.plain.frozen[name]})[name]
     factor = None
     if assemble.needs_factor(program):
         factor = shape(width, width, dtype=jnp.float32, at=whole)

@@ -164,7 +164,7 @@ class Space:
         except InputError:
             return
         batch = self.config.training.batch_size
-        rows = mesh.shape["data"] * mesh.shape["fsdp"]
+        rows = sharding.row_parts(mesh)
         for accumulation in range(1, batch + 1):
             if batch % accumulation or batch // accumulation % rows:
                 continue
@@ -262,7 +262,7 @@ class Estimate:
         chunk = min(self.tokens, 64) if fused else 2 * self.tokens
         width = self.program.decoder.hidden_size
         last = table * (chunk * 4 + (width * self.item if gathered else 0))
-        layout = sharding.with_shardings(self.program.student.adapters, self.program.mesh)
+        layout = self.program.layout.attached(self.program.student.adapters)
         gradients = compiled.local_bytes(layout)
         return self.saved_bytes + gradients + max(last, layer if gathered else 0)
 

@@ -26,8 +26,9 @@ from balora_jax.models.adapters import AdaptedModule, LinearShape
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.encoder import EncoderConfig, init_head
 from balora_jax.models.quantized import quantize_kernel
+from balora_jax.models.structure import Structure
 from balora_jax.models.weight_names import WeightRule
-from balora_jax.parallel.sharding import placed, with_shardings
+from balora_jax.parallel.sharding import Layout
 from balora_jax.paths import resolve_path
 
 TOKENIZER_FILES = (
@@ -56,26 +57,27 @@ class Checkpoint:
         return fingerprint(self.folder)
 
     def load(
-        self, shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh | None = None
+        self, shapes: Mapping[str, jax.ShapeDtypeStruct], layout: Layout | None = None
     ) -> dict[str, Array]:
-        """The frozen weights; each device reads its own slices."""
-        targets = dict(shapes) if mesh is None else with_shardings(shapes, mesh)
+        """The frozen weights; each device reads its own slices, or the first one all of them."""
+        targets = dict(shapes) if layout is None else layout.attached(shapes)
         # What is not asked for here is asked for elsewhere; a name that no rule has is an error.
         others = [rule.pattern for rule in self.rules if rule.path not in shapes]
         return load_weights(self.folder, targets, self.rules, ignore=(*self.ignored, *others))
 
-    def load_for(self, structure: Any, mesh: Mesh | None = None) -> dict[str, Array]:
+    def load_for(self, structure: Structure, mesh: Mesh | None = None) -> dict[str, Array]:
         """The frozen weights as a structure holds them, quantised one stack after another."""
+        layout = None if mesh is None else Layout(structure.axes, mesh)
         if structure.quantization == "none":
-            return self.load(structure.frozen, mesh)
+            return self.load(structure.frozen, layout)
         held: dict[str, Array] = {}
         for path, shape in structure.parameters.items():
-            value = self.load({path: shape}, mesh)[path]
+            value = self.load({path: shape}, layout)[path]
             if f"{path}_scale" in structure.frozen:
                 found = quantize_kernel(value, structure.quantization, name=path)
                 stem = path.removesuffix("kernel")
                 found = {f"{stem}{leaf}": value for leaf, value in found.items()}
-                held |= found if mesh is None else placed(found, mesh)
+                held |= found if layout is None else layout.placed(found)
             else:
                 held[path] = value
         return held

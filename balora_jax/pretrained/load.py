@@ -12,10 +12,11 @@ from balora_jax.array_types import Array, Float, Int
 from balora_jax.errors import InputError
 from balora_jax.io.peft_writer import read_peft
 from balora_jax.models.adapters import adapter_shapes
-from balora_jax.models.decoder import Structure, structure
+from balora_jax.models.decoder import structure
 from balora_jax.models.encoder import Encoder, encoder_structure
 from balora_jax.models.generation import Sampling, generate, make_decoder
 from balora_jax.models.starts import start_from_factors
+from balora_jax.models.structure import Structure
 from balora_jax.pretrained.checkpoint import (
     Base,
     EncoderBase,

@@ -24,8 +24,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from balora_jax.array_types import Array, Float, Int
 from balora_jax.data.templates import ALPACA
-from balora_jax.models.decoder import Structure, structure
+from balora_jax.models.decoder import structure
 from balora_jax.models.registry import decoder_config
+from balora_jax.models.structure import Structure
 from balora_jax.models.weight_names import weight_rules
 from balora_jax.quickstart import generate
 

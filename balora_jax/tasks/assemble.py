@@ -27,13 +27,15 @@ from balora_jax.models.adapters import (
     plan_adapters,
     trainable_parameters,
 )
-from balora_jax.models.decoder import Structure, structure
+from balora_jax.models.decoder import structure
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.quantized import DequantizedKernels
+from balora_jax.models.structure import Structure
 from balora_jax.models.weight_names import linear_shapes, weight_rules
 from balora_jax.numerics import head, linalg
 from balora_jax.numerics.objective import Objective, weights
 from balora_jax.parallel import hosts, sharding
+from balora_jax.parallel.axes import TOKENS, VOCABULARY
 from balora_jax.pretrained.checkpoint import peft_modules
 from balora_jax.tasks.text import loss as causal
 from balora_jax.training import optim, steps
@@ -61,6 +63,11 @@ class Program:
     modules: tuple[AdaptedModule, ...]
     objective: Objective
     mesh: Mesh
+
+    @property
+    def layout(self) -> sharding.Layout:
+        """Where every array of a run lies."""
+        return sharding.Layout(self.student.axes, self.mesh)
 
     @property
     def trainable(self) -> int:
@@ -96,7 +103,7 @@ def program_of(
     plain = model_structure(decoder, config.model, {})
     peft, modules = plan(config.adapter, linear_shapes(weight_rules(decoder), plain.parameters))
     mesh = checked_mesh(config, mesh)
-    sharding.shardings(plain.frozen, mesh)
+    sharding.Layout(plain.axes, mesh).attached(plain.frozen)  # raises where an axis does not divide
     check_full(config)
     student = model_structure(decoder, config.model, shapes_of(config.adapter, modules))
     return Program(config, decoder, plain, student, modules, objective, mesh), peft
@@ -129,15 +136,15 @@ def checked_mesh(config: RunConfig, mesh: Mesh | None = None) -> Mesh:
 
 def _check_tokens_split(config: RunConfig, mesh: Mesh) -> None:
     """Raises InputError where rows are split over devices that cannot be."""
-    parts = mesh.shape["sequence"]
+    parts = mesh.shape[TOKENS]
     if parts > 1 and config.task == "nlu":
         raise InputError(
-            f"mesh.sequence: expected 1 with task nlu, got {parts}: only the tokens of causal "
+            f"mesh.{TOKENS}: expected 1 with task nlu, got {parts}: only the tokens of causal "
             "models are split over devices. Set it to 1."
         )
     if parts > 1 and config.model.attention == "cudnn":
         raise InputError(
-            f"model.attention: expected auto or xla with mesh.sequence {parts}, got cudnn, which "
+            f"model.attention: expected auto or xla with mesh.{TOKENS} {parts}, got cudnn, which "
             "takes whole rows only. Choose another."
         )
 
@@ -207,14 +214,14 @@ def begin(
     modules: Sequence[AdaptedModule],
     frozen: Arrays,
     peft: PeftAdapter | None,
-    mesh: Mesh,
+    layout: sharding.Layout,
 ) -> tuple[Arrays, Arrays]:
     """What trains at step 0, and the origin it is measured from, each array on its devices."""
     if config.adapter.method == "full":
         # Copies even in float32: the step is given these arrays for good.
-        return {path: jnp.array(value, jnp.float32) for path, value in frozen.items()}, {}
+        copies = {path: jnp.array(value, jnp.float32) for path, value in frozen.items()}
+        return layout.placed(copies), {}
     kernels = kernels_of(frozen, config.model)
-    layout = partial(sharding.sharding_of, mesh=mesh)
     if peft is not None:
         adapters, origin = starts.start_from_factors(
             modules, kernels, peft.tensors, peft.magnitudes, layout
@@ -237,7 +244,7 @@ def begin(
                 report=report,
             )
     # Only DoRA's norms are not yet where the table wants them.
-    return sharding.placed(adapters, mesh), sharding.placed(origin, mesh)
+    return layout.placed(adapters), layout.placed(origin)
 
 
 def kernels_of(frozen: Arrays, config: ModelConfig) -> Mapping[str, Array]:
@@ -320,7 +327,7 @@ def head_plan(program: Program) -> causal.HeadPlan:
     training, mesh, vocabulary = program.config.training, program.mesh, program.decoder.vocab_size
     platform = mesh.devices.flat[0].platform
     memory = training.head_memory_mib or head.default_memory_mib(platform)
-    columns = vocabulary // mesh.shape["tensor"]
+    columns = vocabulary // mesh.shape[VOCABULARY]
     chunk = training.head_chunk or head.chunk_rows(columns, memory * 2**20)
     return causal.HeadPlan(
         training.head,

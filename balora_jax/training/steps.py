@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from balora_jax.array_types import Array, PRNGKeyArray, Scalar
 from balora_jax.numerics.logit_terms import TermScales
 from balora_jax.parallel import hosts
-from balora_jax.parallel.sharding import batch_sharding, replicated, shardings
+from balora_jax.parallel.sharding import batch_sharding, replicated
 from balora_jax.training import guard
 from balora_jax.training.guard import Guard
 
@@ -134,7 +134,10 @@ def initial_state(
     adapters: dict[str, Array], optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """Step 0, with the optimizer's moments laid out like the adapters they belong to."""
-    shapes = {path: jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in adapters.items()}
+    shapes = {
+        path: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=value.sharding)
+        for path, value in adapters.items()
+    }
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(shapes, optimizer, mesh))
     opt_state = jax.jit(optimizer.init, out_shardings=layout.opt_state)(adapters)
     begin = jax.jit(
@@ -149,9 +152,9 @@ def abstract_state(
     adapters: dict[str, jax.ShapeDtypeStruct], optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """Shapes and shardings of a state, from those of the adapters alone."""
-    placed = shardings(adapters, mesh)
+    placed = {path: leaf.sharding for path, leaf in adapters.items()}
 
-    def struct(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    def struct(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     opt_state = optax.tree_utils.tree_map_params(
@@ -165,7 +168,8 @@ def abstract_state(
     seen = jax.tree.map(
         lambda leaf: struct(leaf, replicated(mesh)), jax.eval_shape(guard.new_guard)
     )
-    return TrainState(step, jax.tree.map(struct, adapters, placed), opt_state, seen)
+    shapes: Any = adapters
+    return TrainState(step, shapes, opt_state, seen)
 
 
 def gradient_shares(parts: StepParts) -> Callable[..., Metrics]:

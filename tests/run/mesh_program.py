@@ -252,12 +252,13 @@ def prepared(config, folder, mesh):
         program, peft = assemble.program_of(config, base.config, mesh)
         parts = assemble.step_parts(program, 2)
     frozen = base.load_for(program.plain, mesh)
-    trainable, origin = assemble.begin(config, program.modules, frozen, peft, mesh)
+    trainable, origin = assemble.begin(config, program.modules, frozen, peft, program.layout)
     if config.task == "nlu":
-        head = sharding.placed(base.load_head(jax.random.key(1)), mesh)
+        head = program.layout.placed(base.load_head(jax.random.key(1)))
         copies = {path: jnp.array(value, copy=True) for path, value in head.items()}
-        return parts, trainable | head, labelled.Constants(frozen, origin, copies)
-    return parts, trainable, assemble.constants_of(program, Loaded(frozen, origin, trainable))
+        return program, parts, trainable | head, labelled.Constants(frozen, origin, copies)
+    constants = assemble.constants_of(program, Loaded(frozen, origin, trainable))
+    return program, parts, trainable, constants
 
 
 def run(case, folder, mesh):
@@ -266,11 +267,11 @@ def run(case, folder, mesh):
     head = "plain" if case == PLAIN else "fused"
     config = config_of(folder / model, adapter, quantization, head)
     with jax.set_mesh(mesh):
-        parts, trainable, constants = prepared(config, folder / model, mesh)
+        program, parts, trainable, constants = prepared(config, folder / model, mesh)
         before = {path: np.asarray(value) for path, value in trainable.items()}
         # At the start the student is the teacher, and consistency would have no gradient.
         before = {path: value + noise(path, value.shape, 0.1) for path, value in before.items()}
-        state = steps.initial_state(sharding.placed(before, mesh), parts.optimizer, mesh)
+        state = steps.initial_state(program.layout.placed(before), parts.optimizer, mesh)
         step = steps.compile_step(parts, state, mesh)
         batch = steps.place_batch(batch_of(config.task == "nlu"), mesh)
         step = step.lower(state, constants, batch, jax.random.key(0)).compile()
@@ -283,7 +284,7 @@ def run(case, folder, mesh):
         {
             path: value
             for path, value in held.items()
-            if value.sharding.spec != sharding.sharding_of(path, value.shape, mesh).spec
+            if value.sharding.spec != program.layout(path, value.shape).spec
         },
         exchanged(step.as_text()),
     )  # fmt: skip

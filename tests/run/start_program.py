@@ -23,7 +23,7 @@ import numpy as np
 
 from balora_jax.config import MeshConfig
 from balora_jax.models import starts
-from balora_jax.parallel import sharding
+from balora_jax.parallel.sharding import Layout, make_mesh
 from balora_jax.pretrained.checkpoint import open_base
 from balora_jax.tasks import assemble
 from balora_jax.training.run import Loaded
@@ -37,7 +37,7 @@ EVERY = (*STARTS, "lora", "olora", "orthogonal")
 
 def mesh_of(tensor, fsdp):
     sizes = MeshConfig(data=1, fsdp=fsdp, tensor=tensor)
-    return sharding.make_mesh(sizes, jax.devices()[: tensor * fsdp])
+    return make_mesh(sizes, jax.devices()[: tensor * fsdp])
 
 
 def arrays_of(folder, start, mesh, method="lora"):
@@ -48,10 +48,11 @@ def arrays_of(folder, start, mesh, method="lora"):
     program, peft = assemble.program_of(config, base.config, mesh)
     with jax.set_mesh(mesh):
         frozen = base.load_for(program.plain, mesh)
-        trainable, origin = assemble.begin(config, program.modules, frozen, peft, mesh)
+        trainable, origin = assemble.begin(config, program.modules, frozen, peft, program.layout)
         constants = assemble.constants_of(program, Loaded(frozen, origin, trainable))
     factor = {"head_factor": constants.head_factor}
-    return {**frozen, **factor, **{f"origin {k}": v for k, v in origin.items()}, **trainable}
+    arrays = {**frozen, **factor, **{f"origin {k}": v for k, v in origin.items()}, **trainable}
+    return arrays, program.layout
 
 
 def blocks_of(arrays):
@@ -74,7 +75,7 @@ def products(arrays):
     }
 
 
-def compared(one, other, mesh):
+def compared(one, other, layout):
     whole = {path: np.asarray(value) for path, value in one.items()}
     found = {path: np.asarray(value) for path, value in other.items()}
     assert set(whole) == set(found)
@@ -89,23 +90,22 @@ def compared(one, other, mesh):
             path
             for path, value in other.items()
             if path != "head_factor"
-            and value.sharding
-            != sharding.sharding_of(path.removeprefix("origin "), value.shape, mesh)
+            and value.sharding != layout(path.removeprefix("origin "), value.shape)
         ],
     }
 
 
-def largest_gather(start, mesh):
+def largest_gather(start, layout):
     """Numbers of the largest gathered array of a start's program, as a share of a layer's."""
     shape = (3, 256, 512)
     path = "layers.self_attn.q_proj"
     names = {f"{path}.lora_a": (3, 256, 4), f"{path}.lora_b": (3, 4, 512)}
-    places = tuple(sharding.sharding_of(*pair, mesh) for pair in names.items())
+    places = tuple(layout(*pair) for pair in names.items())
     stacks = tuple(
         jax.ShapeDtypeStruct(pair[1], jnp.bfloat16, sharding=place)
         for pair, place in zip(names.items(), places, strict=True)
     )
-    place = sharding.sharding_of(f"{path}.kernel", shape, mesh)
+    place = layout(f"{path}.kernel", shape)
     kernel = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
     where = jnp.int32(0), jnp.float32(1), jax.random.key(0)
     compiled = starts._write_layer.lower(stacks, kernel, *where, start, 4, places).compile()
@@ -121,15 +121,16 @@ def main(folder):
     found = {}
     meshes = {"fsdp 8": mesh_of(1, 8), "tensor 2 x fsdp 4": mesh_of(2, 4)}
     for start in EVERY:
-        one = arrays_of(folder / "llama", start, mesh_of(1, 1))
+        one, _ = arrays_of(folder / "llama", start, mesh_of(1, 1))
         for title, mesh in meshes.items():
             if start in STARTS or title != "fsdp 8":
-                other = arrays_of(folder / "llama", start, mesh)
-                found[f"{start} / {title}"] = compared(one, other, mesh)
+                other, layout = arrays_of(folder / "llama", start, mesh)
+                found[f"{start} / {title}"] = compared(one, other, layout)
     for title, mesh in meshes.items():
-        found[f"gathered / {title}"] = {s: largest_gather(s, mesh) for s in STARTS}
+        layout = Layout(layout.axes, mesh)
+        found[f"gathered / {title}"] = {s: largest_gather(s, layout) for s in STARTS}
     for start in STARTS:
-        four = arrays_of(folder / "llama", start, mesh_of(2, 2), "dora")
+        four, _ = arrays_of(folder / "llama", start, mesh_of(2, 2), "dora")
         np.savez(folder / f"{start}.npz", **{k: np.asarray(v) for k, v in four.items()})
     print(json.dumps(found))
 
@@ -143,7 +144,7 @@ def worker(folder, process, port):
     found = {}
     for start in STARTS:
         wanted = np.load(folder / f"{start}.npz")
-        here = blocks_of(arrays_of(folder / "llama", start, mesh_of(2, 2), "dora"))
+        here = blocks_of(arrays_of(folder / "llama", start, mesh_of(2, 2), "dora")[0])
         assert set(here) == set(wanted.files)
         found[start] = {
             path: max(away(part, wanted[path][index]) for index, part in parts)

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
-from balora_jax.parallel import sharding, token_split
+from balora_jax.parallel import axes, sharding, token_split
 from balora_jax.tasks import assemble
 from balora_jax.tasks.text import loss as causal
 
@@ -104,26 +104,44 @@ def test_the_fused_attention_takes_whole_rows():
 
 
 def test_one_mesh_axis_in_two_dimensions_is_refused(monkeypatch):
-    monkeypatch.setitem(sharding.MESH_AXES, "heads", "fsdp")
+    monkeypatch.setitem(axes.MESH_AXES, "heads", "fsdp")
     message = (
-        "sharding.LOGICAL_AXES x MESH_AXES: expected every mesh axis in one dimension of an array, "
-        "got fsdp in two of layers.attn.c_proj.{} {}, by the pattern "
-        "'layers\\\\.(self_attn\\\\.o_proj|attn\\\\.c_proj)\\\\.kernel'. Give one of these "
-        "dimensions another axis, or None."
+        "axes.MESH_AXES: expected every mesh axis in one dimension of an array, got fsdp in two of "
+        "layers.attn.c_proj.{} {}. Give one of these logical axes another mesh axis, or None."
     )
-    for leaf, axes in (
+    for leaf, logical in (
         ("kernel", ("layers", "heads", "width")),
-        ("kernel_scale", ("layers", "heads", "width")),
+        ("kernel_scale", ("layers", "blocks_heads", "width")),
     ):
         with pytest.raises(InputError) as error:
-            sharding.spec_of(f"layers.attn.c_proj.{leaf}")
-        assert str(error.value) == message.format(leaf, axes)
+            sharding.spec_of(f"layers.attn.c_proj.{leaf}", logical)
+        assert str(error.value) == message.format(leaf, logical)
     # Adapters have axes of their own.
-    assert tuple(sharding.spec_of("layers.attn.c_proj.lora_b")) == (
+    assert tuple(sharding.spec_of("lora_b", ("layers", None, "adapter_width"))) == (
         None,
         None,
         ("fsdp", "sequence"),
     )
+
+
+def layout(**sizes):
+    named = {
+        "embed_tokens.embedding": ("vocabulary", "width"),
+        "layers.up.kernel_scale": ("layers", "blocks_width", "inner"),
+    }
+    return sharding.Layout(named, mesh(**sizes))
+
+
+def test_blocks_that_do_not_divide_lie_whole():
+    found = layout(fsdp=4, tensor=2)
+    assert found("layers.up.kernel_scale", (3, 8, 6)).spec == P(
+        None, ("fsdp", "sequence"), "tensor"
+    )
+    assert found("layers.up.kernel_scale", (3, 1, 6)).spec == P(None, None, "tensor")
+    with pytest.raises(
+        InputError, match=r"mesh.tensor: expected a divisor of 5, an axis of layers"
+    ):
+        found("layers.up.kernel_scale", (3, 8, 5))
 
 
 def test_an_axis_that_does_not_divide_names_the_sizes_at_fault():
@@ -132,9 +150,9 @@ def test_an_axis_that_does_not_divide_names_the_sizes_at_fault():
         r"\(48, 12\), got 8. Choose another size"
     )
     with pytest.raises(InputError, match=message):
-        sharding.sharding_of("embed_tokens.embedding", (48, 12), mesh(fsdp=2, sequence=4))
+        layout(fsdp=2, sequence=4)("embed_tokens.embedding", (48, 12))
     with pytest.raises(InputError, match=r"^mesh.sequence: expected a divisor of 12"):
-        sharding.sharding_of("embed_tokens.embedding", (48, 12), mesh(sequence=8))
+        layout(sequence=8)("embed_tokens.embedding", (48, 12))
 
 
 def test_a_mesh_that_splits_no_tokens_leaves_products_as_they_are():

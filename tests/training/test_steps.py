@@ -87,10 +87,9 @@ def full():
 def run(full):
     """Four steps on four batches: the compiled step, adapters before each, metrics, batches."""
     mesh = sharding.make_mesh(MeshConfig())
-    adapters = {
-        path: jax.device_put(jnp.array(value), sharding.sharding_of(path, value.shape, mesh))
-        for path, value in full.adapters.items()
-    }
+    layout = sharding.Layout(full.parts.loss.student.axes, mesh)
+    # Copies: the step is given these arrays for good.
+    adapters = layout.placed({path: jnp.array(value) for path, value in full.adapters.items()})
     frozen = {path: digest(value) for path, value in full.constants.frozen.items()}
     state = steps.initial_state(adapters, full.parts.optimizer, mesh)
     step = steps.compile_step(full.parts, state, mesh)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from balora_jax.array_types import Array, Float, PRNGKeyArray, Scalar
-from balora_jax.models.encoder import EncoderStructure
+from balora_jax.models.structure import Structure
 from balora_jax.numerics import losses, regularizers
 from balora_jax.numerics.logit_terms import TermScales, TermSpec
 from balora_jax.numerics.objective import Objective, adaptive_weight
@@ -89,8 +89,8 @@ class LabelLoss:
         outputs: C; 1 for regression.
     """
 
-    student: EncoderStructure
-    teacher: EncoderStructure
+    student: Structure
+    teacher: Structure
     objective: Objective
     outputs: int
 

@@ -25,7 +25,8 @@ from balora_jax.data.labelled import (
 from balora_jax.errors import InputError
 from balora_jax.io.peft_writer import PeftAdapter
 from balora_jax.models.adapters import AdaptedModule, trainable_parameters
-from balora_jax.models.encoder import EncoderStructure, encoder_structure
+from balora_jax.models.encoder import encoder_structure
+from balora_jax.models.structure import Structure
 from balora_jax.numerics.objective import Objective
 from balora_jax.parallel import hosts, sharding
 from balora_jax.pretrained.checkpoint import EncoderBase, check_head, head_from_peft, open_encoder
@@ -70,12 +71,17 @@ class LabelProgram:
     """
 
     config: RunConfig
-    plain: EncoderStructure
-    student: EncoderStructure
+    plain: Structure
+    student: Structure
     modules: tuple[AdaptedModule, ...]
     objective: Objective
     mesh: Mesh
     outputs: int
+
+    @property
+    def layout(self) -> sharding.Layout:
+        """Where every array of a run lies."""
+        return sharding.Layout(self.student.axes, self.mesh)
 
     @property
     def trainable(self) -> int:
@@ -147,14 +153,15 @@ class LabelRun(LabelProgram):
     def load(self) -> Loaded:
         """The frozen weights, and adapters and head at their start."""
         frozen = self.base.load_for(self.plain, self.mesh)
-        trainable, origin = assemble.begin(self.config, self.modules, frozen, self.peft, self.mesh)
+        started = assemble.begin(self.config, self.modules, frozen, self.peft, self.layout)
+        trainable, origin = started
         head = self.base.load_head(jax.random.key(self.config.training.seed))
         if self.peft is not None:
             brought = head_from_peft(self.peft, self.base.head_rules)
             head |= {path: jnp.asarray(value) for path, value in brought.items()}
         elif self.config.regularizers.teacher_head == "probe":
             head = self._probed(frozen, head)
-        return Loaded(frozen, origin, trainable | sharding.placed(head, self.mesh))
+        return Loaded(frozen, origin, trainable | self.layout.placed(head))
 
     def _probed(self, frozen: Arrays, head: Arrays) -> Arrays:
         """A head fitted on the frozen features of the training rows."""
@@ -278,7 +285,7 @@ def label_program(
     plain = encoder_structure(base.config, **options)
     peft, modules = assemble.plan(config.adapter, base.linears(plain.parameters))
     check_head(base, peft, config.adapter.start, config.regularizers.teacher_head)
-    sharding.shardings(plain.frozen, mesh)
+    sharding.Layout(plain.axes, mesh).attached(plain.frozen)  # raises where an axis does not divide
     shapes = assemble.shapes_of(config.adapter, modules)
     student = encoder_structure(base.config, adapters=shapes, **options)
     return LabelProgram(config, plain, student, modules, objective, mesh, outputs), peft

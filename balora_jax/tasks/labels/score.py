@@ -93,7 +93,7 @@ def logits_forward(bind: Callable[..., Encoder]) -> Any:
 
 def forward_rows(config: RunConfig, mesh: Mesh) -> int:
     """Rows of a forward without backward: ``eval.batch_size``, whole over the devices."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = sharding.row_parts(mesh)
     return -(-config.eval.batch_size // parts) * parts
 
 

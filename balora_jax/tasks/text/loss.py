@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from balora_jax.array_types import Array, Bool, Float, Int, PRNGKeyArray, Scalar
-from balora_jax.models.decoder import Decoder, Structure
+from balora_jax.models.decoder import Decoder
+from balora_jax.models.structure import Structure
 from balora_jax.numerics import head, objective
 from balora_jax.numerics.head import Adapt, HeadAxes, HeadTerms, Rows
 from balora_jax.numerics.logit_terms import TermScales

@@ -79,7 +79,8 @@ class TextRun(Program):
     def load(self) -> Loaded:
         """The frozen weights and the adapters' start."""
         frozen = self.base.load_for(self.plain, self.mesh)
-        trainable, origin = assemble.begin(self.config, self.modules, frozen, self.peft, self.mesh)
+        started = assemble.begin(self.config, self.modules, frozen, self.peft, self.layout)
+        trainable, origin = started
         return Loaded(frozen, origin, trainable)
 
     def constants(self, loaded: Loaded) -> causal.Constants:

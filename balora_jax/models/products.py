@@ -1,0 +1,26 @@
+"""Products of activations with weights, in the activations' dtype."""
+
+import jax
+import jax.numpy as jnp
+
+from balora_jax.array_types import Array, Float
+from balora_jax.parallel.token_split import as_rows, as_tokens
+
+
+def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D F"]) -> Float[Array, "... F"]:
+    """``x @ kernel`` in the dtype of ``x``; float32 is computed as float32 on every device."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    y = jnp.matmul(as_rows(x), kernel, precision=precision, preferred_element_type=x.dtype)
+    return as_tokens(y, x.shape[:-1])
+
+
+def low_rank(
+    x: Float[Array, "... D"], down: Float[Array, "D R"], up: Float[Array, "R F"]
+) -> Float[Array, "... F"]:
+    """``(x down) up`` in the dtype of ``x``."""
+    return matmul(matmul(x, down.astype(x.dtype)), up.astype(x.dtype))
+
+
+def rescaled(y: Float[Array, "... F"], gain: Float[Array, "... F"]) -> Float[Array, "... F"]:
+    """``y * gain`` rounded once: a bfloat16 gain could only be 1 or differ from it by 2⁻⁷."""
+    return (y.astype(jnp.float32) * gain).astype(y.dtype)

@@ -1,0 +1,30 @@
+"""Which mesh axes rows, tokens and weights are split over: the one table of it."""
+
+AXES = ("data", "fsdp", "sequence", "tensor")
+"""Axes of every mesh. Devices side by side on the last one exchange most."""
+
+ROWS = ("data", "fsdp")
+"""Over which the rows of a batch are split."""
+
+TOKENS = "sequence"
+"""Over which the tokens of a row are split."""
+
+VOCABULARY = "tensor"
+"""Over which the entries of the head are split."""
+
+WEIGHTS = ("fsdp", TOKENS)
+"""Over which the width of a weight is split: devices that share a row share its weights too."""
+
+MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
+    "layers": None,  # scanned over, so every device needs every layer
+    "vocabulary": VOCABULARY,
+    "heads": "tensor",
+    "inner": "tensor",
+    "width": WEIGHTS,
+    # A factor of an adapter has one long axis, so that one takes all mesh axes: else half of the
+    # adapters, and of the optimizer's moments, would lie whole on every device.
+    "adapter_heads": ("tensor", *WEIGHTS),
+    "adapter_inner": ("tensor", *WEIGHTS),
+    "adapter_width": WEIGHTS,
+}
+"""Logical axis of an array → the mesh axes over which it is split."""
