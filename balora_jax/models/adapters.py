@@ -122,11 +122,9 @@ class Linear(nnx.Module):
         if quantization != "none":
             scale = jnp.zeros_like(stored["kernel_scale"])
             self.kernel_scale = declared(scale, "layers", prefixed("blocks", d_in), d_out)
-        self.bias = None
-        if use_bias:
-            # A vector over the model's width is small, and lies whole on every device.
-            across = None if d_out == "width" else d_out
-            self.bias = declared(jnp.zeros((layers, out_features), dtype), "layers", across)
+        # A vector over the model's width is small, and lies whole on every device.
+        across, bias = None if d_out == "width" else d_out, jnp.zeros((layers, out_features), dtype)
+        self.bias = declared(bias, "layers", across) if use_bias else None
         self.adapter = adapter
         if adapter is not None:
             self._adapt(adapter, kernel, axes)
@@ -313,7 +311,7 @@ def plan_adapters(
         InputError: a target or pattern that matches no layer; a rank larger than a layer.
     """
     modules = []
-    used = dict.fromkeys([*(rank_pattern or {}), *(alpha_pattern or {})], False)
+    used = {key: False for key in (*(rank_pattern or {}), *(alpha_pattern or {}))}
     names = [name for shape in linears for name in shape.names]
     _check_targets(names, target_modules)
     _check_expressions("exclude_modules", [exclude_modules])
