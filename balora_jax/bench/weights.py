@@ -72,9 +72,9 @@ def random_arrays(shapes: dict[str, jax.ShapeDtypeStruct], program: Program) -> 
             return jax.lax.bitcast_convert_type(bits, leaf.dtype)
         return 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
 
-    layout = sharding.shardings(shapes, program.mesh)
+    layout = program.layout
     return {
-        path: jax.jit(draw, static_argnums=(0, 1), out_shardings=layout[path])(
+        path: jax.jit(draw, static_argnums=(0, 1), out_shardings=layout(path, leaf.shape))(
             path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         )
         for path, leaf in shapes.items()
@@ -87,9 +87,9 @@ def loaded_for(program: Program, weights: Weights) -> Loaded:
     Random weights get random factors of the size that a start would have: a decomposition of a 7B
     model takes minutes and does not change the time of a step.
     """
-    config, mesh = program.config, program.mesh
+    config, layout = program.config, program.layout
     if not weights.random or config.adapter.start == "lora" or config.adapter.method == "full":
-        trainable, origin = assemble.begin(config, program.modules, weights.frozen, None, mesh)
+        trainable, origin = assemble.begin(config, program.modules, weights.frozen, None, layout)
         return Loaded(weights.frozen, origin, trainable)
     drawn = (".lora_a", ".origin_a", ".origin_b")
     shapes = program.student.origin
@@ -108,5 +108,4 @@ def loaded_for(program: Program, weights: Weights) -> Loaded:
         else jnp.array(origin[path.replace(".lora_", ".origin_")], jnp.float32)
         for path in program.student.adapters
     }
-    place = sharding.placed
-    return Loaded(weights.frozen, place(origin, mesh), place(adapters, mesh))
+    return Loaded(weights.frozen, layout.placed(origin), layout.placed(adapters))
