@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from balora_jax.models.starts import STARTS
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -73,16 +75,13 @@ class AdapterConfig(Section):
     dropout: Fraction = 0.0
 
     @model_validator(mode="after")
-    def _dropout_needs_lora(self) -> "AdapterConfig":
-        given = self.start.startswith(("pissa", "olora", "milora", "orthogonal"))
-        if self.dropout > 0.0 and given:
+    def _fits_the_start(self) -> "AdapterConfig":
+        named = self.start in STARTS
+        if self.dropout > 0.0 and named and not STARTS[self.start].allows_dropout:
             raise ValueError(
                 f"adapter.dropout: expected 0 with start {self.start!r}, got {self.dropout}: the "
                 "delta from the start would no longer be zero. Set it to 0, or start from 'lora'."
             )
-        named = self.start.removeprefix("pissa_niter_").isdigit() or self.start in (
-            *("lora", "pissa", "olora", "milora", "orthogonal"),
-        )
         if self.method == "full" and not named:
             raise ValueError(
                 f"adapter.start: expected no folder with method 'full', got {self.start!r}: there "

@@ -62,8 +62,9 @@ def fit(config: RunConfig, *, workdir: str | Path, resume: bool = False) -> dict
 
 def describe(run: Run) -> None:
     """Say what is about to run: config, layers, counts, data and one example with its loss mask."""
-    kinds = sorted({module.path.rsplit(".", 1)[-1] for module in run.modules})
-    layers = f"{len(run.modules)} layers ({', '.join(kinds)})" if kinds else "none, full model"
+    modules = run.adapters.modules
+    kinds = sorted({module.path.rsplit(".", 1)[-1] for module in modules})
+    layers = f"{len(modules)} layers ({', '.join(kinds)})" if kinds else "none, full model"
     share = 100.0 * run.trainable / run.total
     devices = f"devices: {hardware.device_description()}, mesh {dict(run.mesh.shape)}"
     if jax.process_count() > 1:
@@ -93,20 +94,13 @@ def export_trained(training: Training) -> str:
         folder / export.ADAPTER,
         run.base,
         model.name_or_path,
-        run.modules,
+        run.adapters.modules,
         trainable,
         origin,
-        use_rslora=use_rslora(run),
+        use_rslora=run.adapters.use_rslora,
         overwrite=True,
     )
     return f"adapter: {report.folder} (PEFT, rank {report.rank}, {report.parameters:,} numbers)"
-
-
-def use_rslora(run: Run) -> bool:
-    """Whether the scales are alpha / √rank."""
-    if run.peft is not None:
-        return bool(run.peft.config.get("use_rslora"))
-    return run.config.adapter.use_rslora
 
 
 def summarise(training: Training, after: dict[str, Any], began: float) -> dict[str, Any]:

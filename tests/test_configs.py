@@ -15,6 +15,7 @@ from balora_jax.study.run import plan_runs
 from balora_jax.tasks import assemble
 from balora_jax.tasks.text.score import example_settings
 from balora_jax.training import optim
+from balora_jax.training.adapters import adapters_of
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))
@@ -87,11 +88,11 @@ def test_trainable_parameters_are_those_published(name):
     """From shapes alone: no weight of a 7B model is made."""
     config = load_config(CONFIGS / f"{name}.yaml")
     decoder = registry.decoder_config(BASES[name], name)
-    _, modules = assemble.plan(
+    adapters = adapters_of(
         config.adapter,
         linear_shapes(weight_rules(decoder), structure(decoder, dtype="bfloat16").frozen),
     )
-    assert trainable_parameters(modules) == PUBLISHED_COUNTS[name]
+    assert trainable_parameters(adapters.modules) == PUBLISHED_COUNTS[name]
 
 
 # Epochs, batch, learning rate and alpha of the published GLUE runs.
@@ -123,7 +124,7 @@ def test_the_published_settings_of_glue(task):
     base = encoder_registry.encoder_config(DEBERTA_V3_BASE, task, num_labels=2)
     rules = encoder_registry.encoder_weight_rules(base)
     shapes = linear_shapes(rules, encoder_structure(base, dtype="float32").parameters)
-    _, modules = assemble.plan(config.adapter, shapes)
+    modules = adapters_of(config.adapter, shapes).modules
     # 12 layers, Q, K and V, rank 8, from 768 to 768.
     assert trainable_parameters(modules) == 12 * 3 * 8 * (768 + 768) == 442_368
 

@@ -97,7 +97,7 @@ def spec_of(program: Program, model: Path, folder: Path, threads: int) -> dict[s
     """What the reference reads: the settings of the step under their names."""
     config, terms = program.config, program.objective.term_spec
     training = config.training
-    ranks = {(module.rank, module.alpha) for module in program.modules}
+    ranks = {(module.rank, module.alpha) for module in program.adapters.modules}
     if len(ranks) > 1 or training.optimizer != "adamw" or training.lora_plus_ratio != 1.0:
         raise InputError(
             "--against torch: expected one rank for all layers and plain AdamW, got other "
@@ -116,10 +116,12 @@ def spec_of(program: Program, model: Path, folder: Path, threads: int) -> dict[s
         "threads": threads,
         "batch": str(folder / "batch.npz"),
         "factors": str(folder / "factors.npz"),
-        "origin": config.adapter.start != "lora",
+        "origin": program.adapters.start.has_origin,
         "rank": rank,
         "alpha": alpha,
-        "target_modules": sorted({module.name.rsplit(".", 1)[-1] for module in program.modules}),
+        "target_modules": sorted(
+            {module.name.rsplit(".", 1)[-1] for module in program.adapters.modules}
+        ),
         "consistency": program.objective.consistency,
         "diversity": program.objective.diversity,
         "spectral": program.objective.spectral,
@@ -138,7 +140,7 @@ def spec_of(program: Program, model: Path, folder: Path, threads: int) -> dict[s
 def factors_of(program: Program, loaded: Loaded) -> dict[str, np.ndarray]:
     """Each layer's factors in PEFT's orientation: A [r, in], B [out, r]."""
     found = {}
-    for module in program.modules:
+    for module in program.adapters.modules:
         for side, leaf in (("A", "lora_a"), ("B", "lora_b")):
             factor = np.asarray(loaded.trainable[f"{module.path}.{leaf}"][module.layer])
             found[f"{module.name}.{side}"] = np.ascontiguousarray(factor.T)

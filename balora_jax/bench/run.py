@@ -143,7 +143,7 @@ def _setting(config: RunConfig, weights: str, shape: Sequence[int]) -> dict[str,
 
 
 def _program(config: RunConfig, case: Case, base: Base) -> Program:
-    return assemble.program_of(configured(config, case), base.config)[0]
+    return assemble.program_of(configured(config, case), base.config)
 
 
 def _torch_step(

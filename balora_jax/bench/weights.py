@@ -13,13 +13,14 @@ import numpy as np
 
 from balora_jax.array_types import Array
 from balora_jax.config import RunConfig
-from balora_jax.models import starts
+from balora_jax.models.starts.stacks import squared_norms
 from balora_jax.parallel import sharding
 from balora_jax.plan.arguments import random_batch, shapes_only
 from balora_jax.pretrained.checkpoint import Base
 from balora_jax.tasks import assemble
 from balora_jax.tasks.assemble import Program
 from balora_jax.tasks.text import run as text_run
+from balora_jax.training.adapters import kernels_of
 from balora_jax.training.run import Loaded
 
 Arrays = dict[str, Array]
@@ -47,7 +48,7 @@ def weights_of(config: RunConfig) -> tuple[Base, Weights]:
         setup = text_run.check(config)
         loaded = setup.base.load_for(setup.plain, setup.mesh)
         return setup.base, Weights(loaded, False, next(setup.batches()))
-    program, _ = assemble.program_of(config, base.config)
+    program = assemble.program_of(config, base.config)
     length = config.data.max_length
     sharding.whole_length(length, length, program.mesh)
     frozen = random_arrays(program.plain.frozen, program)
@@ -88,19 +89,21 @@ def loaded_for(program: Program, weights: Weights) -> Loaded:
     model takes minutes and does not change the time of a step.
     """
     config, layout = program.config, program.layout
-    if not weights.random or config.adapter.start == "lora" or config.adapter.method == "full":
-        trainable, origin = assemble.begin(config, program.modules, weights.frozen, None, layout)
+    modules, start = program.adapters.modules, program.adapters.start
+    if not (weights.random and modules and start.has_origin):
+        seed = config.training.seed
+        trainable, origin = program.adapters.begin(weights.frozen, config.model, layout, seed=seed)
         return Loaded(weights.frozen, origin, trainable)
     drawn = (".lora_a", ".origin_a", ".origin_b")
     shapes = program.student.origin
     origin = random_arrays({k: v for k, v in shapes.items() if k.endswith(drawn)}, program)
-    kernels = assemble.kernels_of(weights.frozen, config.model)
+    kernels = kernels_of(weights.frozen, config.model)
     for path, leaf in shapes.items():
         stem, _, name = path.rpartition(".")
         if name == "lora_scale":
-            origin[path] = jnp.full(leaf.shape, program.modules[0].scale, leaf.dtype)
+            origin[path] = jnp.full(leaf.shape, modules[0].scale, leaf.dtype)
         elif name == "origin_norm":
-            origin[path] = starts.squared_norms(kernels[f"{stem}.kernel"])
+            origin[path] = squared_norms(kernels[f"{stem}.kernel"])
     adapters = {
         path: jnp.sqrt(origin[path.replace(".lora_magnitude", ".origin_norm")])
         if path.endswith(".lora_magnitude")

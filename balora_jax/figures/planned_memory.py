@@ -77,7 +77,7 @@ def measured(config: RunConfig) -> dict[str, Any]:
     from balora_jax.training import steps
 
     base = arguments.opened_base(config)
-    program, _ = assemble.program_of(config, base.config)
+    program = assemble.program_of(config, base.config)
     abstract = arguments.abstract_arguments(program, compiled.STEPS)
     with jax.set_mesh(program.mesh):
         parts = assemble.step_parts(program, compiled.STEPS)

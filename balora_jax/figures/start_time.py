@@ -45,17 +45,19 @@ def measured(
 
     from balora_jax.bench.weights import random_arrays
     from balora_jax.config_file import load_config
-    from balora_jax.models import starts
+    from balora_jax.models.starts import STARTS
+    from balora_jax.models.starts.stacks import start_adapters
     from balora_jax.plan import arguments
     from balora_jax.pretrained.checkpoint import open_base
     from balora_jax.tasks import assemble
+    from balora_jax.training.adapters import kernels_of
 
     config = load_config(file, list(changes))
     name = config.model.name_or_path
     base = arguments.shapes_only(name)
     drawn, base = base is not None, base or open_base(name, config.model.revision)
     decoder = base.config if layers is None else dataclasses.replace(base.config, num_layers=layers)
-    program, _ = assemble.program_of(config, decoder)
+    program = assemble.program_of(config, decoder)
     if drawn:
         frozen = random_arrays(program.plain.frozen, program)
     else:
@@ -63,7 +65,7 @@ def measured(
     kinds: dict[str, tuple[tuple[int, int], list[float]]] = {}
     seconds: dict[str, list[float]] = defaultdict(list)
     clock = [time.perf_counter()]
-    began, waiting = clock[0], iter(modules_in_order(program.modules))
+    began, waiting = clock[0], iter(modules_in_order(program.adapters.modules))
 
     def report(stacks: Any) -> None:
         jax.block_until_ready(stacks)
@@ -73,10 +75,10 @@ def measured(
         kinds[kind] = (module.in_features, module.out_features), seconds[kind]
         clock[0] = now
 
-    found = starts.start_adapters(
-        program.modules,
-        assemble.kernels_of(frozen, config.model),
-        start=config.adapter.start,
+    found = start_adapters(
+        program.adapters.modules,
+        kernels_of(frozen, config.model),
+        start=STARTS[config.adapter.start],
         key=jax.random.key(config.training.seed),
         layout=program.layout,
         report=report,

@@ -51,7 +51,7 @@ def compile_case(
         ``recomputed_flops``, ``flops_per_device`` (the model's, over devices), ``collectives``,
         ``traffic`` (bytes between each device and its memory), ``compile_seconds``.
     """
-    program, _ = assemble.program_of(config, decoder, mesh)
+    program = assemble.program_of(config, decoder, mesh)
     inputs = arguments.abstract_arguments(program, STEPS)
     began = time.monotonic()
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as dump:

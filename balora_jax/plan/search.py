@@ -95,7 +95,7 @@ class Space:
         self.target = target
         one = abstract_mesh((target.devices, *(1 for _ in sharding.AXES[1:])))
         relaxed = _relaxed(config, target.devices)
-        self.program, _ = assemble.program_of(relaxed, decoder, one)
+        self.program = assemble.program_of(relaxed, decoder, one)
         self.config = config
         found = [layout for sizes in self._meshes() for layout in self._on(sizes)]
         self.smallest = min((layout.memory for layout in found), default=None)

@@ -20,9 +20,8 @@ from balora_jax.io.hf_files import (
     read_json_config,
 )
 from balora_jax.io.hf_weights import load_weights
-from balora_jax.io.peft_writer import PeftAdapter
 from balora_jax.models import encoder_registry, registry, weight_names
-from balora_jax.models.adapters import AdaptedModule, LinearShape
+from balora_jax.models.adapters import LinearShape
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.encoder import EncoderConfig, init_head
 from balora_jax.models.quantized import quantize_kernel
@@ -236,49 +235,22 @@ def is_encoder(name_or_path: str, revision: str | None = None) -> bool:
     return raw.get("model_type") in encoder_registry.PREFIXES
 
 
-def peft_modules(
-    peft: PeftAdapter, linears: Sequence[LinearShape], where: str
-) -> tuple[AdaptedModule, ...]:
-    """The adapted layers of a PEFT adapter on this base.
-
-    Raises:
-        InputError: a layer that the base does not have, or one of another size.
-    """
-    known = {name: (shape, i) for shape in linears for i, name in enumerate(shape.names)}
-    modules = []
-    for name, (a, b) in peft.tensors.items():
-        if name not in known:
-            raise InputError(
-                f"{where}: expected adapters for this base model, got one for {name!r}, which it "
-                "does not have. Name the base the adapter was trained on."
-            )
-        shape, layer = known[name]
-        if (a.shape[0], b.shape[1]) != (shape.in_features, shape.out_features):
-            raise InputError(
-                f"{where}: expected {shape.in_features} -> {shape.out_features} features at "
-                f"{name}, got {a.shape[0]} -> {b.shape[1]}. Name the base it was trained on."
-            )
-        modules.append(
-            AdaptedModule(
-                name, shape.path, layer, peft.ranks[name], peft.alphas[name], peft.scales[name],
-                shape.in_features, shape.out_features, "dora" if peft.magnitudes else "lora",
-            )
-        )  # fmt: skip
-    return tuple(modules)
-
-
-def head_from_peft(peft: PeftAdapter, rules: Sequence[WeightRule]) -> dict[str, np.ndarray]:
-    """The parts of a head that an adapter brings along, in our orientation."""
+def head_parts(
+    saved: Mapping[str, np.ndarray], rules: Sequence[WeightRule]
+) -> dict[str, np.ndarray]:
+    """The parts of a head among the tensors of an adapter, in our orientation."""
     return {
-        rule.path: peft.saved[rule.name].T if rule.transpose else peft.saved[rule.name]
+        rule.path: saved[rule.name].T if rule.transpose else saved[rule.name]
         for rule in rules
-        if rule.name in peft.saved
+        if rule.name in saved
     }
 
 
-def check_head(base: EncoderBase, peft: PeftAdapter | None, where: str, teacher_head: str) -> None:
+def check_head(
+    base: EncoderBase, saved: Mapping[str, np.ndarray], where: str, teacher_head: str
+) -> None:
     """Raises InputError where an adapter brings a head that a run on labels cannot begin with."""
-    brought = {} if peft is None else head_from_peft(peft, base.head_rules)
+    brought = head_parts(saved, base.head_rules)
     outputs = len(brought.get("head.out.bias", ()))
     if brought and outputs not in (0, base.config.num_labels):
         raise InputError(

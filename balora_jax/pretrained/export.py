@@ -10,22 +10,23 @@ from balora_jax.array_types import Array
 from balora_jax.config import RunConfig
 from balora_jax.errors import InputError
 from balora_jax.io.hf_export import MergeReport, export_merged, module_deltas
-from balora_jax.io.peft_writer import ExportReport, PeftAdapter, export_peft, read_peft
+from balora_jax.io.peft_reader import PeftAdapter, read_peft
+from balora_jax.io.peft_writer import ExportReport, export_peft
 from balora_jax.models.adapters import AdaptedModule
 from balora_jax.models.decoder import structure
 from balora_jax.models.encoder import encoder_structure
-from balora_jax.models.starts import given_factors
+from balora_jax.models.starts.stacks import given_factors
 from balora_jax.models.weight_names import WeightRule
 from balora_jax.paths import PACKAGE_PREFIX
 from balora_jax.pretrained.checkpoint import (
     Base,
     EncoderBase,
-    head_from_peft,
+    head_parts,
     open_base,
     open_encoder,
-    peft_modules,
 )
 from balora_jax.pretrained.load import host_copy
+from balora_jax.pretrained.peft_start import peft_modules
 
 CLASSES = {
     "bert": "BertForSequenceClassification",
@@ -230,7 +231,7 @@ def _base_of(config: RunConfig, peft: PeftAdapter) -> Base | EncoderBase:
     if config.task == "nlg":
         return open_base(name, revision)
     base = open_encoder(name, revision)
-    head = head_from_peft(peft, base.head_rules)
+    head = head_parts(peft.saved, base.head_rules)
     if "head.out.bias" not in head:
         return base
     return open_encoder(name, revision, num_labels=len(head["head.out.bias"]))

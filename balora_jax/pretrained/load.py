@@ -10,22 +10,22 @@ import numpy as np
 
 from balora_jax.array_types import Array, Float, Int
 from balora_jax.errors import InputError
-from balora_jax.io.peft_writer import read_peft
+from balora_jax.io.peft_reader import read_peft
 from balora_jax.models.adapters import adapter_shapes
 from balora_jax.models.decoder import structure
 from balora_jax.models.encoder import Encoder, encoder_structure
 from balora_jax.models.generation import Sampling, generate, make_decoder
-from balora_jax.models.starts import start_from_factors
+from balora_jax.models.starts.stacks import start_from_factors
 from balora_jax.models.structure import Structure
 from balora_jax.pretrained.checkpoint import (
     Base,
     EncoderBase,
-    head_from_peft,
+    head_parts,
     is_encoder,
     open_base,
     open_encoder,
-    peft_modules,
 )
+from balora_jax.pretrained.peft_start import peft_modules
 
 
 class PretrainedModel:
@@ -181,7 +181,7 @@ def load_encoder(
     """As :func:`load_pretrained`, for a checkpoint that must be an encoder."""
     peft = None if adapter is None else read_peft(adapter)
     base = open_encoder(path)
-    brought = {} if peft is None else head_from_peft(peft, base.head_rules)
+    brought = {} if peft is None else head_parts(peft.saved, base.head_rules)
     if "head.out.bias" in brought:
         base = open_encoder(path, num_labels=len(brought["head.out.bias"]))
     missing = {rule.path for rule in base.head_rules} - set(brought) - set(base.stored_head())

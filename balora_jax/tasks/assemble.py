@@ -1,45 +1,31 @@
 """From a config and a model's shapes to the computation of a step, without weights or data."""
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from balora_jax.array_types import Array, Float
-from balora_jax.config import AdapterConfig, ModelConfig, RegularizersConfig, RunConfig
+from balora_jax.config import ModelConfig, RegularizersConfig, RunConfig
 from balora_jax.errors import InputError
-from balora_jax.io.peft_writer import PeftAdapter, read_peft
-from balora_jax.models import starts
-from balora_jax.models.adapters import (
-    AdaptedModule,
-    AdapterShape,
-    LinearShape,
-    adapter_shapes,
-    plan_adapters,
-    trainable_parameters,
-)
+from balora_jax.models.adapters import AdapterShape
 from balora_jax.models.decoder import structure
 from balora_jax.models.decoder_config import DecoderConfig
-from balora_jax.models.quantized import DequantizedKernels
 from balora_jax.models.structure import Structure
 from balora_jax.models.weight_names import linear_shapes, weight_rules
 from balora_jax.numerics import head, linalg
 from balora_jax.numerics.objective import Objective, weights
 from balora_jax.parallel import hosts, sharding
 from balora_jax.parallel.axes import TOKENS, VOCABULARY
-from balora_jax.pretrained.checkpoint import peft_modules
 from balora_jax.tasks.text import loss as causal
 from balora_jax.training import optim, steps
-from balora_jax.training.run import Arrays, Loaded
+from balora_jax.training.adapters import Adapters, adapters_of, check_full
+from balora_jax.training.run import Loaded
 
 
 @dataclass(frozen=True)
@@ -51,7 +37,7 @@ class Program:
         decoder: the pretrained model's shape.
         plain: the model without adapters, which is the teacher.
         student: the same structure with adapters.
-        modules: the adapted layers.
+        adapters: what trains, and where it begins.
         objective: weights, terms and schedules.
         mesh: the devices.
     """
@@ -60,7 +46,7 @@ class Program:
     decoder: DecoderConfig
     plain: Structure
     student: Structure
-    modules: tuple[AdaptedModule, ...]
+    adapters: Adapters
     objective: Objective
     mesh: Mesh
 
@@ -72,8 +58,7 @@ class Program:
     @property
     def trainable(self) -> int:
         """Trainable parameters; padding of stacks is not counted."""
-        full = self.config.adapter.method == "full"
-        return self.total if full else trainable_parameters(self.modules)
+        return self.adapters.trainable(self.total)
 
     @property
     def total(self) -> int:
@@ -86,10 +71,8 @@ def size_of(shapes: dict[str, jax.ShapeDtypeStruct]) -> int:
     return sum(math.prod(leaf.shape) for leaf in shapes.values())
 
 
-def program_of(
-    config: RunConfig, decoder: DecoderConfig, mesh: Mesh | None = None
-) -> tuple[Program, PeftAdapter | None]:
-    """The computation that a config asks for on a model, and the adapter it begins with if any.
+def program_of(config: RunConfig, decoder: DecoderConfig, mesh: Mesh | None = None) -> Program:
+    """The computation that a config asks for on a model.
 
     Args:
         config: the whole run.
@@ -101,18 +84,14 @@ def program_of(
     """
     objective = objective_of(config.regularizers)
     plain = model_structure(decoder, config.model, {})
-    peft, modules = plan(config.adapter, linear_shapes(weight_rules(decoder), plain.parameters))
+    linears = linear_shapes(weight_rules(decoder), plain.parameters)
+    adapters = adapters_of(config.adapter, linears)
     mesh = checked_mesh(config, mesh)
     sharding.Layout(plain.axes, mesh).attached(plain.frozen)  # raises where an axis does not divide
-    check_full(config)
-    student = model_structure(decoder, config.model, shapes_of(config.adapter, modules))
-    return Program(config, decoder, plain, student, modules, objective, mesh), peft
-
-
-def shapes_of(config: AdapterConfig, modules: Sequence[AdaptedModule]) -> dict[str, AdapterShape]:
-    """What the stacked layers must know of their adapters."""
-    origin = starts.start_has_origin(config.start)
-    return adapter_shapes(modules, origin=origin, dropout=config.dropout)
+    check_full(config.adapter, config.model)
+    check_head(config)
+    student = model_structure(decoder, config.model, adapters.shapes)
+    return Program(config, decoder, plain, student, adapters, objective, mesh)
 
 
 def checked_mesh(config: RunConfig, mesh: Mesh | None = None) -> Mesh:
@@ -149,19 +128,12 @@ def _check_tokens_split(config: RunConfig, mesh: Mesh) -> None:
         )
 
 
-def check_full(config: RunConfig) -> None:
-    """Raises InputError where a full fine-tuning is asked for together with what it cannot have."""
-    if config.adapter.method != "full":
-        return
-    if config.task == "nlg" and config.training.head == "fused":
+def check_head(config: RunConfig) -> None:
+    """Raises InputError where a full fine-tuning is to run with the fused head."""
+    if config.adapter.method == "full" and config.training.head == "fused":
         raise InputError(
             "training.head: expected plain with adapter.method full, got fused, which forms no "
             "gradient of the head itself. Set training.head=plain."
-        )
-    if config.model.quantization != "none":
-        raise InputError(
-            f"model.quantization: expected none with adapter.method full, got "
-            f"{config.model.quantization}: codes cannot be trained. Set it to none."
         )
 
 
@@ -182,76 +154,6 @@ def model_structure(
 def objective_of(config: RegularizersConfig) -> Objective:
     """The objective that a config section describes; its fields have the same names."""
     return Objective(**config.model_dump(exclude={"teacher_head", "teacher_cache"}))
-
-
-def plan(
-    config: AdapterConfig, linears: Sequence[LinearShape]
-) -> tuple[PeftAdapter | None, tuple[AdaptedModule, ...]]:
-    """The adapted layers, and the PEFT adapter they begin with if the start names a folder."""
-    if config.method == "full":
-        return None, ()
-    if Path(config.start).is_dir():
-        peft = read_peft(config.start)
-        return peft, peft_modules(peft, linears, config.start)
-    starts.check_start(config.start)
-    modules = plan_adapters(
-        linears,
-        rank=config.rank,
-        alpha=config.rank if config.alpha is None else config.alpha,
-        target_modules=config.target_modules,
-        exclude_modules=config.exclude_modules,
-        rank_pattern=config.rank_pattern,
-        alpha_pattern=config.alpha_pattern,
-        use_rslora=config.use_rslora,
-        method=config.method,
-    )
-    starts.check_start_ranks(config.start, modules)
-    return None, modules
-
-
-def begin(
-    config: RunConfig,
-    modules: Sequence[AdaptedModule],
-    frozen: Arrays,
-    peft: PeftAdapter | None,
-    layout: sharding.Layout,
-) -> tuple[Arrays, Arrays]:
-    """What trains at step 0, and the origin it is measured from, each array on its devices."""
-    if config.adapter.method == "full":
-        # Copies even in float32: the step is given these arrays for good.
-        copies = {path: jnp.array(value, jnp.float32) for path, value in frozen.items()}
-        return layout.placed(copies), {}
-    kernels = kernels_of(frozen, config.model)
-    if peft is not None:
-        adapters, origin = starts.start_from_factors(
-            modules, kernels, peft.tensors, peft.magnitudes, layout
-        )
-    else:
-        # Shown where it takes long: the bar's own rate is the time of a layer.
-        quiet = not hosts.is_first()
-        with tqdm(total=len(modules), desc="start", unit="layer", delay=5, disable=quiet) as bar:
-
-            def report(stacks: starts.Stacks) -> None:
-                jax.block_until_ready(stacks)
-                bar.update()
-
-            adapters, origin = starts.start_adapters(
-                modules,
-                kernels,
-                start=config.adapter.start,
-                key=jax.random.key(config.training.seed),
-                layout=layout,
-                report=report,
-            )
-    # Only DoRA's norms are not yet where the table wants them.
-    return layout.placed(adapters), layout.placed(origin)
-
-
-def kernels_of(frozen: Arrays, config: ModelConfig) -> Mapping[str, Array]:
-    """The frozen weights in floating point, dequantised one stack at a time when looked up."""
-    if config.quantization == "none":
-        return frozen
-    return DequantizedKernels(frozen, config.quantization, config.dtype)
 
 
 def constants_of(program: Program, loaded: Loaded) -> causal.Constants:

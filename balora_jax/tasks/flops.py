@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 
-from balora_jax.models import starts
 from balora_jax.tasks.assemble import Program
 
 
@@ -67,9 +66,9 @@ def linear_parameters(program: Program) -> float:
 
 def adapter_flops(program: Program, *, forward: bool = False) -> float:
     """Operations of the adapters' products for one token, forward and backward or forward only."""
-    twice = 2 if starts.start_has_origin(program.config.adapter.start) else 1
+    twice = 2 if program.adapters.start.has_origin else 1
     total = 0.0
-    for module in program.modules:
+    for module in program.adapters.modules:
         a, b = module.rank * module.in_features, module.rank * module.out_features
         if forward:
             one = 2.0 * (a + b) * twice

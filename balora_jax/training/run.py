@@ -8,9 +8,8 @@ from jax.sharding import Mesh
 
 from balora_jax.array_types import Array
 from balora_jax.config import RunConfig
-from balora_jax.io.peft_writer import PeftAdapter
-from balora_jax.models.adapters import AdaptedModule
 from balora_jax.pretrained.checkpoint import Base, EncoderBase
+from balora_jax.training.adapters import Adapters
 from balora_jax.training.steps import StepParts
 
 Arrays = dict[str, Array]
@@ -72,13 +71,8 @@ class Run(Protocol):
         ...
 
     @property
-    def modules(self) -> tuple[AdaptedModule, ...]:
-        """The adapted layers; none where every weight trains."""
-        ...
-
-    @property
-    def peft(self) -> PeftAdapter | None:
-        """The adapter to go on from, if the start names one."""
+    def adapters(self) -> Adapters:
+        """What trains, and where it begins."""
         ...
 
     @property

@@ -114,7 +114,7 @@ def test_model_flops_by_hand(tree):
         "BA-LoRA": 6 * linear * tokens + 12 * adapters * tokens + 6 * head + 4 * attention,
     }
     for name, operations in expected.items():
-        program, _ = assemble.program_of(cases.configured(config, by_name[name]), decoder)
+        program = assemble.program_of(cases.configured(config, by_name[name]), decoder)
         assert flops.model_flops(program, (1, 3, 16), counted) == operations
 
 

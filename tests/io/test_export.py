@@ -15,14 +15,15 @@ from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 from balora_jax.models.adapters import adapter_shapes, plan_adapters
 from balora_jax.models.decoder import structure
-from balora_jax.models.starts import start_adapters
+from balora_jax.models.starts import STARTS
+from balora_jax.models.starts.stacks import start_adapters
 from balora_jax.models.weight_names import linear_shapes, weight_rules
 from balora_jax.pretrained.checkpoint import open_base
 from balora_jax.pretrained.export import export_run, write_adapter
 from tests import tiny_run
 
 IDS = np.random.default_rng(0).integers(3, tiny_run.VOCAB_SIZE, (3, 11))
-STARTS = {
+CASES = {
     "pissa": {},
     "lora": {"use_rslora": True, "rank_pattern": {"1.mlp.up_proj": 1}},
 }
@@ -39,10 +40,12 @@ class Finished:
         plain = structure(base.config)
         options = {"rank": 2, "alpha": 5.0, "target_modules": ["q_proj", "o_proj", "up_proj"]}
         modules = plan_adapters(
-            linear_shapes(weight_rules(base.config), plain.frozen), **options, **STARTS[start]
+            linear_shapes(weight_rules(base.config), plain.frozen), **options, **CASES[start]
         )
         frozen = base.load(plain.frozen)
-        adapters, origin = start_adapters(modules, frozen, start=start, key=jax.random.key(0))
+        adapters, origin = start_adapters(
+            modules, frozen, start=STARTS[start], key=jax.random.key(0)
+        )
         rng = np.random.default_rng(5)
         adapters = {
             path: value + _on_rank(path, modules, 0.3 * rng.standard_normal(value.shape))
@@ -60,7 +63,7 @@ class Finished:
             modules,
             adapters,
             origin,
-            use_rslora=bool(STARTS[start].get("use_rslora")),
+            use_rslora=bool(CASES[start].get("use_rslora")),
         )
 
     def base(self, dtype=torch.float32):
@@ -77,7 +80,7 @@ def _on_rank(path, modules, noise):
     return noise.astype(np.float32)
 
 
-@pytest.fixture(scope="module", params=STARTS)
+@pytest.fixture(scope="module", params=CASES)
 def finished(request, tmp_path_factory):
     return Finished(tmp_path_factory.mktemp("runs"), request.param)
 

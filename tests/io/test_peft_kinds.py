@@ -23,14 +23,16 @@ from transformers import (
 
 from balora_jax.errors import InputError
 from balora_jax.io.hf_export import export_merged, merged_weight, module_deltas
-from balora_jax.io.peft_writer import export_peft, read_peft
+from balora_jax.io.peft_reader import read_peft
+from balora_jax.io.peft_writer import export_peft
 from balora_jax.models.adapters import AdaptedModule, LinearShape, adapter_shapes, plan_adapters
 from balora_jax.models.decoder import structure
-from balora_jax.models.starts import start_adapters, start_from_factors, start_has_origin
+from balora_jax.models.starts import STARTS
+from balora_jax.models.starts.stacks import start_adapters, start_from_factors
 from balora_jax.pretrained.load import load_pretrained
 
 METHODS = ["lora", "dora", "lora_fa"]
-STARTS = ["lora", "pissa", "milora", "olora", "orthogonal"]
+NAMES = ["lora", "pissa", "milora", "olora", "orthogonal"]
 LINEAR = {"self_attn.q_proj": (16, 16), "self_attn.v_proj": (16, 8), "mlp.down_proj": (24, 16)}
 IDS = np.random.default_rng(1).integers(0, 40, (2, 7))
 
@@ -79,7 +81,9 @@ def plan(method, rslora=False):
 def trained(base, method, start, rslora=False):
     """Adapters that have moved away from their start, as host arrays."""
     modules = plan(method, rslora)
-    adapters, origin = start_adapters(modules, base[1].parts[0], start=start, key=jax.random.key(2))
+    adapters, origin = start_adapters(
+        modules, base[1].parts[0], start=STARTS[start], key=jax.random.key(2)
+    )
     rng = np.random.default_rng(7)
     moved = {path: np.array(value) for path, value in adapters.items()}
     for module in modules:
@@ -117,7 +121,7 @@ def config_of(folder):
 
 
 @pytest.mark.parametrize("rslora", [False, True], ids=["", "rslora"])
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", NAMES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.filterwarnings("error:.*missing adapter keys:UserWarning")
 def test_peft_computes_our_logits(base, tmp_path, method, start, rslora):
@@ -129,7 +133,7 @@ def test_peft_computes_our_logits(base, tmp_path, method, start, rslora):
     assert np.abs(theirs - torch_logits(make_llama())).max() > 1e-2 * np.ptp(theirs)
     config = config_of(tmp_path / "a")
     assert config["use_dora"] == (method == "dora")
-    doubled = start_has_origin(start) and method != "lora_fa"
+    doubled = STARTS[start].has_origin and method != "lora_fa"
     assert (config["r"], config["use_rslora"]) == (8 if doubled else 4, rslora and not doubled)
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert report.parameters == sum(value.size for value in tensors.values())

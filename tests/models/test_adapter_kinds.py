@@ -19,11 +19,12 @@ from balora_jax.models.adapters import (
     plan_adapters,
     trainable_parameters,
 )
-from balora_jax.models.starts import start_adapters, start_from_factors, start_has_origin
+from balora_jax.models.starts import STARTS
+from balora_jax.models.starts.stacks import start_adapters, start_from_factors
 from tests.models import tiny
 
 METHODS = ["lora", "dora", "lora_fa"]
-STARTS = ["lora", "pissa", "pissa_niter_2", "milora", "olora", "orthogonal"]
+NAMES = ["lora", "pissa", "pissa_niter_2", "milora", "olora", "orthogonal"]
 D_IN, D_OUT, LAYERS, ALPHA = 12, 9, 3, 7.0
 PATH = "layers.fc"
 
@@ -66,8 +67,8 @@ def forward(shape, dtype=jnp.float32):
 
 def adapted(method, start, dtype=jnp.float32, rank=4, **patterns):
     modules, frozen = plan(method, rank, **patterns), weights(dtype)
-    adapters, origin = start_adapters(modules, frozen, start=start, key=jax.random.key(1))
-    (shape,) = adapter_shapes(modules, origin=start_has_origin(start)).values()
+    adapters, origin = start_adapters(modules, frozen, start=STARTS[start], key=jax.random.key(1))
+    (shape,) = adapter_shapes(modules, origin=STARTS[start].has_origin).values()
     return modules, frozen, adapters, origin, forward(shape, dtype)
 
 
@@ -93,7 +94,7 @@ def wide(value):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", NAMES)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_kind_starts_as_the_plain_layer_bit_for_bit(method, start, dtype):
     _, frozen, adapters, origin, apply = adapted(

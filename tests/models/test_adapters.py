@@ -20,7 +20,8 @@ from balora_jax.models.adapters import (
     trainable_parameters,
 )
 from balora_jax.models.decoder import structure
-from balora_jax.models.starts import start_adapters, start_from_factors
+from balora_jax.models.starts import STARTS
+from balora_jax.models.starts.stacks import start_adapters, start_from_factors
 from balora_jax.models.weight_names import linear_shapes, weight_rules
 from tests.models import tiny
 
@@ -262,7 +263,7 @@ def stack(start, dtype=jnp.float32, rank=3, **patterns):
         target_modules=["fc"],
         **patterns,
     )
-    adapters, origin = start_adapters(modules, kernels, start=start, key=jax.random.key(1))
+    adapters, origin = start_adapters(modules, kernels, start=STARTS[start], key=jax.random.key(1))
     shape = AdapterShape(rank, origin=start != "lora")
     layer = nnx.eval_shape(
         lambda: Linear(D_IN, D_OUT, layers=LAYERS, adapter=shape, dtype=jnp.dtype(dtype))

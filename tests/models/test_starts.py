@@ -10,8 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from balora_jax.errors import InputError
-from balora_jax.models import starts
 from balora_jax.models.adapters import AdaptedModule
+from balora_jax.models.starts import STARTS
+from balora_jax.models.starts.stacks import given_factors, start_adapters, start_from_factors
 
 TALL, WIDE = (14, 9), (9, 14)  # [in, out]
 
@@ -43,7 +44,7 @@ def ours(weight, rank, scale, start, key=0):
     """scale · A B of our start on one [in, out] weight, and the two factors, float64."""
     one = module(rank=rank, scale=scale, shape=weight.shape)
     kernels = {"layers.fc.kernel": jnp.asarray(weight, jnp.float32)[None]}
-    adapters, origin = starts.start_adapters([one], kernels, start=start, key=jax.random.key(key))
+    adapters, origin = start_adapters([one], kernels, start=STARTS[start], key=jax.random.key(key))
     a, b = (np.float64(adapters[f"layers.fc.lora_{side}"][0]) for side in "ab")
     factor = np.float64(origin["layers.fc.lora_scale"][0])
     return factor * a @ b, a, b
@@ -99,11 +100,10 @@ def test_few_iterations_lose_no_more_than_those_of_peft():
     def lost(products):
         return np.array([np.linalg.norm(weight - product) / least for product in products])
 
-    sketch = jax.jit(starts.pissa_start, static_argnums=(1, 2, 3))
-
-    def products(start):
+    def products(name):
+        sketch = jax.jit(STARTS[name].factors, static_argnums=(1, 2))
         for seed in range(8):
-            a, b = sketch(jnp.asarray(weight), 5, 1.0, start, jax.random.key(seed))
+            a, b = sketch(jnp.asarray(weight), 5, 1.0, jax.random.key(seed), None)
             yield np.float64(a) @ np.float64(b)
 
     draws = list(products("pissa_niter_1"))
@@ -125,8 +125,11 @@ def test_few_iterations_lose_no_more_than_those_of_peft():
 def test_lora_start_has_the_bound_of_peft_and_a_zero_b():
     shape, rank = (64, 40), 32
     kernels = {"layers.fc.kernel": jnp.ones((1, *shape))}
-    adapters, origin = starts.start_adapters(
-        [module(rank=rank, scale=0.5, shape=shape)], kernels, start="lora", key=jax.random.key(4)
+    adapters, origin = start_adapters(
+        [module(rank=rank, scale=0.5, shape=shape)],
+        kernels,
+        start=STARTS["lora"],
+        key=jax.random.key(4),
     )
     a = np.asarray(adapters["layers.fc.lora_a"])
     linear = torch.nn.Sequential()
@@ -154,8 +157,8 @@ def test_start_does_not_depend_on_other_layers(start):
     }
     every = [module(i, rank=4, name=name) for name in ("other", "fc") for i in range(3)]
     key = jax.random.key(9)
-    alone, _ = starts.start_adapters([module(1, rank=4)], kernels, start=start, key=key)
-    both, _ = starts.start_adapters(every, kernels, start=start, key=key)
+    alone, _ = start_adapters([module(1, rank=4)], kernels, start=STARTS[start], key=key)
+    both, _ = start_adapters(every, kernels, start=STARTS[start], key=key)
     for side in "ab":
         got, want = (np.asarray(x[f"layers.fc.lora_{side}"]) for x in (alone, both))
         assert np.array_equal(got[1], want[1])
@@ -168,8 +171,8 @@ def test_start_does_not_depend_on_other_layers(start):
 def test_origin_is_the_start_itself_in_the_dtype_of_the_weights(dtype):
     weight = jnp.asarray(decaying(TALL, 0.8), dtype)
     kernels = {"layers.fc.kernel": weight[None]}
-    adapters, origin = starts.start_adapters(
-        [module(scale=2.0)], kernels, start="pissa", key=jax.random.key(0)
+    adapters, origin = start_adapters(
+        [module(scale=2.0)], kernels, start=STARTS["pissa"], key=jax.random.key(0)
     )
     for side in "ab":
         trained = adapters[f"layers.fc.lora_{side}"]
@@ -192,7 +195,9 @@ def test_mixed_ranks_and_missing_layers_are_zero_padded():
     rng = np.random.default_rng(0)
     kernels = {"layers.fc.kernel": jnp.asarray(rng.standard_normal((3, *TALL)), jnp.float32)}
     modules = [module(0, rank=2, scale=0.5), module(2, rank=4, scale=3.0)]
-    adapters, origin = starts.start_adapters(modules, kernels, start="pissa", key=jax.random.key(0))
+    adapters, origin = start_adapters(
+        modules, kernels, start=STARTS["pissa"], key=jax.random.key(0)
+    )
     a, b = (np.asarray(adapters[f"layers.fc.lora_{side}"]) for side in "ab")
     assert a.shape == (3, 14, 4)
     assert b.shape == (3, 4, 9)
@@ -217,7 +222,7 @@ def test_start_from_factors_reads_only_shapes():
         for m in modules
     }
     shapes = {"layers.fc.kernel": jax.ShapeDtypeStruct((3, *TALL), jnp.bfloat16)}
-    adapters, origin = starts.start_from_factors(modules, shapes, factors)
+    adapters, origin = start_from_factors(modules, shapes, factors)
     assert {value.dtype for value in adapters.values()} == {jnp.dtype(jnp.float32)}
     assert origin["layers.fc.lora_scale"].tolist() == [0.5, 0.0, 3.0]
     for m in modules:
@@ -276,13 +281,13 @@ def test_orthogonal_has_the_spread_of_peft_and_no_product():
 def test_orthogonal_halves_the_rank():
     modules = [module(0, rank=4), module(1, rank=3)]
     with pytest.raises(InputError) as caught:
-        starts.start_adapters(modules, {}, start="orthogonal", key=jax.random.key(0))
+        start_adapters(modules, {}, start=STARTS["orthogonal"], key=jax.random.key(0))
     assert str(caught.value) == (
         "adapter.rank: expected an even rank with the start 'orthogonal', got 3 for "
         "model.layers.1.fc. Choose an even rank, or another start."
     )
-    starts.check_start_ranks("orthogonal", modules[:1])
-    starts.check_start_ranks("olora", modules)
+    STARTS["orthogonal"].check_ranks(modules[:1])
+    STARTS["olora"].check_ranks(modules)
 
 
 def with_method(method, *modules):
@@ -295,14 +300,14 @@ def test_dora_begins_with_the_lengths_of_the_weights(start, dtype):
     rng = np.random.default_rng(0)
     kernels = {"layers.fc.kernel": jnp.asarray(rng.standard_normal((3, *TALL)), dtype)}
     modules = with_method("dora", module(0), module(2))
-    adapters, origin = starts.start_adapters(modules, kernels, start=start, key=jax.random.key(0))
+    adapters, origin = start_adapters(modules, kernels, start=STARTS[start], key=jax.random.key(0))
     want = np.linalg.norm(np.float64(kernels["layers.fc.kernel"].astype(jnp.float32)), axis=1)
     magnitude, squares = adapters["layers.fc.lora_magnitude"], origin["layers.fc.origin_norm"]
     assert magnitude.dtype == squares.dtype == jnp.float32
     np.testing.assert_allclose(magnitude, want, rtol=1e-6)  # the layer between them as well
     np.testing.assert_allclose(squares, want**2, rtol=1e-6)
-    plain, _ = starts.start_adapters(
-        [module(0), module(2)], kernels, start=start, key=jax.random.key(0)
+    plain, _ = start_adapters(
+        [module(0), module(2)], kernels, start=STARTS[start], key=jax.random.key(0)
     )
     for name, value in plain.items():
         assert np.array_equal(value, adapters[name])
@@ -313,9 +318,9 @@ def test_dora_begins_with_the_lengths_of_the_weights(start, dtype):
 def test_frozen_a_lies_with_the_constants(start):
     kernels = {"layers.fc.kernel": jnp.asarray(decaying(TALL, 0.8), jnp.bfloat16)[None]}
     key = jax.random.key(0)
-    plain, start_of = starts.start_adapters([module()], kernels, start=start, key=key)
-    adapters, origin = starts.start_adapters(
-        with_method("lora_fa", module()), kernels, start=start, key=key
+    plain, start_of = start_adapters([module()], kernels, start=STARTS[start], key=key)
+    adapters, origin = start_adapters(
+        with_method("lora_fa", module()), kernels, start=STARTS[start], key=key
     )
     assert set(adapters) == {"layers.fc.lora_b"}
     assert set(origin) == set(start_of) - {"layers.fc.origin_a"} | {"layers.fc.lora_a"}
@@ -334,9 +339,7 @@ def test_dora_from_factors(given):
         for m in modules
     }
     sizes = {m.name: np.float32(1 + rng.random(9)) for m in modules}
-    adapters, origin = starts.start_from_factors(
-        modules, kernels, factors, sizes if given else None
-    )
+    adapters, origin = start_from_factors(modules, kernels, factors, sizes if given else None)
     whole = np.float64(kernels["layers.fc.kernel"])
     squares = np.sum(whole**2, axis=1)
     np.testing.assert_allclose(origin["layers.fc.origin_norm"], squares, rtol=1e-6)
@@ -355,14 +358,14 @@ def test_given_factors_and_magnitudes_need_only_shapes():
     factors = {modules[0].name: (rng.standard_normal((14, 3)), rng.standard_normal((3, 9)))}
     sizes = {modules[0].name: np.float32(rng.random(9))}
     shapes = {"layers.fc.kernel": jax.ShapeDtypeStruct((3, *TALL), jnp.bfloat16)}
-    stacks = starts.given_factors(modules, shapes, factors, sizes)
+    stacks = given_factors(modules, shapes, factors, sizes)
     assert {n: v.shape for n, v in stacks.items()} == {
         "layers.fc.lora_a": (3, 14, 3),
         "layers.fc.lora_b": (3, 3, 9),
         "layers.fc.lora_magnitude": (3, 9),
     }
     assert np.array_equal(stacks["layers.fc.lora_magnitude"][2], sizes[modules[0].name])
-    assert "layers.fc.lora_magnitude" not in starts.given_factors(modules, shapes, factors)
+    assert "layers.fc.lora_magnitude" not in given_factors(modules, shapes, factors)
 
 
 @pytest.mark.parametrize("start", ["lora", "pissa_niter_1", "milora", "olora", "orthogonal"])
@@ -372,7 +375,7 @@ def test_starts_compile(start):
     modules, key = with_method("dora", module(0, rank=2), module(1, rank=4)), jax.random.key(0)
 
     def make(kernels):
-        return starts.start_adapters(modules, kernels, start=start, key=key)
+        return start_adapters(modules, kernels, start=STARTS[start], key=key)
 
     for got, want in zip(jax.jit(make)(kernels), make(kernels), strict=True):
         assert set(got) == set(want)
@@ -380,14 +383,24 @@ def test_starts_compile(start):
             np.testing.assert_allclose(value, want[name], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["pisa", "pissa_niter", "pissa_niter_x", "pissa_niter_-1", "LoRA"])
-def test_unknown_start(name):
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("pisa", "Did you mean 'pissa'?"),
+        ("pissa_niter", "Did you mean 'pissa_niter_N'?"),
+        ("pissa_niter_x", "Did you mean 'pissa_niter_N'?"),
+        ("pissa_niter_-1", "Did you mean 'pissa_niter_N'?"),
+        ("pissa_niter_N", "Did you mean 'pissa_niter_N'?"),
+        ("LoRA", "Choose one of these."),
+    ],
+)
+def test_unknown_start(name, advice):
+    assert name not in STARTS
     with pytest.raises(InputError) as caught:
-        starts.check_start(name)
+        STARTS[name]
     assert str(caught.value) == (
-        "adapter.start: expected 'lora', 'pissa', 'pissa_niter_N' (N power iterations), 'milora', "
-        f"'olora', 'orthogonal' or the folder of a PEFT adapter, got {name!r}. "
-        "Choose one of these."
+        "adapter.start: expected 'lora', 'pissa', 'pissa_niter_N', 'milora', 'olora', 'orthogonal' "
+        f"or the folder of a PEFT adapter, got {name!r}. {advice}"
     )
 
 
@@ -396,5 +409,10 @@ def test_unknown_start(name):
     ["lora", "pissa", "pissa_niter_0", "pissa_niter_16", "milora", "olora", "orthogonal"],
 )
 def test_known_starts(name):
-    starts.check_start(name)
-    assert starts.start_has_origin(name) == (name != "lora")
+    assert name in STARTS
+    start = STARTS[name]
+    assert start.name == name
+    assert start.has_origin == (name != "lora")
+    assert start.allows_dropout == (name == "lora")
+    assert start == STARTS[name]  # the same program is compiled once
+    assert hash(start) == hash(STARTS[name])

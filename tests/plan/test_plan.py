@@ -57,7 +57,7 @@ def padded(sizes):
 
 def program_on(tree, decoder, sizes, **changes):
     config = parse_config({**tree, **changes}, "here")
-    return assemble.program_of(config, decoder, search.abstract_mesh(padded(sizes)))[0]
+    return assemble.program_of(config, decoder, search.abstract_mesh(padded(sizes)))
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 4, 1)])

@@ -38,7 +38,7 @@ def program_of(folder, name, **model):
     config = config_of(folder, **model)
     case = next(case for case in cases.TEXT_CASES if case.name == name)
     decoder = arguments.shapes_only(str(folder)).config
-    return assemble.program_of(cases.configured(config, case), decoder)[0]
+    return assemble.program_of(cases.configured(config, case), decoder)
 
 
 def arrays_made(program):

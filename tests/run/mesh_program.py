@@ -245,14 +245,16 @@ def prepared(config, folder, mesh):
     """Program, step and arrays on a mesh, as a run makes them."""
     if config.task == "nlu":
         base = open_encoder(str(folder), num_labels=3)
-        program, peft = label_run.label_program(config, base, mesh)
+        program = label_run.label_program(config, base, mesh)
         parts = program.step_parts(2)
     else:
         base = open_base(str(folder))
-        program, peft = assemble.program_of(config, base.config, mesh)
+        program = assemble.program_of(config, base.config, mesh)
         parts = assemble.step_parts(program, 2)
     frozen = base.load_for(program.plain, mesh)
-    trainable, origin = assemble.begin(config, program.modules, frozen, peft, program.layout)
+    trainable, origin = program.adapters.begin(
+        frozen, config.model, program.layout, seed=config.training.seed
+    )
     if config.task == "nlu":
         head = program.layout.placed(base.load_head(jax.random.key(1)))
         copies = {path: jnp.array(value, copy=True) for path, value in head.items()}

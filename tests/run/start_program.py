@@ -23,6 +23,7 @@ import numpy as np
 
 from balora_jax.config import MeshConfig
 from balora_jax.models import starts
+from balora_jax.models.starts import stacks
 from balora_jax.parallel.sharding import Layout, make_mesh
 from balora_jax.pretrained.checkpoint import open_base
 from balora_jax.tasks import assemble
@@ -45,10 +46,12 @@ def arrays_of(folder, start, mesh, method="lora"):
     adapter = {"target_modules": TARGETS, "start": start, "method": method}
     config = config_of(folder, adapter, "none")
     base = open_base(str(folder))
-    program, peft = assemble.program_of(config, base.config, mesh)
+    program = assemble.program_of(config, base.config, mesh)
     with jax.set_mesh(mesh):
         frozen = base.load_for(program.plain, mesh)
-        trainable, origin = assemble.begin(config, program.modules, frozen, peft, program.layout)
+        trainable, origin = program.adapters.begin(
+        frozen, config.model, program.layout, seed=config.training.seed
+    )
         constants = assemble.constants_of(program, Loaded(frozen, origin, trainable))
     factor = {"head_factor": constants.head_factor}
     arrays = {**frozen, **factor, **{f"origin {k}": v for k, v in origin.items()}, **trainable}
@@ -101,14 +104,16 @@ def largest_gather(start, layout):
     path = "layers.self_attn.q_proj"
     names = {f"{path}.lora_a": (3, 256, 4), f"{path}.lora_b": (3, 4, 512)}
     places = tuple(layout(*pair) for pair in names.items())
-    stacks = tuple(
+    empty = tuple(
         jax.ShapeDtypeStruct(pair[1], jnp.bfloat16, sharding=place)
         for pair, place in zip(names.items(), places, strict=True)
     )
     place = layout(f"{path}.kernel", shape)
     kernel = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
     where = jnp.int32(0), jnp.float32(1), jax.random.key(0)
-    compiled = starts._write_layer.lower(stacks, kernel, *where, start, 4, places).compile()
+    compiled = stacks._write_layer.lower(
+        empty, kernel, None, *where, starts.STARTS[start], 4, places
+    ).compile()
     gathered = re.findall(r"= \w+\[([\d,]+)\][^=]* all-gather\(", compiled.as_text())
     assert "all-gather(" not in compiled.as_text() or gathered
     sizes = [np.prod([int(n) for n in text.split(",")]) for text in gathered]

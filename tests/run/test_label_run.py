@@ -252,7 +252,7 @@ def test_a_regression(tmp_path, inputs):
 def program_of(inputs, **sections):
     config = parse_config(label_config_tree(inputs, **sections), "config")
     base = label_run.open_encoder(config.model.name_or_path, num_labels=len(config.data.labels))
-    return label_run.label_program(config, base)[0]
+    return label_run.label_program(config, base)
 
 
 THREE = {"labels": ["bad", "good", "neither"]}

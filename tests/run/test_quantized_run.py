@@ -16,8 +16,8 @@ from balora_jax.config_file import load_config
 from balora_jax.models.decoder import structure
 from balora_jax.models.quantized import bytes_of
 from balora_jax.pretrained.checkpoint import open_base
-from balora_jax.tasks import assemble
 from balora_jax.tasks.text import run as text_run
+from balora_jax.training.adapters import kernels_of
 from tests.models.test_quantized import nf4_levels
 from tests.run import mesh_program
 from tests.run.conftest import invoke, settings
@@ -287,5 +287,5 @@ def test_experts_stay_in_floating_point(tmp_path):
         stored["model.layers.1.block_sparse_moe.experts.1.w2.weight"].T,
     )
     # The layers of an adapter's start are found in both forms.
-    kernels = assemble.kernels_of(frozen, ModelConfig(name_or_path="unread", quantization="int8"))
+    kernels = kernels_of(frozen, ModelConfig(name_or_path="unread", quantization="int8"))
     assert {kernels[path].dtype for path in kernels} == {np.dtype(np.float32)}

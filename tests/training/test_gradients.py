@@ -13,9 +13,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from balora_jax.models import starts
 from balora_jax.models.adapters import adapter_shapes, plan_adapters
 from balora_jax.models.decoder import structure
+from balora_jax.models.starts import STARTS
+from balora_jax.models.starts.stacks import start_adapters
 from balora_jax.models.weight_names import linear_shapes, weight_rules
 from balora_jax.numerics import linalg
 from balora_jax.numerics.objective import Objective
@@ -63,7 +64,7 @@ def ours(family):
         target_modules=TARGETS,
     )
     start, origin = jax.jit(
-        lambda frozen: starts.start_adapters(modules, frozen, start="pissa", key=jax.random.key(0))
+        lambda frozen: start_adapters(modules, frozen, start=STARTS["pissa"], key=jax.random.key(0))
     )(frozen)
     rng = np.random.default_rng(4)
     adapters = {

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from balora_jax.config import TrainingConfig
-from balora_jax.models import starts
 from balora_jax.models.adapters import adapter_shapes, plan_adapters
 from balora_jax.models.decoder import DecoderConfig, structure
 from balora_jax.models.rotary import RopeConfig
+from balora_jax.models.starts import STARTS
+from balora_jax.models.starts.stacks import start_adapters
 from balora_jax.models.weight_names import linear_shapes, weight_rules
 from balora_jax.numerics import linalg
 from balora_jax.numerics.objective import Objective, weights
@@ -72,7 +73,7 @@ def _arrays(start):
         return jnp.asarray(1 + 0.1 * noise if "scale" in path else 0.5 * noise, jnp.float32)
 
     frozen = {path: draw(path, leaf) for path, leaf in structure(MODEL).frozen.items()}
-    begin, origin = starts.start_adapters(_modules(), frozen, start=start, key=jax.random.key(0))
+    begin, origin = start_adapters(_modules(), frozen, start=STARTS[start], key=jax.random.key(0))
     adapters = {
         path: value + jnp.asarray(0.3 * rng.standard_normal(value.shape), jnp.float32)
         for path, value in begin.items()

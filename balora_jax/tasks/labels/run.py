@@ -23,13 +23,11 @@ from balora_jax.data.labelled import (
     padded_length,
 )
 from balora_jax.errors import InputError
-from balora_jax.io.peft_writer import PeftAdapter
-from balora_jax.models.adapters import AdaptedModule, trainable_parameters
 from balora_jax.models.encoder import encoder_structure
 from balora_jax.models.structure import Structure
 from balora_jax.numerics.objective import Objective
 from balora_jax.parallel import hosts, sharding
-from balora_jax.pretrained.checkpoint import EncoderBase, check_head, head_from_peft, open_encoder
+from balora_jax.pretrained.checkpoint import EncoderBase, check_head, head_parts, open_encoder
 from balora_jax.tasks import assemble
 from balora_jax.tasks.flops import encoder_flops
 from balora_jax.tasks.labels import probe
@@ -51,6 +49,7 @@ from balora_jax.tasks.labels.score import (
 )
 from balora_jax.tasks.labels.teacher_cache import TeacherCache
 from balora_jax.training import steps
+from balora_jax.training.adapters import Adapters, adapters_of, check_full
 from balora_jax.training.run import Loaded
 
 Arrays = dict[str, Array]
@@ -64,7 +63,7 @@ class LabelProgram:
         config: the whole run.
         plain: the model without adapters, which with the first head is the teacher.
         student: the same structure with adapters.
-        modules: the adapted layers.
+        adapters: what trains, and where it begins.
         objective: weights, terms and schedules; terms that the outputs leave undefined are off.
         mesh: the devices.
         outputs: C; 1 for regression.
@@ -73,7 +72,7 @@ class LabelProgram:
     config: RunConfig
     plain: Structure
     student: Structure
-    modules: tuple[AdaptedModule, ...]
+    adapters: Adapters
     objective: Objective
     mesh: Mesh
     outputs: int
@@ -87,8 +86,7 @@ class LabelProgram:
     def trainable(self) -> int:
         """Trainable parameters, the head among them."""
         head = assemble.size_of(self.plain.head)
-        full = self.config.adapter.method == "full"
-        return head + (self.total if full else trainable_parameters(self.modules))
+        return head + self.adapters.trainable(self.total)
 
     @property
     def total(self) -> int:
@@ -109,7 +107,6 @@ class LabelRun(LabelProgram):
         base: the pretrained checkpoint.
         tokenizer: its tokenizer.
         task: columns, labels and metrics.
-        peft: the adapter to go on from, if the start names one.
         data: encoded training rows and what became of them.
         validation: title → encoded rows of the score; empty for none.
         length: tokens of every row of a batch.
@@ -118,7 +115,6 @@ class LabelRun(LabelProgram):
     base: EncoderBase
     tokenizer: Any
     task: LabelledTask
-    peft: PeftAdapter | None
     data: LabelledSet
     validation: Mapping[str, LabelledSet]
     length: int
@@ -153,13 +149,13 @@ class LabelRun(LabelProgram):
     def load(self) -> Loaded:
         """The frozen weights, and adapters and head at their start."""
         frozen = self.base.load_for(self.plain, self.mesh)
-        started = assemble.begin(self.config, self.modules, frozen, self.peft, self.layout)
-        trainable, origin = started
+        trainable, origin = self.adapters.begin(
+            frozen, self.config.model, self.layout, seed=self.config.training.seed
+        )
         head = self.base.load_head(jax.random.key(self.config.training.seed))
-        if self.peft is not None:
-            brought = head_from_peft(self.peft, self.base.head_rules)
-            head |= {path: jnp.asarray(value) for path, value in brought.items()}
-        elif self.config.regularizers.teacher_head == "probe":
+        brought = head_parts(self.adapters.start.saved, self.base.head_rules)
+        head |= {path: jnp.asarray(value) for path, value in brought.items()}
+        if not brought and self.config.regularizers.teacher_head == "probe":
             head = self._probed(frozen, head)
         return Loaded(frozen, origin, trainable | self.layout.placed(head))
 
@@ -265,10 +261,8 @@ def label_objective(config: RunConfig, outputs: int) -> Objective:
     return replace(objective, diversity=0.0, spectral=0.0)
 
 
-def label_program(
-    config: RunConfig, base: EncoderBase, mesh: Mesh | None = None
-) -> tuple[LabelProgram, PeftAdapter | None]:
-    """The computation that a config asks for on an encoder, and the adapter it begins with if any.
+def label_program(config: RunConfig, base: EncoderBase, mesh: Mesh | None = None) -> LabelProgram:
+    """The computation that a config asks for on an encoder.
 
     Raises:
         InputError: a setting that does not fit the model or the devices.
@@ -276,19 +270,19 @@ def label_program(
     outputs = base.config.num_labels
     objective = label_objective(config, outputs)
     mesh = assemble.checked_mesh(config, mesh)
-    assemble.check_full(config)
+    check_full(config.adapter, config.model)
     options: Any = {
         "dtype": config.model.dtype,
         "remat": config.model.remat,
         "quantization": config.model.quantization,
     }
     plain = encoder_structure(base.config, **options)
-    peft, modules = assemble.plan(config.adapter, base.linears(plain.parameters))
-    check_head(base, peft, config.adapter.start, config.regularizers.teacher_head)
+    adapters = adapters_of(config.adapter, base.linears(plain.parameters))
+    saved, teacher_head = adapters.start.saved, config.regularizers.teacher_head
+    check_head(base, saved, config.adapter.start, teacher_head)
     sharding.Layout(plain.axes, mesh).attached(plain.frozen)  # raises where an axis does not divide
-    shapes = assemble.shapes_of(config.adapter, modules)
-    student = encoder_structure(base.config, adapters=shapes, **options)
-    return LabelProgram(config, plain, student, modules, objective, mesh, outputs), peft
+    student = encoder_structure(base.config, adapters=adapters.shapes, **options)
+    return LabelProgram(config, plain, student, adapters, objective, mesh, outputs)
 
 
 def check(config: RunConfig) -> LabelRun:
@@ -308,7 +302,7 @@ def _checked(config: RunConfig) -> LabelRun:
     label_objective(config, task.outputs)  # before a checkpoint is looked for
     model = config.model
     base = open_encoder(model.name_or_path, model.revision, num_labels=task.outputs)
-    program, peft = label_program(config, base)
+    program = label_program(config, base)
     for line in remarks(program):
         print(line, file=sys.stderr, flush=True)
     tokenizer = base.tokenizer()
@@ -325,7 +319,6 @@ def _checked(config: RunConfig) -> LabelRun:
         base=base,
         tokenizer=tokenizer,
         task=task,
-        peft=peft,
         data=data,
         validation=validation,
         length=padded_length(data.examples, most),

@@ -14,7 +14,6 @@ from balora_jax.data.batches import BatchIterator, common_length
 from balora_jax.data.examples import EncodedSet, describe_example, encode_rows
 from balora_jax.data.sources import Rows, load_rows
 from balora_jax.errors import InputError
-from balora_jax.io.peft_writer import PeftAdapter
 from balora_jax.parallel import hosts, sharding
 from balora_jax.pretrained.checkpoint import Base, open_base
 from balora_jax.pretrained.load import sampling_for
@@ -40,7 +39,6 @@ class TextRun(Program):
     Attributes:
         base: the pretrained checkpoint.
         tokenizer: its tokenizer.
-        peft: the adapter to go on from, if the start names one.
         data: encoded training rows and what became of them.
         validation: rows of the score, empty for none.
         length: tokens of every row of a batch.
@@ -48,7 +46,6 @@ class TextRun(Program):
 
     base: Base
     tokenizer: Any
-    peft: PeftAdapter | None
     data: EncodedSet
     validation: Sequence[Mapping[str, Any]]
     length: int
@@ -79,8 +76,9 @@ class TextRun(Program):
     def load(self) -> Loaded:
         """The frozen weights and the adapters' start."""
         frozen = self.base.load_for(self.plain, self.mesh)
-        started = assemble.begin(self.config, self.modules, frozen, self.peft, self.layout)
-        trainable, origin = started
+        trainable, origin = self.adapters.begin(
+            frozen, self.config.model, self.layout, seed=self.config.training.seed
+        )
         return Loaded(frozen, origin, trainable)
 
     def constants(self, loaded: Loaded) -> causal.Constants:
@@ -133,7 +131,6 @@ class _Opened(NamedTuple):
     """What :class:`TextRun` says, and the training rows as they were read."""
 
     program: Program
-    peft: PeftAdapter | None
     base: Base
     tokenizer: Any
     rows: Rows
@@ -157,7 +154,6 @@ def check(config: RunConfig) -> TextRun:
         **vars(opened.program),
         base=opened.base,
         tokenizer=opened.tokenizer,
-        peft=opened.peft,
         data=data,
         validation=opened.validation,
         length=_row_length(config.data, data, opened.base, opened.program.mesh),
@@ -167,13 +163,13 @@ def check(config: RunConfig) -> TextRun:
 def _open(config: RunConfig) -> _Opened:
     assemble.objective_of(config.regularizers)  # before a checkpoint is looked for
     base = open_base(config.model.name_or_path, config.model.revision)
-    program, peft = assemble.program_of(config, base.config)
+    program = assemble.program_of(config, base.config)
     tokenizer = base.tokenizer()
     assert config.data.train is not None  # checked with the config
     rows = load_rows(config.data.train, split=config.data.split, limit=config.data.train_limit)
     validation = validation_rows(config)
     questions(validation, tokenizer, config)  # raises before anything is written
-    return _Opened(program, peft, base, tokenizer, rows, validation)
+    return _Opened(program, base, tokenizer, rows, validation)
 
 
 def _row_length(config: DataConfig, data: EncodedSet, base: Base, mesh: Mesh) -> int:

@@ -1,4 +1,4 @@
-"""Where adapters begin: LoRA's zero B, a part of the weight, random factors, or given ones.
+"""The factors of a start in the stacks of a model, and factors that are given.
 
 A start is one compiled program for each shape of a stack: it takes the stack and a layer's number,
 and writes that layer's factors into their place. The stack may be split over the devices of several
@@ -8,7 +8,6 @@ whole layer: every device gathers that one layer in float32 and decomposes it fo
 """
 
 import functools
-import re
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -22,54 +21,26 @@ from jax.sharding import Sharding
 from balora_jax.array_types import Array, Float, PRNGKeyArray
 from balora_jax.errors import InputError
 from balora_jax.models.adapters import AdaptedModule, column_norms
-from balora_jax.numerics import linalg
+from balora_jax.models.starts.start import Start
 
 Arrays = dict[str, Array]
-Factors = tuple[Float[Array, "D R"], Float[Array, "R F"]]
 Stacks = tuple[Float[Array, "L D R"], Float[Array, "L R F"]]
 Layout = Callable[[str, tuple[int, ...]], Sharding]
 """Where an array lies, from its path and shape."""
 
-_NAMED = ("lora", "pissa", "milora", "olora", "orthogonal")
-
-
-def start_has_origin(start: str) -> bool:
-    """Whether a named start is not zero, so that the adapter keeps a frozen copy of it."""
-    return start != "lora" and _is_start(start)
-
-
-def _is_start(start: str) -> bool:
-    return start in _NAMED or re.fullmatch(r"pissa_niter_\d+", start) is not None
-
-
-def check_start(start: str) -> None:
-    """Raises InputError unless ``start`` is one of the names that :func:`start_adapters` takes."""
-    if _is_start(start):
-        return
-    raise InputError(
-        "adapter.start: expected 'lora', 'pissa', 'pissa_niter_N' (N power iterations), 'milora', "
-        f"'olora', 'orthogonal' or the folder of a PEFT adapter, got {start!r}. "
-        "Choose one of these."
-    )
-
-
-def check_start_ranks(start: str, modules: Sequence[AdaptedModule]) -> None:
-    """Raises InputError for a rank that the start cannot have: ``orthogonal`` halves it."""
-    odd = [module for module in modules if module.rank % 2]
-    if start == "orthogonal" and odd:
-        raise InputError(
-            f"adapter.rank: expected an even rank with the start 'orthogonal', got {odd[0].rank} "
-            f"for {odd[0].name}. Choose an even rank, or another start."
-        )
+Moments = Callable[[str], Float[Array, "L D D"]]
+"""Of a stacked layer's path: ``Σ x xᵀ`` of each layer over the tokens x that enter it, divided by
+their number."""
 
 
 def start_adapters(
     modules: Sequence[AdaptedModule],
     kernels: Mapping[str, Float[Array, "L D F"]],
     *,
-    start: str,
+    start: Start,
     key: PRNGKeyArray,
     layout: Layout | None = None,
+    moments: Moments | None = None,
     report: Callable[[Stacks], Any] = lambda stacks: None,
 ) -> tuple[Arrays, Arrays]:
     """The adapters at step 0 and the origin they are measured from.
@@ -78,11 +49,11 @@ def start_adapters(
         modules: the adapted layers.
         kernels: the frozen stacked weights by ``path`` + ``.kernel``, wherever they lie; each is
             looked up once.
-        start: ``lora``, ``pissa`` (exact SVD), ``pissa_niter_N`` (randomized SVD), ``milora``,
-            ``olora`` or ``orthogonal``.
+        start: makes the factors of a layer.
         key: the run's key; each layer folds its own name in, so the values do not depend on which
             other layers are adapted.
         layout: where the factors lie; None leaves it to the compiler.
+        moments: of the inputs of the layers, for a start that reads rows; each is looked up once.
         report: called after each layer with the stacks that it was written into.
 
     Returns:
@@ -93,20 +64,25 @@ def start_adapters(
         ``adapters`` and ``origin_norm`` [L, F], its square, in ``origin``.
 
     Raises:
-        InputError: an unknown start, or a rank that it cannot have.
+        InputError: a rank that the start cannot have, or no moments for one that reads rows.
     """
-    check_start(start)
-    check_start_ranks(start, modules)
+    start.check_ranks(modules)
+    if start.rows and moments is None:
+        raise InputError(
+            f"adapter.start: expected a start that reads no rows of data here, got {start.name!r}, "
+            "which does. Choose another, or train on text."
+        )
     adapters: Arrays = {}
     origin: Arrays = {}
     for path, members in _by_path(modules).items():
         kernel = kernels[f"{path}.kernel"]
         origin |= _scales(path, members, kernel, layout)
-        stacks = _started(path, members, kernel, start, key, layout, report)
+        moment = moments(path) if start.rows and moments is not None else None
+        stacks = _started(path, members, kernel, moment, start, key, layout, report)
         for side, stack in zip("ab", stacks, strict=True):
             # A copy even where the dtype agrees: the step donates the adapters, not the origin.
             adapters[f"{path}.lora_{side}"] = jnp.array(stack, jnp.float32, copy=True)
-            if start_has_origin(start):
+            if start.has_origin:
                 origin[f"{path}.origin_{side}"] = stack
         if members[0].method == "dora":
             origin[f"{path}.origin_norm"] = squared_norms(kernel)
@@ -118,7 +94,8 @@ def _started(
     path: str,
     members: Sequence[AdaptedModule],
     kernel: Float[Array, "L D F"],
-    start: str,
+    moment: Float[Array, "L D D"] | None,
+    start: Start,
     key: PRNGKeyArray,
     layout: Layout | None,
     report: Callable[[Stacks], Any],
@@ -129,13 +106,14 @@ def _started(
     shapes = (layers, d_in, widest), (layers, widest, d_out)
     names = (f"{path}.lora_a", f"{path}.lora_b")
     places = layout and tuple(layout(*pair) for pair in zip(names, shapes, strict=True))
-    # The plain start has no origin to agree with, so its A need not be rounded.
-    dtype = jnp.dtype(jnp.float32) if start == "lora" else kernel.dtype
+    # Without an origin there is nothing to agree with, so A need not be rounded.
+    dtype = kernel.dtype if start.has_origin else jnp.dtype(jnp.float32)
     stacks = _zero_stacks(shapes, dtype, places)
     for member in members:
         layer_key = jax.random.fold_in(key, zlib.crc32(member.name.encode()))
         where = np.int32(member.layer), np.float32(member.scale)
-        stacks = _write_layer(stacks, kernel, *where, layer_key, start, member.rank, places)
+        one = stacks, kernel, moment, *where, layer_key
+        stacks = _write_layer(*one, start, member.rank, places)
         report(stacks)
     return stacks
 
@@ -146,14 +124,15 @@ def _zero_stacks(shapes: Any, dtype: Any, places: tuple[Sharding, Sharding] | No
     return _constrained((jnp.zeros(down, dtype), jnp.zeros(up, dtype)), places)
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=(5, 6, 7))
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=(6, 7, 8))
 def _write_layer(
     stacks: Stacks,
     kernel: Float[Array, "L D F"],
+    moment: Float[Array, "L D D"] | None,
     layer: Any,
     scale: Any,
     key: PRNGKeyArray,
-    start: str,
+    start: Start,
     rank: int,
     places: tuple[Sharding, Sharding] | None,
 ) -> Stacks:
@@ -163,10 +142,8 @@ def _write_layer(
     zero there and the padding stays zero under any optimizer of this project.
     """
     down, up = stacks
-    if start == "lora":
-        a, b = lora_start(kernel.shape[1:], rank, key)
-    else:
-        a, b = nonzero_start(start, kernel[layer], rank, scale, key)
+    inputs = None if moment is None else moment[layer]
+    a, b = start.factors(kernel[layer], rank, scale, key, inputs)
     # Rounded to the dtype in which the origin is kept, so that A − A₀ is exactly 0.
     a = jax.lax.dynamic_update_slice(down, a.astype(down.dtype)[None], (layer, 0, 0))
     b = jax.lax.dynamic_update_slice(up, b.astype(up.dtype)[None], (layer, 0, 0))
@@ -280,78 +257,6 @@ def _freeze_a(
 def squared_norms(kernel: Float[Array, "L D F"]) -> Float[Array, "L F"]:
     """``Σ_d W_df²`` of every output, summed in float32 without a float32 copy of W."""
     return jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=1)
-
-
-def lora_start(shape: tuple[int, ...], rank: int, key: PRNGKeyArray) -> Factors:
-    """Random A and zero B, float32. Source: PEFT's default, Kaiming uniform with a = √5."""
-    bound = 1.0 / np.sqrt(shape[0])
-    a = jax.random.uniform(key, (shape[0], rank), jnp.float32, -bound, bound)
-    return a, jnp.zeros((rank, shape[1]), jnp.float32)
-
-
-def nonzero_start(
-    start: str, kernel: Float[Array, "D F"], rank: int, scale: float, key: PRNGKeyArray
-) -> Factors:
-    """The factors of a named start other than ``lora`` on one weight, float32."""
-    if start == "milora":
-        return milora_start(kernel, rank, scale)
-    if start == "olora":
-        return olora_start(kernel, rank)
-    if start == "orthogonal":
-        return orthogonal_start(kernel.shape, rank, key)
-    return pissa_start(kernel, rank, scale, start, key)
-
-
-def pissa_start(
-    kernel: Float[Array, "D F"], rank: int, scale: float, start: str, key: PRNGKeyArray
-) -> Factors:
-    """Factors with ``scale · A B`` = the rank-R principal part of ``kernel``, float32.
-
-    Source: PiSSA (arXiv 2404.02948): A = U_r √S_r and B = √S_r V_rᵀ in the orientation y = x W,
-    with S divided by the scale first, so that alpha does not change the product.
-    """
-    matrix = kernel.astype(jnp.float32)
-    if start == "pissa":
-        u, s, vt = linalg.truncated_svd(matrix, rank)
-    else:
-        n_iter = int(start.rsplit("_", 1)[-1])
-        u, s, vt = linalg.randomized_svd(matrix, rank, n_iter, key)
-    root = jnp.sqrt(s / scale)
-    return u * root, root[:, None] * vt
-
-
-def milora_start(kernel: Float[Array, "D F"], rank: int, scale: float) -> Factors:
-    """Factors with ``scale · A B`` = the part of the R smallest singular values, float32.
-
-    Source: MiLoRA (arXiv 2406.09044), split as PiSSA splits the largest ones.
-    """
-    u, s, vt = linalg.truncated_svd(kernel.astype(jnp.float32), min(kernel.shape))
-    root = jnp.sqrt(s[-rank:] / scale)
-    return u[:, -rank:] * root, root[:, None] * vt[-rank:]
-
-
-def olora_start(kernel: Float[Array, "D F"], rank: int) -> Factors:
-    """The first R columns and rows of ``Wᵀ = Q R`` (W in our orientation), float32.
-
-    Source: OLoRA (arXiv 2406.01775) as PEFT has it: with ``[out, in]`` weights B = Q[:, :R] and
-    A = R[:R], whatever the scale.
-    """
-    q, r = jnp.linalg.qr(kernel.astype(jnp.float32).T)
-    return r[:rank].T, q[:, :rank].T
-
-
-def orthogonal_start(shape: tuple[int, ...], rank: int, key: PRNGKeyArray) -> Factors:
-    """Random factors whose product is zero though neither is, float32.
-
-    Source: PEFT's ``init_lora_weights="orthogonal"``: A lies in the span of one half of the rows
-    of a random rotation, B in that of the other half, entries scaled by 1/10.
-    """
-    half, highest = rank // 2, jax.lax.Precision.HIGHEST
-    key_q, key_a, key_b = jax.random.split(key, 3)
-    q, _ = jnp.linalg.qr(jax.random.normal(key_q, (rank, rank)))
-    a = jnp.matmul(jax.random.normal(key_a, (shape[0], half)), q[0::2], precision=highest)
-    b = jnp.matmul(q[1::2].T, jax.random.normal(key_b, (half, shape[1])), precision=highest)
-    return a / 10.0, b / 10.0
 
 
 def _scales(

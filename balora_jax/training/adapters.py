@@ -1,0 +1,166 @@
+"""The adapters of a run: which layers get one, where they begin, and what trains at step 0."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from balora_jax.array_types import Array
+from balora_jax.config import AdapterConfig, ModelConfig
+from balora_jax.errors import InputError
+from balora_jax.io.peft_reader import read_peft
+from balora_jax.models.adapters import (
+    AdaptedModule,
+    AdapterShape,
+    LinearShape,
+    adapter_shapes,
+    plan_adapters,
+    trainable_parameters,
+)
+from balora_jax.models.quantized import DequantizedKernels
+from balora_jax.models.starts import STARTS
+from balora_jax.models.starts.stacks import Moments, Stacks, start_adapters
+from balora_jax.models.starts.start import Start
+from balora_jax.parallel import hosts
+from balora_jax.parallel.sharding import Layout
+from balora_jax.pretrained.peft_start import PeftStart
+
+Arrays = dict[str, Array]
+
+
+def start_of(name: str) -> Start | PeftStart:
+    """The start that ``adapter.start`` names; a folder only where no start has this name.
+
+    Raises:
+        InputError: neither a start nor a folder, or a folder that holds no usable adapter.
+    """
+    if name not in STARTS and Path(name).is_dir():
+        return PeftStart(name, read_peft(name))
+    return STARTS[name]
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The adapters that a run trains.
+
+    Attributes:
+        method: what trains in them.
+        start: where they begin.
+        modules: the adapted layers; none for a full fine-tuning.
+        dropout: on their input.
+        use_rslora: the scales are alpha / √rank.
+    """
+
+    method: str
+    start: Start | PeftStart
+    modules: tuple[AdaptedModule, ...]
+    dropout: float
+    use_rslora: bool
+
+    @property
+    def shapes(self) -> dict[str, AdapterShape]:
+        """What the stacked layers must know of their adapters."""
+        return adapter_shapes(self.modules, origin=self.start.has_origin, dropout=self.dropout)
+
+    def trainable(self, total: int) -> int:
+        """Trainable parameters of a model of ``total`` parameters; padding is not counted."""
+        return total if self.method == "full" else trainable_parameters(self.modules)
+
+    def begin(
+        self,
+        frozen: Arrays,
+        model: ModelConfig,
+        layout: Layout,
+        *,
+        seed: int,
+        moments: Moments | None = None,
+    ) -> tuple[Arrays, Arrays]:
+        """What trains at step 0, and the origin it is measured from, each array on its devices.
+
+        Args:
+            frozen: the base's weights as they are held.
+            model: how they are held.
+            layout: where everything lies.
+            seed: of the start's key.
+            moments: of the inputs of the layers, for a start that reads rows.
+        """
+        if self.method == "full":
+            # Copies even in float32: the step is given these arrays for good.
+            copies = {path: jnp.array(value, jnp.float32) for path, value in frozen.items()}
+            return layout.placed(copies), {}
+        kernels = kernels_of(frozen, model)
+        if isinstance(self.start, PeftStart):
+            adapters, origin = self.start.begin(self.modules, kernels, layout)
+        else:
+            with layer_bar(len(self.modules)) as report:
+                adapters, origin = start_adapters(
+                    self.modules,
+                    kernels,
+                    start=self.start,
+                    key=jax.random.key(seed),
+                    layout=layout,
+                    moments=moments,
+                    report=report,
+                )
+        # Only DoRA's norms are not yet where the table wants them.
+        return layout.placed(adapters), layout.placed(origin)
+
+
+def adapters_of(config: AdapterConfig, linears: Sequence[LinearShape]) -> Adapters:
+    """The adapters that a config asks for on the linear layers of a model.
+
+    Raises:
+        InputError: an unknown start, targets that match no layer, or a rank that does not fit.
+    """
+    start = start_of(config.start)
+    if config.method == "full":
+        return Adapters(config.method, start, (), 0.0, use_rslora=False)
+    if isinstance(start, PeftStart):
+        modules = start.modules(linears)
+        return Adapters(config.method, start, modules, config.dropout, start.use_rslora)
+    modules = plan_adapters(
+        linears,
+        rank=config.rank,
+        alpha=config.rank if config.alpha is None else config.alpha,
+        target_modules=config.target_modules,
+        exclude_modules=config.exclude_modules,
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern,
+        use_rslora=config.use_rslora,
+        method=config.method,
+    )
+    start.check_ranks(modules)
+    return Adapters(config.method, start, modules, config.dropout, config.use_rslora)
+
+
+@contextmanager
+def layer_bar(layers: int) -> Iterator[Callable[[Stacks], None]]:
+    """A bar that moves on by a layer, shown where it takes long: its rate is the time of one."""
+    quiet = not hosts.is_first()
+    with tqdm(total=layers, desc="start", unit="layer", delay=5, disable=quiet) as bar:
+
+        def report(stacks: Stacks) -> None:
+            jax.block_until_ready(stacks)
+            bar.update()
+
+        yield report
+
+
+def kernels_of(frozen: Arrays, config: ModelConfig) -> Mapping[str, Array]:
+    """The frozen weights in floating point, dequantised one stack at a time when looked up."""
+    if config.quantization == "none":
+        return frozen
+    return DequantizedKernels(frozen, config.quantization, config.dtype)
+
+
+def check_full(adapter: AdapterConfig, model: ModelConfig) -> None:
+    """Raises InputError where a full fine-tuning is asked for of weights that cannot train."""
+    if adapter.method == "full" and model.quantization != "none":
+        raise InputError(
+            f"model.quantization: expected none with adapter.method full, got "
+            f"{model.quantization}: codes cannot be trained. Set it to none."
+        )
