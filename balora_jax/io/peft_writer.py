@@ -1,7 +1,4 @@
-"""How do adapters leave for PEFT?
-
-How one comes in is the question of :mod:`balora_jax.io.peft_reader`; its names are here as well.
-"""
+"""Trained adapters as a PEFT folder."""
 
 import json
 import math
@@ -23,23 +20,9 @@ from balora_jax.io.peft_reader import (
     ADAPTER_WEIGHTS,
     MAGNITUDE,
     PREFIX,
-    PeftAdapter,
     belongs_to,
-    read_peft,
 )
 from balora_jax.models.adapters import AdaptedModule
-
-__all__ = [
-    "ADAPTER_CONFIG",
-    "ADAPTER_WEIGHTS",
-    "ExportReport",
-    "PeftAdapter",
-    "delta_pair",
-    "export_peft",
-    "magnitude_of",
-    "read_peft",
-    "recompress",
-]
 
 _ADAPTER_FILES = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md"}
 _DTYPES = ("float32", "bfloat16", "float16")

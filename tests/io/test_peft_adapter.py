@@ -16,7 +16,8 @@ from tiny_llama import (
 )
 
 from balora_jax.errors import InputError
-from balora_jax.io.peft_writer import delta_pair, export_peft, read_peft
+from balora_jax.io.peft_reader import read_peft
+from balora_jax.io.peft_writer import delta_pair, export_peft
 
 CASES = {
     "plain": {},
