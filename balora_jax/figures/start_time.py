@@ -45,12 +45,9 @@ def measured(
 
     from balora_jax.bench.weights import random_arrays
     from balora_jax.config_file import load_config
-    from balora_jax.models.starts import STARTS
-    from balora_jax.models.starts.stacks import start_adapters
     from balora_jax.plan import arguments
     from balora_jax.pretrained.checkpoint import open_base
     from balora_jax.tasks import assemble
-    from balora_jax.training.adapters import kernels_of
 
     config = load_config(file, list(changes))
     name = config.model.name_or_path
@@ -75,13 +72,8 @@ def measured(
         kinds[kind] = (module.in_features, module.out_features), seconds[kind]
         clock[0] = now
 
-    found = start_adapters(
-        program.adapters.modules,
-        kernels_of(frozen, config.model),
-        start=STARTS[config.adapter.start],
-        key=jax.random.key(config.training.seed),
-        layout=program.layout,
-        report=report,
+    found = program.adapters.begin(
+        frozen, config.model, program.layout, seed=config.training.seed, report=report
     )
     jax.block_until_ready(found)
     return kinds, config.adapter.start, time.perf_counter() - began

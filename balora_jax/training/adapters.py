@@ -78,6 +78,7 @@ class Adapters:
         *,
         seed: int,
         moments: Moments | None = None,
+        report: Callable[[Stacks], None] | None = None,
     ) -> tuple[Arrays, Arrays]:
         """What trains at step 0, and the origin it is measured from, each array on its devices.
 
@@ -87,6 +88,7 @@ class Adapters:
             layout: where everything lies.
             seed: of the start's key.
             moments: of the inputs of the layers, for a start that reads rows.
+            report: called after each layer of a named start; a bar where it is not given.
         """
         if self.method == "full":
             # Copies even in float32: the step is given these arrays for good.
@@ -96,7 +98,7 @@ class Adapters:
         if isinstance(self.start, PeftStart):
             adapters, origin = self.start.begin(self.modules, kernels, layout)
         else:
-            with layer_bar(len(self.modules)) as report:
+            with layer_bar(len(self.modules)) as moved:
                 adapters, origin = start_adapters(
                     self.modules,
                     kernels,
@@ -104,7 +106,7 @@ class Adapters:
                     key=jax.random.key(seed),
                     layout=layout,
                     moments=moments,
-                    report=report,
+                    report=report or moved,
                 )
         # Only DoRA's norms are not yet where the table wants them.
         return layout.placed(adapters), layout.placed(origin)

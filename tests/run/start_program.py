@@ -50,8 +50,8 @@ def arrays_of(folder, start, mesh, method="lora"):
     with jax.set_mesh(mesh):
         frozen = base.load_for(program.plain, mesh)
         trainable, origin = program.adapters.begin(
-        frozen, config.model, program.layout, seed=config.training.seed
-    )
+            frozen, config.model, program.layout, seed=config.training.seed
+        )
         constants = assemble.constants_of(program, Loaded(frozen, origin, trainable))
     factor = {"head_factor": constants.head_factor}
     arrays = {**frozen, **factor, **{f"origin {k}": v for k, v in origin.items()}, **trainable}
