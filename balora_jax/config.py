@@ -112,10 +112,10 @@ class RegularizersConfig(Section):
         adaptive_min, adaptive_max: range of an ``adaptive`` λ1 (0.1 λ1 and λ1 by default).
         mask_alignment: ``shifted`` as the cross-entropy, or ``official`` as the authors' code.
         center_rows: subtract each logit row's mean before the spectral term.
-        teacher_head: of ``task: nlu``, the frozen head behind the frozen encoder:
+        teacher_head: of ``task: labels``, the frozen head behind the frozen encoder:
             ``student_init``, the student's own first head, or ``probe``, a head fitted on the
             frozen features before the run; the student begins with the same head either way.
-        teacher_cache: of ``task: nlu``, compute the teacher's logits of every row once, before
+        teacher_cache: of ``task: labels``, compute the teacher's logits of every row once, before
             the first step, instead of in each step.
     """
 
@@ -145,7 +145,7 @@ class DataConfig(Section):
     Attributes:
         train, validation: a JSON-lines, CSV or parquet file, or a hub data-set name. With
             ``glue`` the hub's splits where not given, and ``{glue}`` in a path is the task.
-        glue: name of a GLUE task (``task: nlu``): columns, labels and metrics follow from it.
+        glue: name of a GLUE task (``task: labels``): columns, labels and metrics follow from it.
         text_columns, label_column, labels, regression: the same for data of one's own: one text
             or two, names of the classes in the order of their ids, or a score instead.
         split, validation_split: of hub data sets.
@@ -291,7 +291,7 @@ class EvalConfig(Section):
 
     Attributes:
         task: ``exact_match`` compares the number after the marker; ``labels`` scores classes and
-            regressions by their task's own metrics (``task: nlu`` always does); ``none`` skips.
+            regressions by their task's own metrics (``task: labels`` always does); ``none`` skips.
         marker: text before the answer.
         limit: use the first rows only.
         batch_size: prompts decoded together.
@@ -331,14 +331,14 @@ class RunConfig(Section):
     """One run: one file in ``configs/``.
 
     Attributes:
-        task: ``nlg`` trains a causal language model on text, ``nlu`` an encoder with a head on
+        task: ``text`` trains a causal language model on text, ``labels`` an encoder with a head on
             labels.
         extensions: Python files of your own, relative to this one, that register terms, starts,
             families, benchmarks or trackers.
     """
 
     extensions: tuple[str, ...] = ()
-    task: Literal["nlg", "nlu"] = "nlg"
+    task: Literal["text", "labels"] = "text"
     model: ModelConfig
     adapter: AdapterConfig = AdapterConfig()
     regularizers: RegularizersConfig = RegularizersConfig()
@@ -350,17 +350,17 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits_the_task(self) -> "RunConfig":
-        data, nlu = self.data, self.task == "nlu"
-        if not nlu and data.train is None:
+        data, labels = self.data, self.task == "labels"
+        if not labels and data.train is None:
             raise ValueError("data.train: expected a value, got none. Add the key.")
-        if not nlu and (data.glue or data.text_columns or data.labels or data.regression):
+        if not labels and (data.glue or data.text_columns or data.labels or data.regression):
             raise ValueError(
-                "task: expected nlu with data.glue, data.text_columns, data.labels or "
-                "data.regression, got nlg. Set task: nlu, or remove them."
+                "task: expected labels with data.glue, data.text_columns, data.labels or "
+                "data.regression, got text. Set task: labels, or remove them."
             )
-        if nlu and data.glue is None and (data.train is None or not data.text_columns):
+        if labels and data.glue is None and (data.train is None or not data.text_columns):
             raise ValueError(
-                "data: expected data.glue, or data.train with data.text_columns, for task nlu, got "
-                "neither. Name a GLUE task, or the file and its columns."
+                "data: expected data.glue, or data.train with data.text_columns, for task labels, "
+                "got neither. Name a GLUE task, or the file and its columns."
             )
         return self

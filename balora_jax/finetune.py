@@ -16,8 +16,7 @@ from balora_jax.io import drawing, metrics
 from balora_jax.io.folders import write_atomically
 from balora_jax.parallel import hosts
 from balora_jax.pretrained import export
-from balora_jax.tasks.labels import run as label_run
-from balora_jax.tasks.text import run as text_run
+from balora_jax.tasks.registry import TASKS
 from balora_jax.training.endings import failures, interruptions
 from balora_jax.training.loop import Training, last_step
 from balora_jax.training.run import Run
@@ -45,8 +44,7 @@ def fit(config: RunConfig, *, workdir: str | Path, resume: bool = False) -> dict
     with failures(folder):
         full = config.adapter.method == "full"
         hosts.by_first(functools.partial(check_folders, folder, resume=resume, full=full))
-        check = label_run.check if config.task == "nlu" else text_run.check
-        run: Run = check(config)
+        run = TASKS[config.task].check(config)
         step = last_step(run, folder) if resume else None
         loaded = run.load()
         describe(run)

@@ -7,7 +7,7 @@ import copy
 
 import numpy as np
 
-from tests import tiny_label_run, tiny_run
+from tests import tiny_labels_run, tiny_run
 
 CASES = ("quickstart", "packed", "lora", "gemma2", "dora", "labels", "mesh", "int8")
 DEVICES = {"mesh": 8}
@@ -19,14 +19,14 @@ def write_inputs(folder):
     folder.mkdir(parents=True)
     tiny_run.write_model(folder / "llama", seed=1)
     write_gemma2(folder / "gemma2")
-    tiny_label_run.write_model(folder / "bert", seed=3)
+    tiny_labels_run.write_model(folder / "bert", seed=3)
     tiny_run.write_rows(folder / "sums.jsonl", tiny_run.sums(64, 4))
     tiny_run.write_rows(folder / "sums_held_out.jsonl", tiny_run.sums(5, 5))
-    reviews = tiny_label_run.reviews(400, 6)
+    reviews = tiny_labels_run.reviews(400, 6)
     for row in reviews[::5]:  # or a fitted head would be certain of every row
         row["kind"] = "bad" if row["kind"] == "good" else "good"
     tiny_run.write_rows(folder / "reviews.jsonl", reviews)
-    tiny_run.write_rows(folder / "reviews_held_out.jsonl", tiny_label_run.reviews(33, 7))
+    tiny_run.write_rows(folder / "reviews_held_out.jsonl", tiny_labels_run.reviews(33, 7))
 
 
 def write_gemma2(folder):
@@ -97,7 +97,7 @@ def sums_config(inputs, model, steps):
 def reviews_config(inputs, steps):
     """An encoder on two classes; k = 1 of two singular values leaves the spectral term a slope."""
     return {
-        "task": "nlu",
+        "task": "labels",
         "model": {"name_or_path": str(inputs / "bert"), "remat": "none"},
         "adapter": {"start": "pissa", "rank": 3, "target_modules": ["query", "key", "value"]},
         "regularizers": {

@@ -118,7 +118,7 @@ def test_the_published_settings_of_glue(task):
     training, terms = config.training, config.regularizers
     found = (training.epochs, training.batch_size, training.learning_rate, config.adapter.alpha)
     assert found == DEBERTA[task]
-    assert (config.task, config.data.glue, config.data.max_length) == ("nlu", task, 128)
+    assert (config.task, config.data.glue, config.data.max_length) == ("labels", task, 128)
     assert (terms.consistency, terms.diversity, terms.spectral, terms.k) == (0.15, 0.03, 0.03, 5)
     assert (training.schedule, training.warmup, training.seed) == ("linear", 0.1, 42)
     base = encoder_registry.encoder_config(DEBERTA_V3_BASE, task, num_labels=2)

@@ -16,7 +16,7 @@ from balora_jax.bench.weights import Weights
 from balora_jax.errors import InputError
 from balora_jax.models import weight_names
 from balora_jax.pretrained.checkpoint import Base
-from balora_jax.tasks.assemble import Program
+from balora_jax.tasks.text.program import TextProgram
 from balora_jax.training.run import Loaded
 
 REFERENCE = Path(__file__).with_name("torch_reference.py")
@@ -50,7 +50,7 @@ class TorchTrainer:
 
 @contextmanager
 def torch_trainer(
-    folder: Path, program: Program, base: Base, weights: Weights, loaded: Loaded, threads: int
+    folder: Path, program: TextProgram, base: Base, weights: Weights, loaded: Loaded, threads: int
 ) -> Iterator[TorchTrainer]:
     """Write what the reference needs into ``folder`` and start it.
 
@@ -93,7 +93,7 @@ def write_model(folder: Path, base: Base, weights: Weights) -> None:
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
 
-def spec_of(program: Program, model: Path, folder: Path, threads: int) -> dict[str, Any]:
+def spec_of(program: TextProgram, model: Path, folder: Path, threads: int) -> dict[str, Any]:
     """What the reference reads: the settings of the step under their names."""
     config, terms = program.config, program.objective.term_spec
     training = config.training
@@ -137,7 +137,7 @@ def spec_of(program: Program, model: Path, folder: Path, threads: int) -> dict[s
     }
 
 
-def factors_of(program: Program, loaded: Loaded) -> dict[str, np.ndarray]:
+def factors_of(program: TextProgram, loaded: Loaded) -> dict[str, np.ndarray]:
     """Each layer's factors in PEFT's orientation: A [r, in], B [out, r]."""
     found = {}
     for module in program.adapters.modules:

@@ -9,8 +9,8 @@ import numpy as np
 from balora_jax.bench.cases import Case, configured
 from balora_jax.bench.measure import OurStep
 from balora_jax.config import RunConfig
-from balora_jax.tasks.labels import run as label_run
-from balora_jax.tasks.labels.run import LabelRun
+from balora_jax.tasks.labels import run as labels_run
+from balora_jax.tasks.labels.run import LabelsRun
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class LabelCase:
         shape: of the batch.
     """
 
-    run: LabelRun
+    run: LabelsRun
     step: OurStep
     shape: tuple[int, ...]
 
@@ -35,7 +35,7 @@ class LabelCase:
 
 def compiled_case(config: RunConfig, case: Case) -> LabelCase:
     """Open, load and compile a case on the first batch of its own data."""
-    run = label_run.check(configured(config, case))
+    run = labels_run.check(configured(config, case))
     loaded = run.load()
     constants = run.constants(loaded)
     batch: dict[str, Any] = next(run.batches())
@@ -43,7 +43,7 @@ def compiled_case(config: RunConfig, case: Case) -> LabelCase:
         # Any logits will do for the time of a step; a run computes them once, before the first.
         shape = (*batch["labels"].shape, run.outputs)
         batch = run.prepare(batch, np.zeros((len(run.data.examples), run.outputs), np.float32))
-        assert batch[label_run.TEACHER].shape == shape
+        assert batch[labels_run.TEACHER].shape == shape
     parts = run.step_parts(10**6)
     seed = run.config.training.seed
     step = OurStep(parts, run.mesh, loaded.trainable, constants, batch, seed)

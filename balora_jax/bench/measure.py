@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from balora_jax.plan.compiled import memory_of
-from balora_jax.tasks.assemble import Program, constants_of, step_parts
+from balora_jax.tasks.text.program import TextProgram
 from balora_jax.training import steps
 from balora_jax.training.run import Loaded
 
@@ -90,11 +90,11 @@ class OurStep:
         }
 
 
-def causal_step(program: Program, loaded: Loaded, batch: Mapping[str, Any]) -> OurStep:
+def text_step(program: TextProgram, loaded: Loaded, batch: Mapping[str, Any]) -> OurStep:
     """The step of a causal language model."""
-    parts, seed = step_parts(program, 10**6), program.config.training.seed
+    parts, seed = program.step_parts(10**6), program.config.training.seed
     with jax.set_mesh(program.mesh):
-        constants = constants_of(program, loaded)
+        constants = program.constants(loaded)
     return OurStep(parts, program.mesh, loaded.trainable, constants, batch, seed)
 
 

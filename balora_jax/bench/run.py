@@ -23,8 +23,8 @@ from balora_jax.config import RunConfig
 from balora_jax.errors import InputError
 from balora_jax.plan.targets import parse_target
 from balora_jax.pretrained.checkpoint import Base
-from balora_jax.tasks import assemble, flops
-from balora_jax.tasks.assemble import Program
+from balora_jax.tasks import flops
+from balora_jax.tasks.text.program import TextProgram, text_program
 
 TORCH_CASES = ("LoRA", "BA-LoRA")
 COMPARED_STEPS = 10
@@ -54,11 +54,11 @@ def bench(
     """
     if rounds < 1:
         raise InputError(f"--rounds: expected at least 1, got {rounds}. Raise it.")
-    labels = config.task == "nlu"
+    labels = config.task == "labels"
     todo = chosen(LABEL_CASES if labels else TEXT_CASES, cases)
     if labels and (against_torch or topology is not None):
         raise InputError(
-            "bench: expected task nlg with --against or --topology, got nlu. Leave them out."
+            "bench: expected task text with --against or --topology, got labels. Leave them out."
         )
     figures: dict[str, Any] = {"versions": hardware.versions()}
     if topology is not None:
@@ -91,7 +91,7 @@ def _measured(
         for name, program in programs.items():
             bar.set_description_str(f"compiling: {name}")
             loaded = loaded_for(program, weights)
-            named[name] = measure.causal_step(program, loaded, weights.batch)
+            named[name] = measure.text_step(program, loaded, weights.batch)
             if against_torch and name in TORCH_CASES:
                 # Asked for after the compilation, so that its start does not compete with it.
                 named[f"torch {name}"] = _torch_step(stack, program, base, weights, name)
@@ -142,12 +142,12 @@ def _setting(config: RunConfig, weights: str, shape: Sequence[int]) -> dict[str,
     }
 
 
-def _program(config: RunConfig, case: Case, base: Base) -> Program:
-    return assemble.program_of(configured(config, case), base.config)
+def _program(config: RunConfig, case: Case, base: Base) -> TextProgram:
+    return text_program(configured(config, case), base.config)
 
 
 def _torch_step(
-    stack: contextlib.ExitStack, program: Program, base: Base, weights: Weights, name: str
+    stack: contextlib.ExitStack, program: TextProgram, base: Base, weights: Weights, name: str
 ) -> Any:
     from balora_jax.bench.against import torch_trainer
 

@@ -17,9 +17,8 @@ from balora_jax.models.starts.stacks import squared_norms
 from balora_jax.parallel import sharding
 from balora_jax.plan.arguments import random_batch, shapes_only
 from balora_jax.pretrained.checkpoint import Base
-from balora_jax.tasks import assemble
-from balora_jax.tasks.assemble import Program
 from balora_jax.tasks.text import run as text_run
+from balora_jax.tasks.text.program import TextProgram, text_program
 from balora_jax.training.adapters import kernels_of
 from balora_jax.training.run import Loaded
 
@@ -48,14 +47,14 @@ def weights_of(config: RunConfig) -> tuple[Base, Weights]:
         setup = text_run.check(config)
         loaded = setup.base.load_for(setup.plain, setup.mesh)
         return setup.base, Weights(loaded, False, next(setup.batches()))
-    program = assemble.program_of(config, base.config)
+    program = text_program(config, base.config)
     length = config.data.max_length
     sharding.whole_length(length, length, program.mesh)
     frozen = random_arrays(program.plain.frozen, program)
     return base, Weights(frozen, True, random_batch(config, base.config.vocab_size))
 
 
-def random_arrays(shapes: dict[str, jax.ShapeDtypeStruct], program: Program) -> Arrays:
+def random_arrays(shapes: dict[str, jax.ShapeDtypeStruct], program: TextProgram) -> Arrays:
     """Normal weights of standard deviation 0.02, norms of 1, each made where it belongs.
 
     Codes are uniform, with the scale that gives the weights they stand for about this size.
@@ -82,7 +81,7 @@ def random_arrays(shapes: dict[str, jax.ShapeDtypeStruct], program: Program) -> 
     }
 
 
-def loaded_for(program: Program, weights: Weights) -> Loaded:
+def loaded_for(program: TextProgram, weights: Weights) -> Loaded:
     """Adapters of a case at their start, beside the shared weights.
 
     Random weights get random factors of the size that a start would have: a decomposition of a 7B

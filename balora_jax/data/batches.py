@@ -58,7 +58,7 @@ class Resumable:
         self._iterator.set_state(state["position"])
 
 
-class BatchIterator(Resumable):
+class TextBatches(Resumable):
     """Batches without end, each a dict of arrays [accumulation, batch_size, length].
 
     ==============  =======  =====================================================================
@@ -198,7 +198,7 @@ def epoch_batches(
         pad_id: The token for empty places.
 
     Yields:
-        The keys of `BatchIterator`. The last batch is filled up with empty rows (segment 0 and
+        The keys of `TextBatches`. The last batch is filled up with empty rows (segment 0 and
         loss mask 0 throughout), so that every batch has the same shape.
 
     Raises:

@@ -21,7 +21,7 @@ _NAMES_IN_A_MESSAGE = 6
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelledTask:
+class LabelsTask:
     """A task of classification, or of regression where there are no label names.
 
     Attributes:
@@ -31,7 +31,7 @@ class LabelledTask:
             that a row has is read.
         labels: The names of the classes in the order of their ids; empty for regression.
         metrics: Names that `evals.classification.score_labels` knows, the main one first.
-        hub: Name and configuration of the hub data set; None for files of one's own.
+        hub: The hub data set as `load_rows` takes it; None for your own files.
         train_split: The hub's split to train on.
         validation_splits: Title of a validation set -> the hub's split.
         score_range: Least and greatest score of a regression; None if any number will do.
@@ -42,7 +42,7 @@ class LabelledTask:
     label_columns: tuple[str, ...]
     labels: tuple[str, ...]
     metrics: tuple[str, ...]
-    hub: tuple[str, str] | None = None
+    hub: str | None = None
     train_split: str = "train"
     validation_splits: Mapping[str, str] = dataclasses.field(
         default_factory=lambda: {"validation": "validation"}, hash=False
@@ -78,15 +78,6 @@ class LabelledTask:
         """Logits that a head for this task has: one a class, or one score."""
         return len(self.labels) or 1
 
-    @property
-    def hub_spec(self) -> str | None:
-        """The hub data set as `load_rows` takes it.
-
-        >>> GLUE["sst2"].hub_spec
-        'nyu-mll/glue:sst2'
-        """
-        return None if self.hub is None else ":".join(self.hub)
-
 
 def _glue(
     name: str,
@@ -94,17 +85,16 @@ def _glue(
     labels: tuple[str, ...],
     *metrics: str,
     **others: Any,
-) -> LabelledTask:
-    hub = ("nyu-mll/glue", name)
-    options = {"label_columns": ("label",), "hub": hub} | others
-    return LabelledTask(name, text_columns, labels=labels, metrics=metrics, **options)
+) -> LabelsTask:
+    options = {"label_columns": ("label",), "hub": f"nyu-mll/glue:{name}"} | others
+    return LabelsTask(name, text_columns, labels=labels, metrics=metrics, **options)
 
 
 _PAIR = ("sentence1", "sentence2")
 _DUPLICATE = ("not_duplicate", "duplicate")
 _ENTAILMENT = ("entailment", "not_entailment")
 
-GLUE: dict[str, LabelledTask] = {
+GLUE: dict[str, LabelsTask] = {
     task.name: task
     for task in (
         _glue("cola", ("sentence",), ("unacceptable", "acceptable"), "matthews"),
@@ -139,7 +129,7 @@ GLUE: dict[str, LabelledTask] = {
 for columns, splits and the order of the labels."""
 
 
-def glue_task(name: str) -> LabelledTask:
+def glue_task(name: str) -> LabelsTask:
     """The GLUE task of that name.
 
     Raises:
@@ -150,8 +140,8 @@ def glue_task(name: str) -> LabelledTask:
     """
     if name not in GLUE:
         raise InputError(
-            f"task: expected one of {', '.join(GLUE)}, got {name!r}.{did_you_mean(name, GLUE)} "
-            "Choose one of these."
+            f"data.glue: expected one of {', '.join(GLUE)}, got {name!r}."
+            f"{did_you_mean(name, GLUE)} Choose one of these."
         )
     return GLUE[name]
 
@@ -162,7 +152,7 @@ def custom_task(
     labels: Sequence[str] = (),
     *,
     regression: bool = False,
-) -> LabelledTask:
+) -> LabelsTask:
     """A task for files of one's own.
 
     Args:
@@ -197,10 +187,10 @@ def custom_task(
         metrics = ("pearson", "spearman")
     else:
         metrics = ("accuracy", "f1") if len(labels) == 2 else ("accuracy",)
-    return LabelledTask("custom", columns, (label_column,), tuple(labels), metrics)
+    return LabelsTask("custom", columns, (label_column,), tuple(labels), metrics)
 
 
-def texts_of(row: Row, task: LabelledTask, where: str) -> list[str]:
+def texts_of(row: Row, task: LabelsTask, where: str) -> list[str]:
     """The one or two texts of a row. One of a pair may be empty (a few of QQP's are), not both.
 
     Raises:
@@ -221,7 +211,7 @@ def texts_of(row: Row, task: LabelledTask, where: str) -> list[str]:
     return texts
 
 
-def label_cell(row: Row, task: LabelledTask, where: str) -> Any:
+def label_cell(row: Row, task: LabelsTask, where: str) -> Any:
     """The cell of the label, as it stands in the row.
 
     Raises:
@@ -237,7 +227,7 @@ def label_cell(row: Row, task: LabelledTask, where: str) -> Any:
     )
 
 
-def label_of(cell: Any, task: LabelledTask, where: str) -> Label | None:
+def label_of(cell: Any, task: LabelsTask, where: str) -> Label | None:
     """The label that a cell spells: a class id, a score, or None if it says that there is none.
 
     A class may be given by its name or its id, the id as a number or as text. Where the names are
@@ -260,7 +250,7 @@ def label_of(cell: Any, task: LabelledTask, where: str) -> Label | None:
     return _score(cell, task, where) if task.regression else _class_id(cell, task, where)
 
 
-def _score(cell: Any, task: LabelledTask, where: str) -> np.float32 | None:
+def _score(cell: Any, task: LabelsTask, where: str) -> np.float32 | None:
     number = _number(cell)
     low, high = task.score_range or (-math.inf, math.inf)
     if number is not None and low <= number <= high:
@@ -271,7 +261,7 @@ def _score(cell: Any, task: LabelledTask, where: str) -> np.float32 | None:
     raise InputError(f"{where}: expected {wanted} as label, got {cell!r}. Mend the row.")
 
 
-def _class_id(cell: Any, task: LabelledTask, where: str) -> int | None:
+def _class_id(cell: Any, task: LabelsTask, where: str) -> int | None:
     names = [name.strip() for name in task.labels]
     spelled, number = _spelling(cell), _number(cell)
     if spelled in names:

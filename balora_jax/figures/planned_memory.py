@@ -73,14 +73,14 @@ def measured(config: RunConfig) -> dict[str, Any]:
     """
     import jax
 
-    from balora_jax.tasks import assemble
+    from balora_jax.tasks.text.program import text_program
     from balora_jax.training import steps
 
     base = arguments.opened_base(config)
-    program = assemble.program_of(config, base.config)
+    program = text_program(config, base.config)
     abstract = arguments.abstract_arguments(program, compiled.STEPS)
     with jax.set_mesh(program.mesh):
-        parts = assemble.step_parts(program, compiled.STEPS)
+        parts = program.step_parts(compiled.STEPS)
         step = steps.compile_step(parts, abstract[0], program.mesh).lower(*abstract).compile()
         key = jax.device_put(jax.random.key(0), abstract[3].sharding)
     planned = {name: size * program.mesh.size for name, size in compiled.memory_of(step).items()}

@@ -21,9 +21,9 @@ from balora_jax.models.quantized import Quantization, bytes_of
 from balora_jax.models.structure import Structure
 from balora_jax.parallel import sharding
 from balora_jax.plan.arguments import shapes_only
-from balora_jax.tasks.labels import run as label_run
-from balora_jax.tasks.labels import score as label_score
-from balora_jax.tasks.text import run as text_run
+from balora_jax.tasks.labels import run as labels_run
+from balora_jax.tasks.labels import score as labels_score
+from balora_jax.tasks.registry import TASKS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -67,13 +67,13 @@ def measured(config: RunConfig) -> tuple[Structure, np.ndarray | None]:
     if shapes is not None:
         options: Any = {"dtype": config.model.dtype, "quantization": config.model.quantization}
         return structure(shapes.config, **options), None
-    run = label_run.check(config) if config.task == "nlu" else text_run.check(config)
+    run: Any = TASKS[config.task].check(config)
     frozen = run.base.load_for(run.plain, run.mesh)
     batch = next(run.batches())
-    if isinstance(run, label_run.LabelRun):
+    if isinstance(run, labels_run.LabelsRun):
         head = run.base.load_head(jax.random.key(config.training.seed))
         names = ("input_ids", "attention_mask", "token_type_ids")
-        forward = label_score.logits_forward(run.plain.bind)
+        forward = labels_score.logits_forward(run.plain.bind)
         logits = np.asarray(forward((frozen, head), *(batch[name][0] for name in names)))
     else:
         names, valid = ("input_ids", "segment_ids"), batch["segment_ids"][0] > 0

@@ -47,14 +47,14 @@ def measured(
     from balora_jax.config_file import load_config
     from balora_jax.plan import arguments
     from balora_jax.pretrained.checkpoint import open_base
-    from balora_jax.tasks import assemble
+    from balora_jax.tasks.text.program import text_program
 
     config = load_config(file, list(changes))
     name = config.model.name_or_path
     base = arguments.shapes_only(name)
     drawn, base = base is not None, base or open_base(name, config.model.revision)
     decoder = base.config if layers is None else dataclasses.replace(base.config, num_layers=layers)
-    program = assemble.program_of(config, decoder)
+    program = text_program(config, decoder)
     if drawn:
         frozen = random_arrays(program.plain.frozen, program)
     else:

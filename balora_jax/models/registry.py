@@ -27,7 +27,7 @@ def decoder_config(raw: Raw, where: str) -> DecoderConfig:
         raise InputError(
             f"{where}: expected model_type to be one of {', '.join(FAMILIES)}, "
             f"got {model_type!r}. Use a checkpoint of one of these families, or an encoder (bert, "
-            "roberta, deberta-v2) with task: nlu."
+            "roberta, deberta-v2) with task: labels."
         )
     if raw.get("use_bidirectional_attention"):
         raise InputError(

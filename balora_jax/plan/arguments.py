@@ -12,8 +12,8 @@ from balora_jax.io.hf_files import read_json_config
 from balora_jax.parallel import sharding
 from balora_jax.paths import resolve_path
 from balora_jax.pretrained.checkpoint import Base, base_of, open_shapes
-from balora_jax.tasks import assemble
-from balora_jax.tasks.assemble import Program
+from balora_jax.tasks.text.loss import Constants
+from balora_jax.tasks.text.program import TextProgram
 from balora_jax.training import optim, steps
 
 
@@ -49,7 +49,7 @@ def random_batch(config: RunConfig, vocabulary: int) -> dict[str, np.ndarray]:
     }
 
 
-def trained_shapes(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
+def trained_shapes(program: TextProgram) -> dict[str, jax.ShapeDtypeStruct]:
     """What trains, float32: the adapters, or every weight of a full fine-tuning."""
     if program.config.adapter.method != "full":
         return program.student.adapters
@@ -59,7 +59,7 @@ def trained_shapes(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def abstract_arguments(program: Program, total_steps: int) -> tuple[Any, ...]:
+def abstract_arguments(program: TextProgram, total_steps: int) -> tuple[Any, ...]:
     """Shapes and shardings of a step's arguments: (state, constants, batch, key)."""
     mesh, layout, length = program.mesh, program.layout, program.config.data.max_length
     sharding.whole_length(length, length, mesh)
@@ -69,7 +69,7 @@ def abstract_arguments(program: Program, total_steps: int) -> tuple[Any, ...]:
     origin: Any = layout.attached(program.student.origin)
     factor: Any = None
     width = program.decoder.hidden_size
-    if assemble.needs_factor(program):
+    if program.needs_factor:
         factor = jax.ShapeDtypeStruct(
             (width, width), jnp.float32, sharding=sharding.replicated(mesh)
         )
@@ -79,4 +79,4 @@ def abstract_arguments(program: Program, total_steps: int) -> tuple[Any, ...]:
     }
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
-    return state, assemble.causal.Constants(frozen, origin, factor), batch, key
+    return state, Constants(frozen, origin, factor), batch, key

@@ -19,8 +19,8 @@ from balora_jax.numerics import head
 from balora_jax.numerics.logit_terms import TermScales
 from balora_jax.parallel import sharding
 from balora_jax.plan import arguments, hlo
-from balora_jax.tasks import assemble, flops
-from balora_jax.tasks.assemble import Program
+from balora_jax.tasks import flops
+from balora_jax.tasks.text.program import TextProgram, text_program
 from balora_jax.training import steps
 
 STEPS = 10
@@ -51,11 +51,11 @@ def compile_case(
         ``recomputed_flops``, ``flops_per_device`` (the model's, over devices), ``collectives``,
         ``traffic`` (bytes between each device and its memory), ``compile_seconds``.
     """
-    program = assemble.program_of(config, decoder, mesh)
+    program = text_program(config, decoder, mesh)
     inputs = arguments.abstract_arguments(program, STEPS)
     began = time.monotonic()
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as dump:
-        step = steps.compile_step(assemble.step_parts(program, STEPS), inputs[0], mesh)
+        step = steps.compile_step(program.step_parts(STEPS), inputs[0], mesh)
         compiled, needed = compile_or_size(step.lower(*inputs), dump_options(mesh, dump))
         text = None if compiled is None else program_text(compiled, Path(dump))
     row = _setting(program, name) | _flops(program) | {
@@ -118,7 +118,7 @@ def memory_of(compiled: Any) -> dict[str, int]:
     }
 
 
-def _setting(program: Program, name: str) -> Row:
+def _setting(program: TextProgram, name: str) -> Row:
     config = program.config
     training = config.training
     return {
@@ -142,7 +142,7 @@ def batch_shape(config: RunConfig) -> tuple[int, int, int]:
     return micro_batches, training.batch_size // micro_batches, config.data.max_length
 
 
-def _flops(program: Program) -> Row:
+def _flops(program: TextProgram) -> Row:
     shape = batch_shape(program.config)
     needed = flops.model_flops(program, shape, counted_tokens(shape))
     return {
@@ -208,13 +208,13 @@ def bytes_by_kind(
     return rest
 
 
-def head_temporaries(program: Program) -> int | None:
+def head_temporaries(program: TextProgram) -> int | None:
     """Bytes per device that the head's pass takes on its own, with all rows of a micro-batch.
 
     None where it does not fit alone.
     """
     mesh, width = program.mesh, program.decoder.hidden_size
-    plan, spec = assemble.head_plan(program), program.objective.term_spec
+    plan, spec = program.head_plan, program.objective.term_spec
     _, rows, length = batch_shape(program.config)
     placed = NamedSharding(mesh, P(*sharding.batch_sharding(mesh).spec[1:]))
 
@@ -228,7 +228,7 @@ def head_temporaries(program: Program) -> int | None:
     name = f"{'embed_tokens' if tied else 'lm_head'}.embedding"
     table = program.layout.attached({name: program.plain.frozen[name]})[name]
     factor = None
-    if assemble.needs_factor(program):
+    if program.needs_factor:
         factor = shape(width, width, dtype=jnp.float32, at=whole)
     given: Any = head.Rows(hidden, hidden, labels, mask, mask)
     one = jnp.float32(1)
@@ -252,16 +252,16 @@ def head_temporaries(program: Program) -> int | None:
     return None if compiled is None else memory_of(compiled)["temporaries"]
 
 
-def head_chunks(program: Program) -> int:
+def head_chunks(program: TextProgram) -> int:
     """How many chunks the head's pass takes on one device when every row counts."""
     _, rows, length = batch_shape(program.config)
     spec = sharding.batch_sharding(program.mesh).spec[1:]
     axes = [axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)]
     split = math.prod(program.mesh.shape[axis] for axis in axes)
-    return -(-rows * length // split // assemble.head_plan(program).chunk)
+    return -(-rows * length // split // program.head_plan.chunk)
 
 
-def _moved(program: Program, text: str | None) -> Row:
+def _moved(program: TextProgram, text: str | None) -> Row:
     """What a step moves, from the text of the program."""
     if text is None:
         return {"collectives": None, "traffic": None, "open_loops": None}

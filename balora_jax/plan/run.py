@@ -15,6 +15,7 @@ from balora_jax.plan import ahead, arguments, search
 from balora_jax.plan import report as plan_report
 from balora_jax.plan.ahead import Compile
 from balora_jax.plan.targets import Target, parse_target
+from balora_jax.tasks.registry import TASKS
 
 Row = dict[str, Any]
 
@@ -75,10 +76,10 @@ def plan(
 
 
 def _check(config: RunConfig, candidates: int, utilisation: float) -> None:
-    if config.task == "nlu":
+    if TASKS[config.task].model == "encoder":
         raise InputError(
-            "plan: expected task nlg, got nlu. An encoder fits one device: measure it with balora "
-            "bench."
+            f"plan: expected task text, got {config.task}. An encoder fits one device: measure it "
+            "with balora bench."
         )
     if candidates < 1:
         raise InputError(f"--candidates: expected at least 1, got {candidates}. Raise it.")

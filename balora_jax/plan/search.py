@@ -23,7 +23,7 @@ from balora_jax.parallel import sharding
 from balora_jax.plan import arguments, compiled
 from balora_jax.plan.targets import Target
 from balora_jax.tasks import assemble, flops
-from balora_jax.tasks.assemble import Program
+from balora_jax.tasks.text.program import TextProgram, text_program
 
 REMATS = ("none", "dots", "full")
 """From the most memory and the least work to the reverse; ``offload`` is the user's choice."""
@@ -95,7 +95,7 @@ class Space:
         self.target = target
         one = abstract_mesh((target.devices, *(1 for _ in sharding.AXES[1:])))
         relaxed = _relaxed(config, target.devices)
-        self.program = assemble.program_of(relaxed, decoder, one)
+        self.program = text_program(relaxed, decoder, one)
         self.config = config
         found = [layout for sizes in self._meshes() for layout in self._on(sizes)]
         self.smallest = min((layout.memory for layout in found), default=None)
@@ -211,7 +211,7 @@ class Estimate:
         remat: policy.
     """
 
-    program: Program
+    program: TextProgram
     config: RunConfig
     target: Target
     accumulation: int

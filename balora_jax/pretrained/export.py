@@ -22,6 +22,7 @@ from balora_jax.pretrained.checkpoint import (
     Base,
     EncoderBase,
     head_parts,
+    is_encoder,
     open_base,
     open_encoder,
 )
@@ -228,7 +229,7 @@ def _merge(
 
 def _base_of(config: RunConfig, peft: PeftAdapter) -> Base | EncoderBase:
     name, revision = config.model.name_or_path, config.model.revision
-    if config.task == "nlg":
+    if not is_encoder(name, revision):
         return open_base(name, revision)
     base = open_encoder(name, revision)
     head = head_parts(peft.saved, base.head_rules)

@@ -188,7 +188,7 @@ def load_encoder(
     if missing:
         raise InputError(
             f"{path}: expected a head for classes or scores, in the checkpoint or in an adapter, "
-            f"got none with {', '.join(sorted(missing))}. Fine-tune it first (task: nlu)."
+            f"got none with {', '.join(sorted(missing))}. Fine-tune it first (task: labels)."
         )
     head = base.load_head(jax.random.key(0)) | {k: jnp.asarray(v) for k, v in brought.items()}
     plain = encoder_structure(base.config, dtype=dtype)

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Sequence
 
-from balora_jax.tasks.assemble import Program
+from balora_jax.tasks.text.program import TextProgram
 
 
-def model_flops(program: Program, shape: Sequence[int], counted: float) -> float:
+def model_flops(program: TextProgram, shape: Sequence[int], counted: float) -> float:
     """Floating point operations that a step cannot do without.
 
     ``4·P·N + 6·P_A·N + 4·V·D·M + 3·attention``, and ``2·P·N + 2·V·D·M + attention`` for a teacher:
@@ -31,7 +31,7 @@ def model_flops(program: Program, shape: Sequence[int], counted: float) -> float
     return flops
 
 
-def recomputed_flops(program: Program, shape: Sequence[int]) -> float:
+def recomputed_flops(program: TextProgram, shape: Sequence[int]) -> float:
     """Operations that ``model.remat`` adds to those of the model.
 
     ``full`` runs the student's layers forward once more: ``2·P·N + 2·P_A·N + attention``. ``dots``
@@ -48,14 +48,14 @@ def recomputed_flops(program: Program, shape: Sequence[int]) -> float:
     return forward * tokens + attention
 
 
-def attention_flops(program: Program, shape: Sequence[int]) -> float:
+def attention_flops(program: TextProgram, shape: Sequence[int]) -> float:
     """Operations of the scores and of the weighted values, forward, causal."""
     decoder = program.decoder
     heads = decoder.num_layers * decoder.num_heads * decoder.head_dim
     return 2 * 2 * heads * shape[-1] * math.prod(shape) / 2
 
 
-def linear_parameters(program: Program) -> float:
+def linear_parameters(program: TextProgram) -> float:
     """Parameters of the frozen linear layers that a token goes through, without the head."""
     return sum(
         leaf.size * taken_share(program, path)
@@ -64,7 +64,7 @@ def linear_parameters(program: Program) -> float:
     )
 
 
-def adapter_flops(program: Program, *, forward: bool = False) -> float:
+def adapter_flops(program: TextProgram, *, forward: bool = False) -> float:
     """Operations of the adapters' products for one token, forward and backward or forward only."""
     twice = 2 if program.adapters.start.has_origin else 1
     total = 0.0
@@ -80,7 +80,7 @@ def adapter_flops(program: Program, *, forward: bool = False) -> float:
     return total
 
 
-def taken_share(program: Program, path: str) -> float:
+def taken_share(program: TextProgram, path: str) -> float:
     """The share of a stack's layers that a token goes through: all, but for experts."""
     decoder = program.decoder
     return decoder.experts_per_token / decoder.experts if ".experts." in path else 1.0

@@ -17,11 +17,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(config: "RunConfig", options: argparse.Namespace) -> None:
     """Score the validation rows."""
-    from balora_jax.tasks.labels import score as label_score
-    from balora_jax.tasks.text.score import evaluate
+    from balora_jax.tasks.registry import TASKS
 
-    score = label_score.evaluate if config.task == "nlu" else evaluate
-    report(score(config, adapter=options.adapter), options.json)
+    report(TASKS[config.task].evaluate(config, adapter=options.adapter), options.json)
 
 
 VERB = Verb("eval", "score a base model or an adapter", add_options, run)

@@ -20,11 +20,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(config: "RunConfig", options: argparse.Namespace) -> None:
     """Continue each prompt."""
-    from balora_jax.tasks.text.score import continue_prompts
+    from balora_jax.tasks.registry import TASKS
 
-    if config.task == "nlu":
-        raise InputError("generate: expected task nlg, got nlu. Use balora eval for labels.")
-    texts = continue_prompts(config, options.prompt, adapter=options.adapter, raw=options.raw)
+    generate = TASKS[config.task].generate
+    if generate is None:
+        raise InputError(f"generate: expected task text, got {config.task}. Use balora eval.")
+    texts = generate(config, options.prompt, adapter=options.adapter, raw=options.raw)
     pairs = list(zip(options.prompt, texts, strict=True))
     for prompt, text in pairs:
         print(f"> {prompt}\n{text}")

@@ -13,7 +13,8 @@ from balora_jax.bench.run import bench
 from balora_jax.bench.weights import weights_of
 from balora_jax.config_file import parse_config
 from balora_jax.plan import arguments
-from balora_jax.tasks import assemble, flops
+from balora_jax.tasks import flops
+from balora_jax.tasks.text.program import text_program
 
 SHAPE = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 151,
@@ -114,7 +115,7 @@ def test_model_flops_by_hand(tree):
         "BA-LoRA": 6 * linear * tokens + 12 * adapters * tokens + 6 * head + 4 * attention,
     }
     for name, operations in expected.items():
-        program = assemble.program_of(cases.configured(config, by_name[name]), decoder)
+        program = text_program(cases.configured(config, by_name[name]), decoder)
         assert flops.model_flops(program, (1, 3, 16), counted) == operations
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balora_jax.data.batches import BatchIterator, common_length, epoch_batches
+from balora_jax.data.batches import TextBatches, common_length, epoch_batches
 from balora_jax.data.examples import Example
 from balora_jax.errors import InputError
 
@@ -36,7 +36,7 @@ def make(examples, mode, **changes):
         "seed": 5,
         "pad_id": PAD,
     }
-    return BatchIterator(examples, **(options | changes))
+    return TextBatches(examples, **(options | changes))
 
 
 def take(iterator, count):

@@ -38,11 +38,7 @@ def test_the_nine_tasks_are_as_published():
     assert made == published
     for name, task in GLUE.items():
         assert glue_task(name) is task
-        assert (task.name, task.hub, task.hub_spec) == (
-            name,
-            ("nyu-mll/glue", name),
-            f"nyu-mll/glue:{name}",
-        )
+        assert (task.name, task.hub) == (name, f"nyu-mll/glue:{name}")
         assert task.train_split == "train"
         assert task.label_columns[0] == "label"
         assert hash(task) == hash(glue_task(name))
@@ -70,14 +66,14 @@ def test_an_unknown_task_is_refused(name, hint):
     with pytest.raises(InputError) as error:
         glue_task(name)
     assert str(error.value) == (
-        "task: expected one of cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, got "
+        "data.glue: expected one of cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, got "
         f"{name!r}.{hint} Choose one of these."
     )
 
 
 def test_custom_tasks():
     assert STARS.text_columns == ("review",)
-    assert (STARS.outputs, STARS.metrics, STARS.hub_spec) == (5, ("accuracy",), None)
+    assert (STARS.outputs, STARS.metrics, STARS.hub) == (5, ("accuracy",), None)
     assert (FLAG.label_columns, FLAG.metrics) == (("toxic",), ("accuracy", "f1"))
     assert POINTS.text_columns == ("a", "b")
     assert (POINTS.regression, POINTS.metrics) == (True, ("pearson", "spearman"))

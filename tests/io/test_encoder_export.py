@@ -16,7 +16,7 @@ from balora_jax.config_file import parse_config
 from balora_jax.pretrained.checkpoint import open_encoder
 from balora_jax.pretrained.export import head_settings
 from tests.models import tiny_encoders
-from tests.tiny_label_run import label_config_tree, reviews, write_tokenizer
+from tests.tiny_labels_run import label_config_tree, reviews, write_tokenizer
 from tests.tiny_run import write_rows
 
 SIZES = {"num_hidden_layers": 2, "vocab_size": 40}

@@ -150,7 +150,7 @@ MESSAGES = {
         "folder/config.json: expected model_type to be one of llama, mistral, mixtral, qwen2, "
         "qwen3, gemma, gemma2, gemma3_text, phi3, gpt2, got 't5'. "
         "Use a checkpoint of one of these families, or an encoder (bert, roberta, deberta-v2) "
-        "with task: nlu.",
+        "with task: labels.",
     ),
     "no family": (
         {"model_type": None},

@@ -255,7 +255,7 @@ def test_duplicated_rows_and_one_row(logits):
 def test_gradients_match_finite_differences(x64, rng):
     student, teacher = jnp.asarray(rng.standard_normal((2, ROWS, COLUMNS)))
     mask = jnp.asarray(MASK)
-    nlu = (
+    labels = (
         lambda z: reg.consistency_nlu(z, teacher, temperature=2.0, form="kl"),
         lambda z: reg.consistency_nlu(z, teacher, temperature=2.0, form="normalized_mse"),
         reg.diversity_nlu,
@@ -265,7 +265,7 @@ def test_gradients_match_finite_differences(x64, rng):
 
     # One compiled sum with distinct weights: a wrong gradient of any term shows in it.
     def total(z):
-        values = [term(z, teacher, mask) for term in NLG_TERMS.values()] + [f(z) for f in nlu]
+        values = [term(z, teacher, mask) for term in NLG_TERMS.values()] + [f(z) for f in labels]
         return sum((1 + i) * value for i, value in enumerate(values))
 
     check_grads(jax.jit(total), (student,), 1, ["rev"], rtol=1e-6)

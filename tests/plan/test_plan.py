@@ -18,7 +18,8 @@ from balora_jax.plan import arguments, compiled, search
 from balora_jax.plan import report as plan_report
 from balora_jax.plan import run as planning
 from balora_jax.plan.targets import Target, parse_target
-from balora_jax.tasks import assemble, flops
+from balora_jax.tasks import flops
+from balora_jax.tasks.text.program import text_program
 from tests.bench.test_bench import SHAPE
 
 V, D, F, H, G, K, L, R = 160, 32, 48, 4, 2, 8, 2, 4
@@ -57,7 +58,7 @@ def padded(sizes):
 
 def program_on(tree, decoder, sizes, **changes):
     config = parse_config({**tree, **changes}, "here")
-    return assemble.program_of(config, decoder, search.abstract_mesh(padded(sizes)))
+    return text_program(config, decoder, search.abstract_mesh(padded(sizes)))
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 4, 1)])
@@ -323,13 +324,13 @@ def test_messages(tree, tmp_path, capsys, words, message):
 
 def test_messages_of_what_cannot_be_planned(tree, decoder):
     labels = parse_config(
-        {"task": "nlu", "model": {"name_or_path": "x"}, "data": {"glue": "rte"},
+        {"task": "labels", "model": {"name_or_path": "x"}, "data": {"glue": "rte"},
          "training": {"max_steps": 1}}, "here",
     )  # fmt: skip
     with pytest.raises(InputError) as error:
         planning.plan(labels)
     assert str(error.value) == (
-        "plan: expected task nlg, got nlu. An encoder fits one device: measure it with balora bench."
+        "plan: expected task text, got labels. An encoder fits one device: measure it with balora bench."
     )
     config = parse_config(tree, "here")
     tiny = dataclasses.replace(TARGET, memory=1000)

@@ -11,7 +11,7 @@ from balora_jax.bench import cases
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 from balora_jax.plan import arguments
-from balora_jax.tasks import assemble
+from balora_jax.tasks.text.program import text_program
 from balora_jax.training import steps
 from tests.bench.test_bench import SHAPE
 
@@ -38,12 +38,12 @@ def program_of(folder, name, **model):
     config = config_of(folder, **model)
     case = next(case for case in cases.TEXT_CASES if case.name == name)
     decoder = arguments.shapes_only(str(folder)).config
-    return assemble.program_of(cases.configured(config, case), decoder)
+    return text_program(cases.configured(config, case), decoder)
 
 
 def arrays_made(program):
     """Shape and dtype of every array that an equation of the traced step makes."""
-    parts = assemble.step_parts(program, 10)
+    parts = program.step_parts(10)
     inputs = arguments.abstract_arguments(program, 10)
     traced = jax.make_jaxpr(partial(steps.train_step, parts))(*inputs)
     made = []

@@ -28,9 +28,9 @@ from balora_jax.models.decoder import structure
 from balora_jax.models.encoder import encoder_structure
 from balora_jax.parallel import sharding
 from balora_jax.pretrained.checkpoint import open_base, open_encoder
-from balora_jax.tasks import assemble
 from balora_jax.tasks.labels import loss as labelled
-from balora_jax.tasks.labels import run as label_run
+from balora_jax.tasks.labels import run as labels_run
+from balora_jax.tasks.text.program import text_program
 from balora_jax.training import steps
 from balora_jax.training.run import Loaded
 
@@ -167,7 +167,7 @@ def config_of(folder, adapter, quantization, head="fused"):
     schedules = {f"{term}_schedule": "constant" for term in ("consistency", "diversity")}
     return parse_config(
         {
-            "task": "nlu" if is_encoder else "nlg",
+            "task": "labels" if is_encoder else "text",
             "model": {"name_or_path": str(folder), "quantization": quantization, "remat": "none"},
             "adapter": {"rank": 2, "alpha": 3.0, "start": "lora", **adapter},
             "regularizers": {
@@ -243,23 +243,23 @@ def batch_of(is_encoder):
 
 def prepared(config, folder, mesh):
     """Program, step and arrays on a mesh, as a run makes them."""
-    if config.task == "nlu":
+    if config.task == "labels":
         base = open_encoder(str(folder), num_labels=3)
-        program = label_run.label_program(config, base, mesh)
+        program = labels_run.labels_program(config, base, mesh)
         parts = program.step_parts(2)
     else:
         base = open_base(str(folder))
-        program = assemble.program_of(config, base.config, mesh)
-        parts = assemble.step_parts(program, 2)
+        program = text_program(config, base.config, mesh)
+        parts = program.step_parts(2)
     frozen = base.load_for(program.plain, mesh)
     trainable, origin = program.adapters.begin(
         frozen, config.model, program.layout, seed=config.training.seed
     )
-    if config.task == "nlu":
+    if config.task == "labels":
         head = program.layout.placed(base.load_head(jax.random.key(1)))
         copies = {path: jnp.array(value, copy=True) for path, value in head.items()}
         return program, parts, trainable | head, labelled.Constants(frozen, origin, copies)
-    constants = assemble.constants_of(program, Loaded(frozen, origin, trainable))
+    constants = program.constants(Loaded(frozen, origin, trainable))
     return program, parts, trainable, constants
 
 
@@ -275,7 +275,7 @@ def run(case, folder, mesh):
         before = {path: value + noise(path, value.shape, 0.1) for path, value in before.items()}
         state = steps.initial_state(program.layout.placed(before), parts.optimizer, mesh)
         step = steps.compile_step(parts, state, mesh)
-        batch = steps.place_batch(batch_of(config.task == "nlu"), mesh)
+        batch = steps.place_batch(batch_of(config.task == "labels"), mesh)
         step = step.lower(state, constants, batch, jax.random.key(0)).compile()
         state, metrics = step(state, constants, batch, jax.random.key(0))
     held = {**constants.frozen, **constants.origin, **state.adapters}

@@ -26,7 +26,7 @@ from balora_jax.models import starts
 from balora_jax.models.starts import stacks
 from balora_jax.parallel.sharding import Layout, make_mesh
 from balora_jax.pretrained.checkpoint import open_base
-from balora_jax.tasks import assemble
+from balora_jax.tasks.text.program import text_program
 from balora_jax.training.run import Loaded
 from tests.run.mesh_program import MODELS, config_of, write_checkpoint
 
@@ -46,13 +46,13 @@ def arrays_of(folder, start, mesh, method="lora"):
     adapter = {"target_modules": TARGETS, "start": start, "method": method}
     config = config_of(folder, adapter, "none")
     base = open_base(str(folder))
-    program = assemble.program_of(config, base.config, mesh)
+    program = text_program(config, base.config, mesh)
     with jax.set_mesh(mesh):
         frozen = base.load_for(program.plain, mesh)
         trainable, origin = program.adapters.begin(
             frozen, config.model, program.layout, seed=config.training.seed
         )
-        constants = assemble.constants_of(program, Loaded(frozen, origin, trainable))
+        constants = program.constants(Loaded(frozen, origin, trainable))
     factor = {"head_factor": constants.head_factor}
     arrays = {**frozen, **factor, **{f"origin {k}": v for k, v in origin.items()}, **trainable}
     return arrays, program.layout

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from balora_jax import finetune
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
-from balora_jax.tasks.labels import run as label_run
+from balora_jax.tasks.labels import run as labels_run
 from balora_jax.tasks.text import run as text_run
-from tests import tiny_label_run as labels
+from tests import tiny_labels_run as labels
 from tests import tiny_run as texts
 from tests.models.tiny_encoders import relative_error
 
@@ -169,7 +169,7 @@ def test_what_it_cannot_have_is_refused(text_inputs, label_inputs):
     tree = texts.config_tree(text_inputs, model=quantised, adapter=FULL, training=PLAIN)
     refused(text_run.check, tree, message)
     tree = labels.label_config_tree(label_inputs, model=quantised, adapter=FULL)
-    refused(label_run.check, tree, message)
+    refused(labels_run.check, tree, message)
 
 
 def test_a_model_that_lies_in_the_workdir_is_not_replaced(label_inputs):
@@ -199,7 +199,7 @@ def test_dropout_is_refused(text_inputs):
 def test_masters_are_no_part_of_the_frozen_model(label_inputs):
     """The step is given the state for good; the frozen weights must outlive it."""
     tree = labels.label_config_tree(label_inputs, adapter=FULL)
-    run = label_run.check(parse_config(tree, "config"))
+    run = labels_run.check(parse_config(tree, "config"))
     loaded = run.load()
     kept = run.constants(loaded)
     jax.tree.map(lambda leaf: leaf.delete(), loaded.trainable)

@@ -19,7 +19,7 @@ from balora_jax.study import run as study
 from balora_jax.study.grid import plan_runs
 from balora_jax.study.table import table
 from balora_jax.training import endings
-from tests.tiny_label_run import write_label_config, write_label_inputs
+from tests.tiny_labels_run import write_label_config, write_label_inputs
 
 GRID = {
     "datasets": {"d1": {"data.max_length": 8, "adapter.rank": 3}, "d2": {"data.max_length": 9}},

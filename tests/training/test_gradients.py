@@ -173,7 +173,7 @@ def test_loss_and_gradient_of_every_factor(variant, ours, torch_models, ids):
         k=k,
         mask_alignment=case["alignment"],
     )
-    loss_of = causal.CausalLoss(student, plain, objective, causal.HeadPlan("fused", 5))
+    loss_of = causal.TextLoss(student, plain, objective, causal.HeadPlan("fused", 5))
     batch = {
         "input_ids": ids,
         "positions": POSITIONS,

@@ -10,21 +10,19 @@ from jax.sharding import PartitionSpec as P
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 from balora_jax.parallel import axes, sharding, token_split
-from balora_jax.tasks import assemble
 from balora_jax.tasks.text import loss as causal
+from balora_jax.tasks.text.program import check_rows_whole
 
 
 def mesh(data=1, fsdp=1, sequence=1, tensor=1):
     return AbstractMesh((data, fsdp, sequence, tensor), ("data", "fsdp", "sequence", "tensor"))
 
 
-def config(task="nlg", **model):
-    labels = {"text_columns": ["text"], "labels": ["a", "b"]} if task == "nlu" else {}
+def config(**model):
     return parse_config(
         {
-            "task": task,
             "model": {"name_or_path": "unread", **model},
-            "data": {"train": "unread", **labels},
+            "data": {"train": "unread"},
             "training": {"max_steps": 1, "batch_size": 4},
             "eval": {"task": "none"},
         },
@@ -88,19 +86,12 @@ def test_a_row_is_rounded_up_to_a_multiple():
     assert str(error.value) == message
 
 
-def test_labelled_rows_are_not_split():
-    message = "mesh.sequence: expected 1 with task nlu, got 2: only the tokens of causal models are"
-    with pytest.raises(InputError, match=message):
-        assemble.checked_mesh(config("nlu"), mesh(sequence=2))
-    assemble.checked_mesh(config("nlu"), mesh(fsdp=2))
-
-
 def test_the_fused_attention_takes_whole_rows():
     message = "model.attention: expected auto or xla with mesh.sequence 2, got cudnn, which takes"
     with pytest.raises(InputError, match=message):
-        assemble.checked_mesh(config(attention="cudnn"), mesh(sequence=2))
-    assemble.checked_mesh(config(attention="xla"), mesh(sequence=2))
-    assemble.checked_mesh(config(attention="cudnn"), mesh(fsdp=2))
+        check_rows_whole(config(attention="cudnn").model, mesh(sequence=2))
+    check_rows_whole(config(attention="xla").model, mesh(sequence=2))
+    check_rows_whole(config(attention="cudnn").model, mesh(fsdp=2))
 
 
 def test_one_mesh_axis_in_two_dimensions_is_refused(monkeypatch):

@@ -101,7 +101,7 @@ class Tiny:
         self.student = structure(MODEL, adapters=shapes)
         self.start, self.adapters, self.constants = _arrays(start)
         plan = causal.HeadPlan(head, CHUNK)
-        loss = causal.CausalLoss(self.student, self.plain, self.objective, plan)
+        loss = causal.TextLoss(self.student, self.plain, self.objective, plan)
         self.training = TrainingConfig(
             **{"max_steps": total_steps, "batch_size": 4, "optimizer": "sgd", "learning_rate": 0.1,
                "warmup": 0.0, **(training or {})}

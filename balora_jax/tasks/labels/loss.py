@@ -78,7 +78,7 @@ def spectral_remarks(spec: TermSpec, rows: int, outputs: int) -> list[str]:
 
 
 @dataclass(frozen=True)
-class LabelLoss:
+class LabelsLoss:
     """The objective on one micro-batch (a pure function of arrays).
 
     Attributes:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,97 +10,40 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from balora_jax.array_types import Array
 from balora_jax.config import RunConfig
-from balora_jax.data.glue import LabelledTask
-from balora_jax.data.labelled import (
-    LabelledBatches,
-    LabelledSet,
-    describe_labelled,
-    encode_labelled,
+from balora_jax.data.glue import LabelsTask
+from balora_jax.data.labels import (
+    LabelsBatches,
+    LabelsSet,
+    describe_labels,
+    encode_labels,
     padded_length,
 )
-from balora_jax.errors import InputError
-from balora_jax.models.encoder import encoder_structure
-from balora_jax.models.structure import Structure
-from balora_jax.numerics.objective import Objective
-from balora_jax.parallel import hosts, sharding
-from balora_jax.pretrained.checkpoint import EncoderBase, check_head, head_parts, open_encoder
-from balora_jax.tasks import assemble
+from balora_jax.parallel import hosts
+from balora_jax.pretrained.checkpoint import EncoderBase, head_parts, open_encoder
 from balora_jax.tasks.flops import encoder_flops
 from balora_jax.tasks.labels import probe
-from balora_jax.tasks.labels.loss import (
-    TEACHER,
-    Constants,
-    LabelLoss,
-    counts_of,
-    spectral_remarks,
-)
-from balora_jax.tasks.labels.rows import over_rows
+from balora_jax.tasks.labels.loss import TEACHER, Constants
+from balora_jax.tasks.labels.program import LabelsProgram, labels_objective, labels_program, remarks
 from balora_jax.tasks.labels.score import (
-    LabelScorer,
+    LabelsScorer,
     forward_rows,
     logits_forward,
+    over_rows,
     task_of,
     train_rows,
     validation_rows,
 )
 from balora_jax.tasks.labels.teacher_cache import TeacherCache
-from balora_jax.training import steps
-from balora_jax.training.adapters import Adapters, adapters_of, check_full
 from balora_jax.training.run import Loaded
 
 Arrays = dict[str, Array]
 
 
 @dataclass(frozen=True)
-class LabelProgram:
-    """What a step of an encoder computes.
-
-    Attributes:
-        config: the whole run.
-        plain: the model without adapters, which with the first head is the teacher.
-        student: the same structure with adapters.
-        adapters: what trains, and where it begins.
-        objective: weights, terms and schedules; terms that the outputs leave undefined are off.
-        mesh: the devices.
-        outputs: C; 1 for regression.
-    """
-
-    config: RunConfig
-    plain: Structure
-    student: Structure
-    adapters: Adapters
-    objective: Objective
-    mesh: Mesh
-    outputs: int
-
-    @property
-    def layout(self) -> sharding.Layout:
-        """Where every array of a run lies."""
-        return sharding.Layout(self.student.axes, self.mesh)
-
-    @property
-    def trainable(self) -> int:
-        """Trainable parameters, the head among them."""
-        head = assemble.size_of(self.plain.head)
-        return head + self.adapters.trainable(self.total)
-
-    @property
-    def total(self) -> int:
-        """Parameters of the frozen encoder."""
-        return assemble.size_of(self.plain.parameters)
-
-    def step_parts(self, total_steps: int) -> steps.StepParts:
-        """The pure functions of a training step."""
-        loss = LabelLoss(self.student, self.plain, self.objective, self.outputs)
-        return assemble.parts_of(self.config, self.objective, loss, counts_of, total_steps)
-
-
-@dataclass(frozen=True)
-class LabelRun(LabelProgram):
+class LabelsRun(LabelsProgram):
     """A checked run: a program and its data, but no weights yet.
 
     Attributes:
@@ -114,9 +57,9 @@ class LabelRun(LabelProgram):
 
     base: EncoderBase
     tokenizer: Any
-    task: LabelledTask
-    data: LabelledSet
-    validation: Mapping[str, LabelledSet]
+    task: LabelsTask
+    data: LabelsSet
+    validation: Mapping[str, LabelsSet]
     length: int
 
     @property
@@ -124,10 +67,10 @@ class LabelRun(LabelProgram):
         """The token for empty places."""
         return int(self.tokenizer.pad_token_id or 0)
 
-    def batches(self) -> LabelledBatches:
+    def batches(self) -> LabelsBatches:
         """The training batches, from the beginning."""
         training = self.config.training
-        return LabelledBatches(
+        return LabelsBatches(
             self.data.examples,
             batch_size=training.batch_size // training.accumulation,
             accumulation=training.accumulation,
@@ -166,15 +109,6 @@ class LabelRun(LabelProgram):
         features = self.over_training_rows(forward, (frozen, head), "probe")
         labels = np.asarray([example.label for example in self.data.examples])
         return probe.fit_head(bind, frozen, head, features, labels, self.outputs)
-
-    def constants(self, loaded: Loaded) -> Constants:
-        """What a step reads; the teacher's head is a copy of the student's first one."""
-        head = {
-            path: jnp.array(value, copy=True)
-            for path, value in loaded.trainable.items()
-            if path.startswith("head.")
-        }
-        return Constants(loaded.frozen, loaded.origin, head)
 
     def teacher(self, constants: Constants, folder: Path) -> np.ndarray | None:
         """The teacher's logits [rows, C] of the training set, computed once and kept in ``folder``.
@@ -218,11 +152,11 @@ class LabelRun(LabelProgram):
             title=title,
         )
 
-    def scorer(self) -> "LabelScorer | None":
+    def scorer(self) -> "LabelsScorer | None":
         """What scores the validation rows; None where there are none."""
         if not self.validation:
             return None
-        return LabelScorer(
+        return LabelsScorer(
             logits_forward(self.student.bind),
             self.validation,
             self.task,
@@ -234,7 +168,7 @@ class LabelRun(LabelProgram):
 
     def describe(self) -> list[str]:
         """Lines about the data, for the start of a run."""
-        first = describe_labelled(self.data.examples[0], self.tokenizer, self.task)
+        first = describe_labels(self.data.examples[0], self.tokenizer, self.task)
         return [
             f"data: {self.data.report}; rows of {self.length} tokens",
             *(f"{title}: {rows.report}" for title, rows in self.validation.items()),
@@ -242,50 +176,7 @@ class LabelRun(LabelProgram):
         ]
 
 
-def label_objective(config: RunConfig, outputs: int) -> Objective:
-    """The objective for labels: the nuclear ratio where none is named, undefined terms off.
-
-    With one output the covariance has no other column, and the only singular value is its own
-    sum: both terms are constants, so they are left out.
-    """
-    objective = assemble.objective_of(config.regularizers)
-    if config.regularizers.norm is None:
-        objective = replace(objective, norm="nuclear")
-    if outputs > 1:
-        return objective
-    if objective.consistency_schedule == "adaptive":
-        raise InputError(
-            "regularizers.consistency_schedule: expected constant or cosine for a regression, got "
-            "adaptive: a single output has no entropy. Choose one of them."
-        )
-    return replace(objective, diversity=0.0, spectral=0.0)
-
-
-def label_program(config: RunConfig, base: EncoderBase, mesh: Mesh | None = None) -> LabelProgram:
-    """The computation that a config asks for on an encoder.
-
-    Raises:
-        InputError: a setting that does not fit the model or the devices.
-    """
-    outputs = base.config.num_labels
-    objective = label_objective(config, outputs)
-    mesh = assemble.checked_mesh(config, mesh)
-    check_full(config.adapter, config.model)
-    options: Any = {
-        "dtype": config.model.dtype,
-        "remat": config.model.remat,
-        "quantization": config.model.quantization,
-    }
-    plain = encoder_structure(base.config, **options)
-    adapters = adapters_of(config.adapter, base.linears(plain.parameters))
-    saved, teacher_head = adapters.start.saved, config.regularizers.teacher_head
-    check_head(base, saved, config.adapter.start, teacher_head)
-    sharding.Layout(plain.axes, mesh).attached(plain.frozen)  # raises where an axis does not divide
-    student = encoder_structure(base.config, adapters=adapters.shapes, **options)
-    return LabelProgram(config, plain, student, adapters, objective, mesh, outputs)
-
-
-def check(config: RunConfig) -> LabelRun:
+def check(config: RunConfig) -> LabelsRun:
     """Open and check everything a run reads, short of loading the weights.
 
     To be called by all processes of a run; each reads all rows, of which there are few.
@@ -297,24 +188,24 @@ def check(config: RunConfig) -> LabelRun:
     return hosts.together(partial(_checked, config))
 
 
-def _checked(config: RunConfig) -> LabelRun:
+def _checked(config: RunConfig) -> LabelsRun:
     task = task_of(config.data)
-    label_objective(config, task.outputs)  # before a checkpoint is looked for
+    labels_objective(config, task.outputs)  # before a checkpoint is looked for
     model = config.model
     base = open_encoder(model.name_or_path, model.revision, num_labels=task.outputs)
-    program = label_program(config, base)
+    program = labels_program(config, base)
     for line in remarks(program):
         print(line, file=sys.stderr, flush=True)
     tokenizer = base.tokenizer()
     most = min(config.data.max_length, base.config.max_length)
-    data = encode_labelled(train_rows(config.data, task), tokenizer, task, most)
+    data = encode_labels(train_rows(config.data, task), tokenizer, task, most)
     validation = {
-        title: encode_labelled(rows, tokenizer, task, most)
+        title: encode_labels(rows, tokenizer, task, most)
         for title, rows in validation_rows(config, task).items()
     }
     for encoded in (data, *validation.values()):
         base.check_ids(encoded.examples)
-    return LabelRun(
+    return LabelsRun(
         **vars(program),
         base=base,
         tokenizer=tokenizer,
@@ -323,16 +214,3 @@ def _checked(config: RunConfig) -> LabelRun:
         validation=validation,
         length=padded_length(data.examples, most),
     )
-
-
-def remarks(program: LabelProgram) -> list[str]:
-    """What a reader should know of the terms before they trust a comparison."""
-    terms, spec = program.config.regularizers, program.objective.term_spec
-    lines = []
-    if program.outputs == 1 and (terms.diversity > 0 or terms.spectral > 0):
-        lines.append(
-            "note: with one output the diversity and the spectral term are constants; they are "
-            "left out. Consistency is the mean squared difference of the scores."
-        )
-    rows = program.config.training.batch_size // program.config.training.accumulation
-    return lines + spectral_remarks(spec, rows, program.outputs)

@@ -1,36 +1,47 @@
 """The score of an encoder on labelled rows, during a run and on its own."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from balora_jax.array_types import Array, PRNGKeyArray
 from balora_jax.config import DataConfig, RunConfig
-from balora_jax.data.glue import LabelledTask, custom_task, glue_task
-from balora_jax.data.labelled import LabelledSet, encode_labelled, padded_length
+from balora_jax.data.glue import LabelsTask, custom_task, glue_task
+from balora_jax.data.labels import (
+    LabelsExample,
+    LabelsSet,
+    encode_labels,
+    labels_epoch,
+    padded_length,
+)
 from balora_jax.data.sources import load_rows
 from balora_jax.errors import InputError
 from balora_jax.evals.classification import score_labels
 from balora_jax.models.encoder import Encoder
 from balora_jax.parallel import hosts, sharding
+from balora_jax.parallel.sharding import rows_sharding
 from balora_jax.pretrained.load import load_encoder
 from balora_jax.tasks.labels.loss import Constants
-from balora_jax.tasks.labels.rows import over_rows
 
 Arrays = dict[str, Array]
 
 
-class LabelScorer:
+SHOW_PROGRESS_ABOVE = 500
+NAMES = ("input_ids", "attention_mask", "token_type_ids")
+
+
+class LabelsScorer:
     """Metrics of the validation rows, with one compiled forward for the whole run."""
 
     def __init__(
         self,
         forward: Any,
-        validation: Mapping[str, LabelledSet],
-        task: LabelledTask,
+        validation: Mapping[str, LabelsSet],
+        task: LabelsTask,
         config: RunConfig,
         *,
         pad_id: int,
@@ -60,7 +71,7 @@ class LabelScorer:
         hosts.say(f"{title}: {shown}")
         return figures
 
-    def _score(self, parts: Any, rows: LabelledSet, title: str) -> dict[str, Any]:
+    def _score(self, parts: Any, rows: LabelsSet, title: str) -> dict[str, Any]:
         logits = over_rows(
             self.forward,
             parts,
@@ -77,7 +88,7 @@ class LabelScorer:
         return {**figures, "rows": len(golds)}
 
 
-def task_of(config: DataConfig) -> LabelledTask:
+def task_of(config: DataConfig) -> LabelsTask:
     """The task that a data section describes."""
     if config.glue is not None:
         return glue_task(config.glue)
@@ -119,11 +130,11 @@ def evaluate(config: RunConfig, *, adapter: str | None) -> dict[str, Any]:
         )
     most = min(config.data.max_length, model.config.max_length)
     validation = {
-        title: encode_labelled(rows, model.tokenizer, task, most) for title, rows in found.items()
+        title: encode_labels(rows, model.tokenizer, task, most) for title, rows in found.items()
     }
     for encoded in validation.values():
         model.base.check_ids(encoded.examples)
-    scorer = LabelScorer(
+    scorer = LabelsScorer(
         logits_forward(model.bind),
         validation,
         task,
@@ -135,15 +146,16 @@ def evaluate(config: RunConfig, *, adapter: str | None) -> dict[str, Any]:
     return scorer.score(model.parts, "score")
 
 
-def train_rows(config: DataConfig, task: LabelledTask) -> Any:
+def train_rows(config: DataConfig, task: LabelsTask) -> Any:
     """The rows to train on: of a file, or of the hub's data set of the task."""
     if config.train is not None:
         file = _named(config.train, config)
         return load_rows(file, split=config.split, limit=config.train_limit)
-    return load_rows(_hub(task), split=task.train_split, limit=config.train_limit)
+    assert task.hub is not None  # checked with the config
+    return load_rows(task.hub, split=task.train_split, limit=config.train_limit)
 
 
-def validation_rows(config: RunConfig, task: LabelledTask) -> dict[str, Any]:
+def validation_rows(config: RunConfig, task: LabelsTask) -> dict[str, Any]:
     """Title → rows; none where there is no score."""
     data, evaluation = config.data, config.eval
     if evaluation.task == "none":
@@ -157,7 +169,7 @@ def validation_rows(config: RunConfig, task: LabelledTask) -> dict[str, Any]:
     if data.train is not None or task.hub is None:
         return {}
     return {
-        title: load_rows(_hub(task), split=split, limit=limit)
+        title: load_rows(task.hub, split=split, limit=limit)
         for title, split in task.validation_splits.items()
     }
 
@@ -167,6 +179,27 @@ def _named(file: str, config: DataConfig) -> str:
     return file.replace("{glue}", config.glue or "{glue}")
 
 
-def _hub(task: LabelledTask) -> str:
-    assert task.hub is not None
-    return ":".join(task.hub)
+def over_rows(
+    forward: Callable[..., Any],
+    parts: Any,
+    examples: Sequence[LabelsExample],
+    *,
+    batch_size: int,
+    length: int,
+    pad_id: int,
+    mesh: Mesh,
+    title: str,
+) -> np.ndarray:
+    """``forward(parts, input_ids, attention_mask, token_type_ids)`` [B, C] of all rows: [rows, C].
+
+    ``forward`` is jitted by the caller; it sees one shape. With a progress bar on long sets.
+    """
+    place, found = rows_sharding(mesh), []
+    quiet = len(examples) < SHOW_PROGRESS_ABOVE or not hosts.is_first()
+    with tqdm(total=len(examples), desc=title, unit="row", disable=quiet) as bar:
+        for batch in labels_epoch(examples, batch_size, length, pad_id):
+            arrays = [hosts.place(batch[name], place) for name in NAMES]
+            real = batch["row"] >= 0
+            found.append(hosts.gathered(forward(parts, *arrays))[real])
+            bar.update(int(real.sum()))
+    return np.concatenate(found)

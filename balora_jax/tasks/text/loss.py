@@ -118,7 +118,7 @@ class HeadPlan:
 
 
 @dataclass(frozen=True)
-class CausalLoss:
+class TextLoss:
     """The objective on one micro-batch (a pure function of arrays).
 
     Attributes:

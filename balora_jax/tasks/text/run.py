@@ -1,4 +1,4 @@
-"""A run of a causal language model on text: its data, its weights and its score."""
+"""A run of a decoder on text: its data, its weights and its score."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from balora_jax.array_types import Array, PRNGKeyArray
 from balora_jax.config import DataConfig, RunConfig
-from balora_jax.data.batches import BatchIterator, common_length
+from balora_jax.data.batches import TextBatches, common_length
 from balora_jax.data.examples import EncodedSet, describe_example, encode_rows
 from balora_jax.data.sources import Rows, load_rows
 from balora_jax.errors import InputError
@@ -18,9 +18,9 @@ from balora_jax.parallel import hosts, sharding
 from balora_jax.pretrained.checkpoint import Base, open_base
 from balora_jax.pretrained.load import sampling_for
 from balora_jax.tasks import assemble
-from balora_jax.tasks.assemble import Program
 from balora_jax.tasks.flops import model_flops
-from balora_jax.tasks.text import loss as causal
+from balora_jax.tasks.text.loss import Constants
+from balora_jax.tasks.text.program import TextProgram, text_program
 from balora_jax.tasks.text.score import (
     Answerer,
     example_settings,
@@ -28,12 +28,11 @@ from balora_jax.tasks.text.score import (
     score_rows,
     validation_rows,
 )
-from balora_jax.training import steps
 from balora_jax.training.run import Loaded
 
 
 @dataclass(frozen=True)
-class TextRun(Program):
+class TextRun(TextProgram):
     """A checked run: a program and its data, but no weights yet.
 
     Attributes:
@@ -50,10 +49,10 @@ class TextRun(Program):
     validation: Sequence[Mapping[str, Any]]
     length: int
 
-    def batches(self) -> BatchIterator:
+    def batches(self) -> TextBatches:
         """The training batches, from the beginning."""
         training = self.config.training
-        return BatchIterator(
+        return TextBatches(
             self.data.examples,
             batch_size=training.batch_size // training.accumulation,
             accumulation=training.accumulation,
@@ -62,10 +61,6 @@ class TextRun(Program):
             seed=training.seed,
             pad_id=sampling_for(self.tokenizer, 1).pad_id,
         )
-
-    def step_parts(self, total_steps: int) -> steps.StepParts:
-        """The pure functions of a training step."""
-        return assemble.step_parts(self, total_steps)
 
     def step_flops(self, counted: float) -> float:
         """Operations of a step with so many tokens in the loss; padding is computed as well."""
@@ -81,11 +76,7 @@ class TextRun(Program):
         )
         return Loaded(frozen, origin, trainable)
 
-    def constants(self, loaded: Loaded) -> causal.Constants:
-        """What a step reads and never changes."""
-        return assemble.constants_of(self, loaded)
-
-    def teacher(self, constants: causal.Constants, folder: Path) -> None:
+    def teacher(self, constants: Constants, folder: Path) -> None:
         """Nothing is computed ahead: hidden states of every token would fill the disk."""
         del constants, folder
 
@@ -115,7 +106,7 @@ class TextScorer:
 
     def __call__(
         self,
-        constants: causal.Constants,
+        constants: Constants,
         trainable: dict[str, Array],
         key: PRNGKeyArray,
         title: str,
@@ -130,7 +121,7 @@ class TextScorer:
 class _Opened(NamedTuple):
     """What :class:`TextRun` says, and the training rows as they were read."""
 
-    program: Program
+    program: TextProgram
     base: Base
     tokenizer: Any
     rows: Rows
@@ -163,7 +154,7 @@ def check(config: RunConfig) -> TextRun:
 def _open(config: RunConfig) -> _Opened:
     assemble.objective_of(config.regularizers)  # before a checkpoint is looked for
     base = open_base(config.model.name_or_path, config.model.revision)
-    program = assemble.program_of(config, base.config)
+    program = text_program(config, base.config)
     tokenizer = base.tokenizer()
     assert config.data.train is not None  # checked with the config
     rows = load_rows(config.data.train, split=config.data.split, limit=config.data.train_limit)

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from balora_jax.data.batches import Batch, Resumable
-from balora_jax.data.glue import Label, LabelledTask, label_cell, label_of, texts_of
+from balora_jax.data.glue import Label, LabelsTask, label_cell, label_of, texts_of
 from balora_jax.data.templates import Row
 from balora_jax.errors import InputError
 
@@ -29,7 +29,7 @@ _NO_THREADS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LabelledExample:
+class LabelsExample:
     """One row as the model sees it.
 
     Attributes:
@@ -51,7 +51,7 @@ class LabelledExample:
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelledReport:
+class LabelsReport:
     """What became of the rows; none is ever left out.
 
     Attributes:
@@ -75,21 +75,21 @@ class LabelledReport:
         )
 
 
-class LabelledSet(NamedTuple):
+class LabelsSet(NamedTuple):
     """The examples, in the order of their rows, and what became of the rows."""
 
-    examples: list[LabelledExample]
-    report: LabelledReport
+    examples: list[LabelsExample]
+    report: LabelsReport
 
 
-def encode_labelled(
+def encode_labels(
     rows: Any,
     tokenizer: Any,
-    task: LabelledTask,
+    task: LabelsTask,
     max_length: int,
     *,
     unlabelled: Unlabelled = "refuse",
-) -> LabelledSet:
+) -> LabelsSet:
     """Tokenise rows of one text or two, and read their labels.
 
     Args:
@@ -114,7 +114,7 @@ def encode_labelled(
     if len(rows) == 0:
         raise InputError("data: expected at least one row, got none. Add rows.")
     _check_max_length(tokenizer, task, max_length)
-    examples: list[LabelledExample] = []
+    examples: list[LabelsExample] = []
     truncated = 0
     with tqdm(
         total=len(rows), desc="tokenising", unit="row", disable=len(rows) <= _SHOW_PROGRESS_ABOVE
@@ -128,11 +128,11 @@ def encode_labelled(
             truncated += _count_truncated(texts, made["input_ids"], tokenizer, max_length)
             examples.extend(_examples(made, labels, first=chunk[0][0]))
             bar.update(len(chunk))
-    return LabelledSet(examples, _report(examples, truncated))
+    return LabelsSet(examples, _report(examples, truncated))
 
 
-def _report(examples: Sequence[LabelledExample], truncated: int) -> LabelledReport:
-    return LabelledReport(
+def _report(examples: Sequence[LabelsExample], truncated: int) -> LabelsReport:
+    return LabelsReport(
         rows=len(examples),
         kept=len(examples),
         truncated=truncated,
@@ -141,7 +141,7 @@ def _report(examples: Sequence[LabelledExample], truncated: int) -> LabelledRepo
     )
 
 
-def _check_max_length(tokenizer: Any, task: LabelledTask, max_length: int) -> None:
+def _check_max_length(tokenizer: Any, task: LabelsTask, max_length: int) -> None:
     texts = len(task.text_columns)
     special = tokenizer.num_special_tokens_to_add(pair=texts == 2)
     if max_length < special + texts:
@@ -151,7 +151,7 @@ def _check_max_length(tokenizer: Any, task: LabelledTask, max_length: int) -> No
         )
 
 
-def _label(row: Row, task: LabelledTask, where: str, unlabelled: Unlabelled) -> Label:
+def _label(row: Row, task: LabelsTask, where: str, unlabelled: Unlabelled) -> Label:
     keep = unlabelled == "keep"
     if keep and not any(column in row for column in task.label_columns):
         cell = None
@@ -186,7 +186,7 @@ def _count_truncated(
     return sum(len(whole) > max_length for whole in _tokenise(full, tokenizer, None)["input_ids"])
 
 
-def _examples(made: Any, labels: Sequence[Label], first: int) -> Iterator[LabelledExample]:
+def _examples(made: Any, labels: Sequence[Label], first: int) -> Iterator[LabelsExample]:
     types = made.get("token_type_ids") or [[0] * len(ids) for ids in made["input_ids"]]
     rows = zip(made["input_ids"], types, labels, strict=True)
     for number, (ids, kinds, label) in enumerate(rows, start=first):
@@ -195,10 +195,10 @@ def _examples(made: Any, labels: Sequence[Label], first: int) -> Iterator[Labell
                 f"row {number}: expected at least one token, got none from the tokenizer. "
                 "Leave the row out."
             )
-        yield LabelledExample(np.asarray(ids, np.int32), np.asarray(kinds, np.int32), label)
+        yield LabelsExample(np.asarray(ids, np.int32), np.asarray(kinds, np.int32), label)
 
 
-def describe_labelled(example: LabelledExample, tokenizer: Any, task: LabelledTask) -> str:
+def describe_labels(example: LabelsExample, tokenizer: Any, task: LabelsTask) -> str:
     """One example as a line for a person to check, special tokens included.
 
     Args:
@@ -219,7 +219,7 @@ def describe_labelled(example: LabelledExample, tokenizer: Any, task: LabelledTa
     return f"{len(example.input_ids)} tokens, {said}: {' '.join(text.split())}"
 
 
-class LabelledBatches(Resumable):
+class LabelsBatches(Resumable):
     """Batches without end, each a dict of arrays.
 
     ================  ==============  =======================  =====================================
@@ -239,7 +239,7 @@ class LabelledBatches(Resumable):
 
     def __init__(
         self,
-        examples: Sequence[LabelledExample],
+        examples: Sequence[LabelsExample],
         *,
         batch_size: int,
         accumulation: int,
@@ -297,8 +297,8 @@ class LabelledBatches(Resumable):
         return math.ceil(self._count / self._rows)
 
 
-def labelled_epoch(
-    examples: Sequence[LabelledExample], batch_size: int, length: int, pad_id: int
+def labels_epoch(
+    examples: Sequence[LabelsExample], batch_size: int, length: int, pad_id: int
 ) -> Iterator[Batch]:
     """Each example once, in order, for evaluation: arrays [B, T] and [B].
 
@@ -309,7 +309,7 @@ def labelled_epoch(
         pad_id: The token for empty places.
 
     Yields:
-        The keys of `LabelledBatches`, without the axis of accumulation. A missing label is -1 or
+        The keys of `LabelsBatches`, without the axis of accumulation. A missing label is -1 or
         NaN. The last batch is filled up with rows whose `row` is -1: one visible padding token,
         so that no attention is over nothing, and label 0.
 
@@ -320,7 +320,7 @@ def labelled_epoch(
         raise InputError(f"batch_size: expected at least 1, got {batch_size}. Raise it.")
     _check(examples, length)
     zero = np.float32(0) if isinstance(examples[0].label, np.floating) else 0
-    nothing = LabelledExample(np.full(1, pad_id, np.int32), np.zeros(1, np.int32), zero)
+    nothing = LabelsExample(np.full(1, pad_id, np.int32), np.zeros(1, np.int32), zero)
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
         rows = [_padded(e, i, length, pad_id) for i, e in enumerate(part, start=start)]
@@ -328,18 +328,18 @@ def labelled_epoch(
         yield {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def padded_length(examples: Sequence[LabelledExample], max_length: int) -> int:
+def padded_length(examples: Sequence[LabelsExample], max_length: int) -> int:
     """One row length for a whole run: the longest example, rounded up to 8, at most `max_length`.
 
     >>> ids = np.zeros(13, np.int32)
-    >>> padded_length([LabelledExample(ids, ids, 1)], max_length=128)
+    >>> padded_length([LabelsExample(ids, ids, 1)], max_length=128)
     16
     """
     longest = max(len(example.input_ids) for example in examples)
     return min(max_length, math.ceil(longest / _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE)
 
 
-def _padded(example: LabelledExample, index: int, length: int, pad_id: int) -> Batch:
+def _padded(example: LabelsExample, index: int, length: int, pad_id: int) -> Batch:
     """The arrays of one row: [length] for those of tokens, and no axis for label and place."""
     used = len(example.input_ids)
     names = ("token_type_ids", "attention_mask")
@@ -354,7 +354,7 @@ def _padded(example: LabelledExample, index: int, length: int, pad_id: int) -> B
     return row
 
 
-def _check(examples: Sequence[LabelledExample], length: int) -> None:
+def _check(examples: Sequence[LabelsExample], length: int) -> None:
     if not examples:
         raise InputError("data: expected at least one example, got none. Add rows.")
     longest = max(len(example.input_ids) for example in examples)
@@ -365,7 +365,7 @@ def _check(examples: Sequence[LabelledExample], length: int) -> None:
         )
 
 
-def _digest(examples: Sequence[LabelledExample]) -> str:
+def _digest(examples: Sequence[LabelsExample]) -> str:
     """A name for the examples and their order, to tell other data from the same on resume."""
     digest = hashlib.sha256()
     for example in examples:

@@ -21,7 +21,7 @@ from balora_jax.models.starts.stacks import start_adapters
 from balora_jax.models.weight_names import linear_shapes
 from balora_jax.numerics.objective import Objective
 from balora_jax.tasks.labels import loss as labelled
-from balora_jax.tasks.labels.loss import TEACHER, Constants, LabelLoss
+from balora_jax.tasks.labels.loss import TEACHER, Constants, LabelsLoss
 from tests.models import tiny_encoders as tiny
 
 RANK, ALPHA = 3, 5.0
@@ -175,7 +175,7 @@ def our_loss(family, outputs, settings):
     _, _, plain, student, trainable, constants = models(family, outputs)
     on = LAMBDAS if outputs > 1 else (LAMBDAS[0], 0.0, 0.0)
     objective = Objective(consistency=on[0], diversity=on[1], spectral=on[2], **settings)
-    loss_of = LabelLoss(student, plain, objective, outputs)
+    loss_of = LabelsLoss(student, plain, objective, outputs)
     counts = labelled.counts_of({k: jnp.asarray(v) for k, v in batches(outputs).items()})
     assert (float(counts.task), float(counts.tokens), counts.micro_batches) == (
         10, LENGTHS.sum(), 2,
@@ -218,7 +218,7 @@ def test_logits_that_a_batch_brings_take_the_teachers_place():
     """With other logits the terms are those of other logits, and the encoder of the teacher idles."""
     _, _, plain, student, trainable, constants = models("bert", 3)
     objective = Objective(consistency=1.0, **SETTINGS["adaptive"])
-    loss_of = LabelLoss(student, plain, objective, 3)
+    loss_of = LabelsLoss(student, plain, objective, 3)
     rng, batch = np.random.default_rng(8), micro_batch(3, 0)
     brought = rng.standard_normal((5, 3))
     batch[TEACHER] = jnp.asarray(brought, jnp.float32)
@@ -237,7 +237,7 @@ def test_logits_that_a_batch_brings_take_the_teachers_place():
 def test_the_teacher_is_absent_without_its_term():
     _, _, plain, student, trainable, constants = models("bert", 3)
     objective = Objective(diversity=1.0, spectral=1.0, k=1, norm="nuclear")
-    loss_of = LabelLoss(student, plain, objective, 3)
+    loss_of = LabelsLoss(student, plain, objective, 3)
     counts = labelled.Counts(jnp.float32(5), jnp.float32(30), 1)
     weights, nothing = (jnp.float32(0.5),) * 3, constants._replace(teacher_head={})
     _, parts = jax.eval_shape(

@@ -143,7 +143,7 @@ def label_config_tree(inputs, **overrides):
     """The config of a tiny run; keywords are ``section={key: value}``, merged in."""
     inputs = Path(inputs)
     tree = {
-        "task": "nlu",
+        "task": "labels",
         "model": {"name_or_path": str(inputs / "model"), "remat": "none"},
         "adapter": {
             "start": "pissa",

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers, processors
 
-from balora_jax.data import labelled as labelled_module
+from balora_jax.data import labels as labelled_module
 from balora_jax.data.glue import GLUE, custom_task
-from balora_jax.data.labelled import (
-    LabelledBatches,
-    LabelledExample,
-    describe_labelled,
-    encode_labelled,
-    labelled_epoch,
+from balora_jax.data.labels import (
+    LabelsBatches,
+    LabelsExample,
+    describe_labels,
+    encode_labels,
+    labels_epoch,
     padded_length,
 )
 from balora_jax.data.sources import load_rows
@@ -58,7 +58,7 @@ def letters(tokenizer, text):
 
 def test_a_single_text(tokenizer):
     rows = [{"sentence": "xyz", "label": "positive"}, {"sentence": "z", "label": 0}]
-    examples, report = encode_labelled(rows, tokenizer, SST2, 16)
+    examples, report = encode_labels(rows, tokenizer, SST2, 16)
     assert examples[0].input_ids.tolist() == [0, *letters(tokenizer, "xyz"), 1]
     assert examples[0].token_type_ids.tolist() == [0] * 5
     assert [example.label for example in examples] == [1, 0]
@@ -71,7 +71,7 @@ def test_a_single_text(tokenizer):
 
 def test_a_pair_loses_the_end_of_its_longer_text(tokenizer):
     rows = [pair("xyzqjkvwxyz", "QJK"), pair("x", "Y"), pair("XYZQ", "xyz")]
-    examples, report = encode_labelled(rows, tokenizer, MRPC, 10)
+    examples, report = encode_labels(rows, tokenizer, MRPC, 10)
     first, second, third = examples
     ids = [0, *letters(tokenizer, "xyzq"), 1, *letters(tokenizer, "QJK"), 1]
     assert first.input_ids.tolist() == ids
@@ -90,14 +90,14 @@ def test_a_pair_loses_the_end_of_its_longer_text(tokenizer):
 
 
 def test_no_token_types_are_zeros():
-    (example,), _ = encode_labelled([pair("x", "y")], encoder_tokenizer(types=False), MRPC, 16)
+    (example,), _ = encode_labels([pair("x", "y")], encoder_tokenizer(types=False), MRPC, 16)
     assert example.token_type_ids.tolist() == [0] * 5
     assert example.token_type_ids.dtype == np.int32
 
 
 def test_regression_labels_are_float32(tokenizer):
     rows = [{"sentence1": "x", "sentence2": "y", "score": 3.8}]
-    (example,), _ = encode_labelled(rows, tokenizer, STSB, 16)
+    (example,), _ = encode_labels(rows, tokenizer, STSB, 16)
     assert type(example.label) is np.float32
     assert example.label == np.float32(3.8)
 
@@ -107,18 +107,18 @@ def test_chunks_change_nothing(tokenizer, monkeypatch, chunk):
     rows = [pair("how many apples " * i, "x" * i, i % 2) for i in range(1, 6)]
     expected = [tokenizer(r["sentence1"], r["sentence2"])["input_ids"][:] for r in rows]
     monkeypatch.setattr(labelled_module, "_CHUNK", chunk)
-    examples, report = encode_labelled(rows, tokenizer, MRPC, 999)
+    examples, report = encode_labels(rows, tokenizer, MRPC, 999)
     assert [example.input_ids.tolist() for example in examples] == expected
     assert [example.label for example in examples] == [1, 0, 1, 0, 1]
     assert report.tokens == sum(map(len, expected))
-    truncated = encode_labelled(rows, tokenizer, MRPC, 20).report.truncated
+    truncated = encode_labels(rows, tokenizer, MRPC, 20).report.truncated
     assert truncated == sum(len(ids) > 20 for ids in expected)
     assert 0 < truncated < 5
 
 
 @pytest.mark.parametrize(("rows", "shown"), [(2000, False), (2001, True)])
 def test_a_bar_for_many_rows(tokenizer, capfd, rows, shown):
-    encode_labelled([{"sentence": "x", "label": 1}] * rows, tokenizer, SST2, 8)
+    encode_labels([{"sentence": "x", "label": 1}] * rows, tokenizer, SST2, 8)
     assert ("tokenising" in capfd.readouterr().err) == shown
 
 
@@ -129,16 +129,16 @@ def test_rows_without_label_may_be_kept(tokenizer):
         {"sentence": "x", "label": None},
         {"sentence": "x", "label": 1},
     ]
-    examples, report = encode_labelled(rows, tokenizer, SST2, 16, unlabelled="keep")
+    examples, report = encode_labels(rows, tokenizer, SST2, 16, unlabelled="keep")
     assert [example.label for example in examples] == [-1, -1, -1, 1]
     assert [example.labelled for example in examples] == [False, False, False, True]
     assert report.without_label == 3
     assert "(0 truncated, 3 without label)" in str(report)
-    (scored,), _ = encode_labelled([pair("x", "y", -1.0)], tokenizer, STSB, 16, unlabelled="keep")
+    (scored,), _ = encode_labels([pair("x", "y", -1.0)], tokenizer, STSB, 16, unlabelled="keep")
     assert type(scored.label) is np.float32
     assert np.isnan(scored.label)
     assert not scored.labelled
-    (batch,) = labelled_epoch(examples, 4, 8, PAD)
+    (batch,) = labels_epoch(examples, 4, 8, PAD)
     assert batch["labels"].tolist() == [-1, -1, -1, 1]
 
 
@@ -146,7 +146,7 @@ def test_rows_without_label_may_be_kept(tokenizer):
 def test_rows_without_label_are_refused(tokenizer, cell, got):
     rows = [{"sentence": "x", "label": 1}, {"sentence": "x", "label": cell}]
     with pytest.raises(InputError) as error:
-        encode_labelled(rows, tokenizer, SST2, 16)
+        encode_labels(rows, tokenizer, SST2, 16)
     assert str(error.value).startswith(f"row 2: expected a label, got {got}")
     assert "the labels of GLUE's test sets are not public (they read -1)" in str(error.value)
 
@@ -160,7 +160,7 @@ def test_the_row_is_named_in_later_chunks_too(tokenizer, monkeypatch):
         ({"sentence": "x", "target": 1}, "row 5: expected a column 'label' with the label, got"),
     ]:
         with pytest.raises(InputError, match=message):
-            encode_labelled([*rows, bad], tokenizer, SST2, 16)
+            encode_labels([*rows, bad], tokenizer, SST2, 16)
 
 
 @pytest.mark.parametrize("chunk", [1, 1000])
@@ -169,7 +169,7 @@ def test_a_text_without_tokens_is_refused(monkeypatch, chunk):
     bare = tiny.make(bos=False)
     bare.backend_tokenizer.normalizer = normalizers.Replace("x", "")
     with pytest.raises(InputError) as error:
-        encode_labelled([{"sentence": t, "label": 1} for t in ("xy", "xx")], bare, SST2, 16)
+        encode_labels([{"sentence": t, "label": 1} for t in ("xy", "xx")], bare, SST2, 16)
     assert str(error.value) == (
         "row 2: expected at least one token, got none from the tokenizer. Leave the row out."
     )
@@ -201,26 +201,26 @@ def test_a_text_without_tokens_is_refused(monkeypatch, chunk):
 )
 def test_bad_encodings_are_refused(tokenizer, rows, task, options, message):
     with pytest.raises(InputError) as error:
-        encode_labelled(rows, tokenizer, task, **({"max_length": 16} | options))
+        encode_labels(rows, tokenizer, task, **({"max_length": 16} | options))
     assert message in str(error.value)
 
 
 def test_the_least_max_length_leaves_a_token_of_each_text(tokenizer):
-    (example,), _ = encode_labelled([pair("xyz", "qjk")], tokenizer, MRPC, 5)
+    (example,), _ = encode_labels([pair("xyz", "qjk")], tokenizer, MRPC, 5)
     assert example.input_ids.tolist() == [
         *(0, *letters(tokenizer, "x"), 1, *letters(tokenizer, "q"), 1)
     ]
 
 
 def test_description(tokenizer):
-    (one,), _ = encode_labelled([pair("x\ny", "z", 0)], tokenizer, MRPC, 16)
-    assert describe_labelled(one, tokenizer, MRPC) == (
+    (one,), _ = encode_labels([pair("x\ny", "z", 0)], tokenizer, MRPC, 16)
+    assert describe_labels(one, tokenizer, MRPC) == (
         "7 tokens, label 0 (not_equivalent): <s>x y</s>z</s>"
     )
-    (two,), _ = encode_labelled([pair("x", "z", "4.75")], tokenizer, STSB, 16)
-    assert describe_labelled(two, tokenizer, STSB) == "5 tokens, score 4.75: <s>x</s>z</s>"
-    (three,), _ = encode_labelled([pair("x", "z", -1)], tokenizer, STSB, 16, unlabelled="keep")
-    assert describe_labelled(three, tokenizer, STSB) == "5 tokens, no label: <s>x</s>z</s>"
+    (two,), _ = encode_labels([pair("x", "z", "4.75")], tokenizer, STSB, 16)
+    assert describe_labels(two, tokenizer, STSB) == "5 tokens, score 4.75: <s>x</s>z</s>"
+    (three,), _ = encode_labels([pair("x", "z", -1)], tokenizer, STSB, 16, unlabelled="keep")
+    assert describe_labels(three, tokenizer, STSB) == "5 tokens, no label: <s>x</s>z</s>"
 
 
 def make_examples(count=11, longest=12, *, seed=0, scores=False):
@@ -231,13 +231,13 @@ def make_examples(count=11, longest=12, *, seed=0, scores=False):
         ids = (100 * (i + 10) + 1 + np.arange(length)).astype(np.int32)
         types = (np.arange(length) >= length // 2).astype(np.int32)
         label = np.float32(i / 3) if scores else int(rng.integers(0, 3))
-        made.append(LabelledExample(ids, types, label))
+        made.append(LabelsExample(ids, types, label))
     return made
 
 
 def make(examples, **changes):
     options = {"batch_size": 2, "accumulation": 3, "length": 16, "seed": 5, "pad_id": PAD}
-    return LabelledBatches(examples, **(options | changes))
+    return LabelsBatches(examples, **(options | changes))
 
 
 def take(iterator, count):
@@ -336,8 +336,8 @@ def test_a_state_of_other_examples_is_refused():
     examples = make_examples()
     state = make(examples).get_state()
     first = examples[0]
-    relabelled = LabelledExample(first.input_ids, first.token_type_ids, first.label + 1)
-    retyped = LabelledExample(first.input_ids, 1 - first.token_type_ids, first.label)
+    relabelled = LabelsExample(first.input_ids, first.token_type_ids, first.label + 1)
+    retyped = LabelsExample(first.input_ids, 1 - first.token_type_ids, first.label)
     for others in (
         examples[::-1],
         examples[:-1],
@@ -367,14 +367,14 @@ def test_no_examples_and_no_labels_are_refused():
     with pytest.raises(InputError, match=nothing):
         make([])
     with pytest.raises(InputError, match=nothing):
-        next(labelled_epoch([], 2, 16, PAD))
+        next(labels_epoch([], 2, 16, PAD))
     with pytest.raises(InputError, match="batch_size: expected at least 1, got 0"):
-        next(labelled_epoch(make_examples(), 0, 16, PAD))
+        next(labels_epoch(make_examples(), 0, 16, PAD))
     with pytest.raises(InputError, match="data: expected examples of at most 3 tokens, got one of"):
-        next(labelled_epoch(make_examples(), 2, 3, PAD))
+        next(labels_epoch(make_examples(), 2, 3, PAD))
     ids = np.ones(3, np.int32)
     for label in (-1, np.float32("nan")):
-        examples = [*make_examples(2), LabelledExample(ids, ids, label)]
+        examples = [*make_examples(2), LabelsExample(ids, ids, label)]
         with pytest.raises(InputError, match="row 3: expected a label to train on, got none"):
             make(examples)
 
@@ -383,7 +383,7 @@ def test_no_examples_and_no_labels_are_refused():
 @pytest.mark.parametrize("count", [1, 4, 5])
 def test_an_epoch_for_evaluation(count, scores):
     examples = make_examples(count, scores=scores)
-    batches = list(labelled_epoch(examples, 2, 16, PAD))
+    batches = list(labels_epoch(examples, 2, 16, PAD))
     dtypes = dict.fromkeys(KEYS, np.int32) | {"labels": np.float32 if scores else np.int32}
     for batch in batches:
         assert {key: value.dtype for key, value in batch.items()} == dtypes
@@ -405,7 +405,7 @@ def test_an_epoch_for_evaluation(count, scores):
 @pytest.mark.parametrize(("longest", "limit", "expected"), [(8, 512, 8), (9, 512, 16), (9, 12, 12)])
 def test_padded_length(longest, limit, expected):
     zeros = [np.zeros(n, np.int32) for n in (2, longest)]
-    assert padded_length([LabelledExample(z, z, 0) for z in zeros], limit) == expected
+    assert padded_length([LabelsExample(z, z, 0) for z in zeros], limit) == expected
 
 
 FILES = [
@@ -424,10 +424,10 @@ def test_every_real_file_is_named_here(shared):
 def test_real_files_give_what_the_tokenizer_itself_gives(shared, tokenizer, name):
     task = GLUE[name.split("_")[0]]
     rows = load_rows(str(shared / "data" / "glue" / f"{name}.jsonl.gz"), limit=250)
-    examples, report = encode_labelled(rows, tokenizer, task, 128)
+    examples, report = encode_labels(rows, tokenizer, task, 128)
     assert (report.rows, report.kept, len(examples), report.without_label) == (250, 250, 250, 0)
     length = padded_length(examples, 128)
-    made = list(labelled_epoch(examples, 50, length, tokenizer.pad_token_id))
+    made = list(labels_epoch(examples, 50, length, tokenizer.pad_token_id))
     texts = [[row[column] for row in rows] for column in task.text_columns]
     theirs = tokenizer(
         *texts, truncation=True, max_length=128, padding="max_length", return_tensors="np"
@@ -445,6 +445,6 @@ def test_a_file_of_ones_own(shared, tokenizer):
     classes = ["entailment", "neutral", "contradiction"]
     task = custom_task(("sentence1", "sentence2"), "gold_label", classes)
     rows = load_rows(str(path), limit=100)
-    examples, _ = encode_labelled(rows, tokenizer, task, 96)
+    examples, _ = encode_labels(rows, tokenizer, task, 96)
     assert [classes[example.label] for example in examples] == [row["gold_label"] for row in rows]
     assert len({example.label for example in examples}) == 3

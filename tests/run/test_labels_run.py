@@ -12,12 +12,12 @@ from safetensors.numpy import load_file
 from balora_jax import finetune
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
-from balora_jax.tasks.labels import run as label_run
-from balora_jax.tasks.labels import score as label_score
+from balora_jax.tasks.labels import run as labels_run
+from balora_jax.tasks.labels import score as labels_score
 from balora_jax.tasks.labels.teacher_cache import NAME as CACHE
 from balora_jax.tasks.labels.teacher_cache import TeacherCache
 from tests.run.conftest import invoke, settings
-from tests.tiny_label_run import (
+from tests.tiny_labels_run import (
     INNER,
     LAYERS,
     MODEL,
@@ -81,7 +81,7 @@ def test_everything_is_written(finished):
     }
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert [set(json.loads(line)) for line in lines] == [METRICS] * STEPS
-    assert yaml.safe_load((run / "config.yaml").read_text())["task"] == "nlu"
+    assert yaml.safe_load((run / "config.yaml").read_text())["task"] == "labels"
     assert {path.name for path in (run / "adapter").iterdir()} == {
         *("adapter_config.json", "adapter_model.safetensors")
     }
@@ -190,7 +190,7 @@ def test_the_cache_of_another_run_is_not_used(finished, tmp_path, other):
     if other == "data":
         rows = write_rows(tmp_path / "train.jsonl", reviews(27, 5))
         changes = {"data.train": rows}
-    made = label_run.check(load_config(config, [f"{k}={v}" for k, v in changes.items()]))
+    made = labels_run.check(load_config(config, [f"{k}={v}" for k, v in changes.items()]))
     folder = shutil.copytree(run, tmp_path / "run")
     loaded = made.load()
     with jax.set_mesh(made.mesh):
@@ -251,8 +251,8 @@ def test_a_regression(tmp_path, inputs):
 
 def program_of(inputs, **sections):
     config = parse_config(label_config_tree(inputs, **sections), "config")
-    base = label_run.open_encoder(config.model.name_or_path, num_labels=len(config.data.labels))
-    return label_run.label_program(config, base)
+    base = labels_run.open_encoder(config.model.name_or_path, num_labels=len(config.data.labels))
+    return labels_run.labels_program(config, base)
 
 
 THREE = {"labels": ["bad", "good", "neither"]}
@@ -290,17 +290,17 @@ THREE = {"labels": ["bad", "good", "neither"]}
     ids=str,
 )
 def test_a_k_that_takes_every_singular_value_is_named(inputs, sections, said):
-    assert label_run.remarks(program_of(inputs, **sections)) == ([] if said is None else [said])
+    assert labels_run.remarks(program_of(inputs, **sections)) == ([] if said is None else [said])
 
 
 def test_warnings_go_to_stderr(inputs, tmp_path, capsys):
-    label_run.check(parse_config(label_config_tree(inputs, regularizers={"k": 2}), "config"))
+    labels_run.check(parse_config(label_config_tree(inputs, regularizers={"k": 2}), "config"))
     assert capsys.readouterr().err.startswith("warning: regularizers.k = 2 takes all 2 singular")
 
 
 def refused(tree, *phrases):
     with pytest.raises(InputError) as error:
-        label_run.check(parse_config(tree, "config"))
+        labels_run.check(parse_config(tree, "config"))
     for phrase in phrases:
         assert phrase in str(error.value)
 
@@ -308,19 +308,19 @@ def refused(tree, *phrases):
 def test_what_does_not_fit_the_task_is_refused(inputs):
     tree = label_config_tree(inputs)
     refused(
-        {**tree, "task": "nlg"},
-        "config: task: expected nlu with data.glue, data.text_columns, data.labels or "
-        "data.regression, got nlg. Set task: nlu, or remove them.",
+        {**tree, "task": "text"},
+        "config: task: expected labels with data.glue, data.text_columns, data.labels or "
+        "data.regression, got text. Set task: labels, or remove them.",
     )
     refused(
         {**tree, "data": {**tree["data"], "text_columns": []}},
-        "config: data: expected data.glue, or data.train with data.text_columns, for task nlu, got "
+        "config: data: expected data.glue, or data.train with data.text_columns, for task labels, got "
         "neither. Name a GLUE task, or the file and its columns.",
     )
     without = {name: value for name, value in tree["data"].items() if name != "train"}
     refused({**tree, "data": without}, "expected data.glue, or data.train with data.text_columns")
     refused(
-        {**tree, "task": "nlg", "data": {}},
+        {**tree, "task": "text", "data": {}},
         "config: data.train: expected a value, got none. Add the key.",
     )
     refused(
@@ -387,7 +387,7 @@ def test_a_score_is_of_rows_no_longer_than_the_model_takes(tmp_path):
     tensors = random_weights()
     tensors["bert.embeddings.position_embeddings.weight"] = np.ones((21, WIDTH), np.float32)
     write_model(inputs / "model", tensors=tensors, max_position_embeddings=21)
-    run = label_run.check(parse_config(label_config_tree(inputs), "config"))
+    run = labels_run.check(parse_config(label_config_tree(inputs), "config"))
     loaded, scorer, seen = run.load(), run.scorer(), []
     assert scorer is not None
     forward = scorer.forward
@@ -414,7 +414,7 @@ def test_glue_scores_each_validation_split(tmp_path, inputs, monkeypatch, capsys
         asked.append((source, split, limit))
         return rows if limit is None else rows[:limit]
 
-    monkeypatch.setattr(label_score, "load_rows", rows_of)
+    monkeypatch.setattr(labels_score, "load_rows", rows_of)
     tree = label_config_tree(
         inputs, training={"max_steps": 1}, eval={"limit": 4}, regularizers={"k": 2}
     )

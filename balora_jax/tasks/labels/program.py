@@ -1,0 +1,129 @@
+"""The computation of a step of an encoder on labels, from a config and the model's shape alone."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from balora_jax.config import RunConfig
+from balora_jax.errors import InputError
+from balora_jax.models.encoder import encoder_structure
+from balora_jax.models.structure import Structure
+from balora_jax.numerics.objective import Objective
+from balora_jax.parallel import sharding
+from balora_jax.pretrained.checkpoint import EncoderBase, check_head
+from balora_jax.tasks import assemble
+from balora_jax.tasks.labels.loss import Constants, LabelsLoss, counts_of, spectral_remarks
+from balora_jax.training import steps
+from balora_jax.training.adapters import Adapters, adapters_of, check_full
+from balora_jax.training.run import Loaded
+
+
+@dataclass(frozen=True)
+class LabelsProgram:
+    """What a step of an encoder computes.
+
+    Attributes:
+        config: the whole run.
+        plain: the model without adapters, which with the first head is the teacher.
+        student: the same structure with adapters.
+        adapters: what trains, and where it begins.
+        objective: weights, terms and schedules; terms that the outputs leave undefined are off.
+        mesh: the devices.
+        outputs: C; 1 for regression.
+    """
+
+    config: RunConfig
+    plain: Structure
+    student: Structure
+    adapters: Adapters
+    objective: Objective
+    mesh: Mesh
+    outputs: int
+
+    @property
+    def layout(self) -> sharding.Layout:
+        """Where every array of a run lies."""
+        return sharding.Layout(self.student.axes, self.mesh)
+
+    @property
+    def trainable(self) -> int:
+        """Trainable parameters, the head among them."""
+        head = assemble.size_of(self.plain.head)
+        return head + self.adapters.trainable(self.total)
+
+    @property
+    def total(self) -> int:
+        """Parameters of the frozen encoder."""
+        return assemble.size_of(self.plain.parameters)
+
+    def step_parts(self, total_steps: int) -> steps.StepParts:
+        """The pure functions of a training step."""
+        loss = LabelsLoss(self.student, self.plain, self.objective, self.outputs)
+        return assemble.parts_of(self.config, self.objective, loss, counts_of, total_steps)
+
+    def constants(self, loaded: Loaded) -> Constants:
+        """What a step reads; the teacher's head is a copy of the student's first one."""
+        head = {
+            path: jnp.array(value, copy=True)
+            for path, value in loaded.trainable.items()
+            if path.startswith("head.")
+        }
+        return Constants(loaded.frozen, loaded.origin, head)
+
+
+def labels_objective(config: RunConfig, outputs: int) -> Objective:
+    """The objective for labels: the nuclear ratio where none is named, undefined terms off.
+
+    With one output the covariance has no other column, and the only singular value is its own
+    sum: both terms are constants, so they are left out.
+    """
+    objective = assemble.objective_of(config.regularizers)
+    if config.regularizers.norm is None:
+        objective = replace(objective, norm="nuclear")
+    if outputs > 1:
+        return objective
+    if objective.consistency_schedule == "adaptive":
+        raise InputError(
+            "regularizers.consistency_schedule: expected constant or cosine for a regression, got "
+            "adaptive: a single output has no entropy. Choose one of them."
+        )
+    return replace(objective, diversity=0.0, spectral=0.0)
+
+
+def labels_program(config: RunConfig, base: EncoderBase, mesh: Mesh | None = None) -> LabelsProgram:
+    """The computation that a config asks for on an encoder.
+
+    Raises:
+        InputError: a setting that does not fit the model or the devices.
+    """
+    outputs = base.config.num_labels
+    objective = labels_objective(config, outputs)
+    mesh = assemble.checked_mesh(config, mesh)
+    check_full(config.adapter, config.model)
+    options: Any = {
+        "dtype": config.model.dtype,
+        "remat": config.model.remat,
+        "quantization": config.model.quantization,
+    }
+    plain = encoder_structure(base.config, **options)
+    adapters = adapters_of(config.adapter, base.linears(plain.parameters))
+    saved, teacher_head = adapters.start.saved, config.regularizers.teacher_head
+    check_head(base, saved, config.adapter.start, teacher_head)
+    sharding.Layout(plain.axes, mesh).attached(plain.frozen)  # raises where an axis does not divide
+    student = encoder_structure(base.config, adapters=adapters.shapes, **options)
+    return LabelsProgram(config, plain, student, adapters, objective, mesh, outputs)
+
+
+def remarks(program: LabelsProgram) -> list[str]:
+    """What a reader should know of the terms before they trust a comparison."""
+    terms, spec = program.config.regularizers, program.objective.term_spec
+    lines = []
+    if program.outputs == 1 and (terms.diversity > 0 or terms.spectral > 0):
+        lines.append(
+            "note: with one output the diversity and the spectral term are constants; they are "
+            "left out. Consistency is the mean squared difference of the scores."
+        )
+    rows = program.config.training.batch_size // program.config.training.accumulation
+    return lines + spectral_remarks(spec, rows, program.outputs)

@@ -1,0 +1,40 @@
+"""The tasks by name: whatever depends on a run's task asks its object here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from balora_jax.config import RunConfig
+from balora_jax.registry import Registry
+from balora_jax.tasks.labels import run as labels_run
+from balora_jax.tasks.labels import score as labels_score
+from balora_jax.tasks.text import run as text_run
+from balora_jax.tasks.text import score as text_score
+from balora_jax.training.run import Run
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run can be asked to learn.
+
+    Attributes:
+        name: what configs call it under ``task``.
+        model: kind of its pretrained models.
+        check: opens and checks everything a run reads, short of loading the weights.
+        evaluate: ``(config, adapter=…)`` → figures of a base model or of an adapter on it.
+        generate: ``(config, prompts, adapter=…, raw=…)`` → texts; None where models write none.
+    """
+
+    name: str
+    model: Literal["decoder", "encoder"]
+    check: Callable[[RunConfig], Run]
+    evaluate: Callable[..., dict[str, Any]]
+    generate: Callable[..., list[str]] | None = None
+
+
+TASKS: Registry[Task] = Registry("task", "task")
+
+TASKS.register(
+    Task("text", "decoder", text_run.check, text_score.evaluate, text_score.continue_prompts)
+)
+TASKS.register(Task("labels", "encoder", labels_run.check, labels_score.evaluate))

@@ -1,0 +1,183 @@
+"""The computation of a step of a decoder on text, from a config and the model's shape alone."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from balora_jax.array_types import Array, Float
+from balora_jax.config import ModelConfig, RunConfig
+from balora_jax.errors import InputError
+from balora_jax.models.adapters import AdapterShape
+from balora_jax.models.decoder import structure
+from balora_jax.models.decoder_config import DecoderConfig
+from balora_jax.models.structure import Structure
+from balora_jax.models.weight_names import linear_shapes, weight_rules
+from balora_jax.numerics import head, linalg
+from balora_jax.numerics.objective import Objective
+from balora_jax.parallel import hosts, sharding
+from balora_jax.parallel.axes import TOKENS, VOCABULARY
+from balora_jax.tasks import assemble
+from balora_jax.tasks.text.loss import Constants, HeadPlan, TextLoss, counts_of
+from balora_jax.training.adapters import Adapters, adapters_of, check_full
+from balora_jax.training.run import Loaded
+from balora_jax.training.steps import StepParts
+
+
+@dataclass(frozen=True)
+class TextProgram:
+    """What a step of a decoder on text computes.
+
+    Attributes:
+        config: the whole run.
+        decoder: the pretrained model's shape.
+        plain: the model without adapters, which is the teacher.
+        student: the same structure with adapters.
+        adapters: what trains, and where it begins.
+        objective: weights, terms and schedules.
+        mesh: the devices.
+    """
+
+    config: RunConfig
+    decoder: DecoderConfig
+    plain: Structure
+    student: Structure
+    adapters: Adapters
+    objective: Objective
+    mesh: Mesh
+
+    @property
+    def layout(self) -> sharding.Layout:
+        """Where every array of a run lies."""
+        return sharding.Layout(self.student.axes, self.mesh)
+
+    @property
+    def trainable(self) -> int:
+        """Trainable parameters; padding of stacks is not counted."""
+        return self.adapters.trainable(self.total)
+
+    @property
+    def total(self) -> int:
+        """Parameters of the frozen model."""
+        return assemble.size_of(self.plain.parameters)
+
+    @property
+    def needs_factor(self) -> bool:
+        """Whether the spectral term reads the factor of the head."""
+        fused = self.config.training.head == "fused"
+        linear = self.decoder.logit_map.soft_cap is None
+        return self.objective.term_spec.spectral and fused and linear
+
+    @property
+    def head_plan(self) -> HeadPlan:
+        """How the pass over the logits runs on the mesh."""
+        training, mesh = self.config.training, self.mesh
+        platform = mesh.devices.flat[0].platform
+        memory = training.head_memory_mib or head.default_memory_mib(platform)
+        columns = self.decoder.vocab_size // mesh.shape[VOCABULARY]
+        return HeadPlan(
+            training.head,
+            training.head_chunk or head.chunk_rows(columns, memory * 2**20),
+            sharding.head_axes(mesh),
+            sharding.across_devices(mesh),
+            sharding.head_layout(mesh),
+            sharding.flatten_tokens(mesh),
+        )
+
+    def step_parts(self, total_steps: int) -> StepParts:
+        """The pure functions of a training step."""
+        loss = TextLoss(self.student, self.plain, self.objective, self.head_plan)
+        counts = partial(counts_of, mask_alignment=self.objective.mask_alignment)
+        return assemble.parts_of(self.config, self.objective, loss, counts, total_steps)
+
+    def constants(self, loaded: Loaded) -> Constants:
+        """What a step reads; the head is factorised once if the spectral term is on."""
+        factor = None
+        if self.needs_factor:
+            table = "embed_tokens" if self.decoder.tie_word_embeddings else "lm_head"
+            weights = loaded.frozen[f"{table}.embedding"]
+            factor = factor_of(weights, self.mesh, center=self.objective.center_rows)
+        return Constants(loaded.frozen, loaded.origin, factor)
+
+
+def text_program(
+    config: RunConfig, decoder: DecoderConfig, mesh: Mesh | None = None
+) -> TextProgram:
+    """The computation that a config asks for on a model.
+
+    Args:
+        config: the whole run.
+        decoder: the pretrained model's shape.
+        mesh: the devices; those of this machine as the config lays them out where not given.
+
+    Raises:
+        InputError: a setting that does not fit the model or the devices.
+    """
+    objective = assemble.objective_of(config.regularizers)
+    plain = model_structure(decoder, config.model, {})
+    linears = linear_shapes(weight_rules(decoder), plain.parameters)
+    adapters = adapters_of(config.adapter, linears)
+    mesh = assemble.checked_mesh(config, mesh)
+    check_rows_whole(config.model, mesh)
+    sharding.Layout(plain.axes, mesh).attached(plain.frozen)  # raises where an axis does not divide
+    check_full(config.adapter, config.model)
+    _check_head(config)
+    student = model_structure(decoder, config.model, adapters.shapes)
+    return TextProgram(config, decoder, plain, student, adapters, objective, mesh)
+
+
+def model_structure(
+    decoder: DecoderConfig, config: ModelConfig, adapters: dict[str, AdapterShape]
+) -> Structure:
+    """The model's shapes with the options of the config's section."""
+    return structure(
+        decoder,
+        adapters=adapters,
+        dtype=config.dtype,
+        remat=config.remat,
+        kernel=config.attention,
+        quantization=config.quantization,
+    )
+
+
+def check_rows_whole(config: ModelConfig, mesh: Mesh) -> None:
+    """Raises InputError where rows are split over devices by a kernel that cannot."""
+    parts = mesh.shape[TOKENS]
+    if parts > 1 and config.attention == "cudnn":
+        raise InputError(
+            f"model.attention: expected auto or xla with mesh.{TOKENS} {parts}, got cudnn, which "
+            "takes whole rows only. Choose another."
+        )
+
+
+def _check_head(config: RunConfig) -> None:
+    """Raises InputError where the head is to train and no gradient of it is formed."""
+    if config.adapter.method == "full" and config.training.head == "fused":
+        raise InputError(
+            "training.head: expected plain with adapter.method full, got fused, which forms no "
+            "gradient of the head itself. Set training.head=plain."
+        )
+
+
+def factor_of(table: Float[Array, "V D"], mesh: Mesh, *, center: bool) -> Float[Array, "D D"]:
+    """The head's factor on every device, from a head that may lie on many hosts.
+
+    A host never has more of the head than the rows of one block. The factor is that of process 0
+    everywhere, bit for bit, whatever the others' linear algebra makes of the same numbers.
+    """
+    whole = sharding.replicated(mesh)
+
+    @partial(jax.jit, static_argnums=2, out_shardings=whole)
+    def rows(table: Array, first: int, count: int) -> Array:
+        return jax.lax.dynamic_slice_in_dim(table, first, count)
+
+    def block(first: int, count: int) -> np.ndarray:
+        return hosts.gathered(rows(table, first, count))
+
+    factor = linalg.head_factor_of_rows(block, table.shape, center=center)
+    if jax.process_count() > 1:
+        factor = multihost_utils.broadcast_one_to_all(factor)
+    return hosts.place(factor, whole)
