@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from balora_jax.models.methods import METHODS
 from balora_jax.models.starts import STARTS
 
 Positive = Annotated[int, Field(gt=0)]
@@ -62,7 +63,7 @@ class AdapterConfig(Section):
     """
 
     start: str = "pissa"
-    method: Literal["lora", "dora", "lora_fa", "full"] = "lora"
+    method: str = "lora"
     rank: Positive = 8
     alpha: Annotated[float, Field(gt=0)] | None = None
     target_modules: tuple[str, ...] | str = (
@@ -82,12 +83,13 @@ class AdapterConfig(Section):
                 f"adapter.dropout: expected 0 with start {self.start!r}, got {self.dropout}: the "
                 "delta from the start would no longer be zero. Set it to 0, or start from 'lora'."
             )
-        if self.method == "full" and not named:
+        method = METHODS[self.method]
+        if method.trains_base and not named:
             raise ValueError(
-                f"adapter.start: expected no folder with method 'full', got {self.start!r}: there "
-                "are no adapters. Leave it out."
+                f"adapter.start: expected no folder with method {self.method!r}, got "
+                f"{self.start!r}: there are no adapters. Leave it out."
             )
-        if self.dropout > 0.0 and self.method in ("dora", "full"):
+        if self.dropout > 0.0 and not method.allows_dropout:
             raise ValueError(
                 f"adapter.dropout: expected 0 with method {self.method!r}, got {self.dropout}. "
                 "Set it to 0, or use method 'lora' or 'lora_fa'."

@@ -14,6 +14,7 @@ from balora_jax.config import RunConfig
 from balora_jax.config_file import dump_config
 from balora_jax.io import drawing, metrics
 from balora_jax.io.folders import write_atomically
+from balora_jax.models.methods import METHODS
 from balora_jax.parallel import hosts
 from balora_jax.pretrained import export
 from balora_jax.tasks.registry import TASKS
@@ -42,7 +43,7 @@ def fit(config: RunConfig, *, workdir: str | Path, resume: bool = False) -> dict
     """
     folder, began = Path(workdir), time.monotonic()
     with failures(folder):
-        full = config.adapter.method == "full"
+        full = METHODS[config.adapter.method].trains_base
         hosts.by_first(functools.partial(check_folders, folder, resume=resume, full=full))
         run = TASKS[config.task].check(config)
         step = last_step(run, folder) if resume else None
@@ -84,7 +85,7 @@ def export_trained(training: Training) -> str:
     if not hosts.is_first():
         return ""
     model = run.config.model
-    if run.config.adapter.method == "full":
+    if run.adapters.method.trains_base:
         shutil.rmtree(folder / export.MODEL, ignore_errors=True)
         found = export.write_model(folder / export.MODEL, run.base, trainable, model.dtype)
         return f"model: {found.folder} ({found.merged} tensors changed)"

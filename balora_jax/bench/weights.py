@@ -5,21 +5,20 @@ ones, and random tokens that all count.
 """
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from balora_jax.array_types import Array
+from balora_jax.array_types import Array, Float, PRNGKeyArray
 from balora_jax.config import RunConfig
-from balora_jax.models.starts.stacks import squared_norms
+from balora_jax.models.starts.start import Factors, Start
 from balora_jax.parallel import sharding
 from balora_jax.plan.arguments import random_batch, shapes_only
 from balora_jax.pretrained.checkpoint import Base
 from balora_jax.tasks.text import run as text_run
 from balora_jax.tasks.text.program import TextProgram, text_program
-from balora_jax.training.adapters import kernels_of
 from balora_jax.training.run import Loaded
 
 Arrays = dict[str, Array]
@@ -87,27 +86,30 @@ def loaded_for(program: TextProgram, weights: Weights) -> Loaded:
     Random weights get random factors of the size that a start would have: a decomposition of a 7B
     model takes minutes and does not change the time of a step.
     """
-    config, layout = program.config, program.layout
-    modules, start = program.adapters.modules, program.adapters.start
-    if not (weights.random and modules and start.has_origin):
-        seed = config.training.seed
-        trainable, origin = program.adapters.begin(weights.frozen, config.model, layout, seed=seed)
-        return Loaded(weights.frozen, origin, trainable)
-    drawn = (".lora_a", ".origin_a", ".origin_b")
-    shapes = program.student.origin
-    origin = random_arrays({k: v for k, v in shapes.items() if k.endswith(drawn)}, program)
-    kernels = kernels_of(weights.frozen, config.model)
-    for path, leaf in shapes.items():
-        stem, _, name = path.rpartition(".")
-        if name == "lora_scale":
-            origin[path] = jnp.full(leaf.shape, modules[0].scale, leaf.dtype)
-        elif name == "origin_norm":
-            origin[path] = squared_norms(kernels[f"{stem}.kernel"])
-    adapters = {
-        path: jnp.sqrt(origin[path.replace(".lora_magnitude", ".origin_norm")])
-        if path.endswith(".lora_magnitude")
-        # A copy: the step is given this array for good.
-        else jnp.array(origin[path.replace(".lora_", ".origin_")], jnp.float32)
-        for path in program.student.adapters
-    }
-    return Loaded(weights.frozen, layout.placed(origin), layout.placed(adapters))
+    config, adapters = program.config, program.adapters
+    if weights.random and adapters.start.has_origin:
+        adapters = replace(adapters, start=Drawn())
+    trainable, origin = adapters.begin(
+        weights.frozen, config.model, program.layout, seed=config.training.seed
+    )
+    return Loaded(weights.frozen, origin, trainable)
+
+
+class Drawn(Start):
+    """Random factors of the size that those of a decomposition would have."""
+
+    name = "drawn"
+
+    def factors(
+        self,
+        kernel: Float[Array, "D F"],
+        rank: int,
+        scale: Float[Array, ""] | float,
+        key: PRNGKeyArray,
+        moment: Float[Array, "D D"] | None,
+    ) -> Factors:
+        """Normal, of standard deviation 0.02."""
+        del scale, moment
+        a, b = jax.random.split(key)
+        d_in, d_out = kernel.shape
+        return 0.02 * jax.random.normal(a, (d_in, rank)), 0.02 * jax.random.normal(b, (rank, d_out))

@@ -11,6 +11,9 @@ import numpy as np
 
 from balora_jax.errors import InputError
 from balora_jax.io.hf_files import FLOAT_DTYPES, open_safetensors, read_json, shortened
+from balora_jax.models.methods.dora import DORA
+from balora_jax.models.methods.lora import LORA
+from balora_jax.models.methods.method import Method
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -52,6 +55,7 @@ class PeftAdapter:
         scales: module name → the factor on ``A B``.
         magnitudes: module name → DoRA's length of every output's weights, [out] float32; empty for
             plain LoRA.
+        method: what it trained.
         saved: other tensors that were trained whole (``modules_to_save``), by checkpoint name,
             float32, in PEFT's orientation.
     """
@@ -62,6 +66,7 @@ class PeftAdapter:
     alphas: dict[str, float]
     scales: dict[str, float]
     magnitudes: dict[str, np.ndarray] = field(default_factory=dict)
+    method: Method = LORA
     saved: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -91,7 +96,8 @@ def read_peft(folder: str | Path) -> PeftAdapter:
             )
         alphas[name] = _setting(folder, config, "lora_alpha", "alpha_pattern", name)
         scales[name] = alphas[name] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return PeftAdapter(config, pairs, ranks, alphas, scales, magnitudes, found.saved)
+    method = DORA if magnitudes else LORA
+    return PeftAdapter(config, pairs, ranks, alphas, scales, magnitudes, method, found.saved)
 
 
 def belongs_to(tensor: str, modules_to_save: Sequence[str]) -> bool:

@@ -98,7 +98,7 @@ def delta_pair(
 
 def magnitude_of(module: AdaptedModule, adapters: Mapping[str, Any]) -> np.ndarray | None:
     """DoRA's length of every output's weights, [out] float32; None for other methods."""
-    if module.method != "dora":
+    if "lora_magnitude" not in module.method.parts(origin=False):
         return None
     return _layer(module, adapters, {}, "lora_magnitude")
 

@@ -1,40 +1,14 @@
-"""Low-rank adapters in delta form: the adapted linear layer, and which layers get one.
-
-Every adapter is measured from its own start (``origin``):
-
-    y = x W + s · ((x A) B − (x A₀) B₀)
-
-``W`` is the checkpoint's weight and is never modified, so the frozen model *is* the teacher.
-Starts that begin at zero (plain LoRA) have no origin. Source: PiSSA (arXiv 2404.02948) as BA-LoRA
-uses it; with ``W_res = W − s·A₀B₀`` this is algebraically PiSSA's ``W_res + s·A B``.
-
-What trains depends on the method: A and B (``lora``), B alone (``lora_fa``), or A, B and the
-length of every output's weights (``dora``).
-"""
+"""Which linear layers of a model get an adapter, with its rank, scale and method."""
 
 import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
-
-from balora_jax.array_types import Array, Float, PRNGKeyArray
 from balora_jax.errors import InputError
-from balora_jax.models.products import low_rank, matmul, rescaled
-from balora_jax.models.quantized import (
-    Quantization,
-    dequantize_kernel,
-    quantized_matmul,
-    quantized_shapes,
-)
-from balora_jax.models.variables import Ends, Origin, declared, prefixed
-
-Method = Literal["lora", "dora", "lora_fa"]
+from balora_jax.models.methods.lora import LORA
+from balora_jax.models.methods.method import Method, Part
 
 
 @dataclass(frozen=True)
@@ -50,7 +24,7 @@ class AdaptedModule:
         scale: ``alpha / rank``, or ``alpha / sqrt(rank)`` with rank-stabilised scaling.
         in_features: rows of A.
         out_features: columns of B.
-        method: which of its parts train.
+        method: what trains in it.
     """
 
     name: str
@@ -61,15 +35,12 @@ class AdaptedModule:
     scale: float
     in_features: int
     out_features: int
-    method: Method = "lora"
+    method: Method = LORA
 
     @property
     def parameters(self) -> int:
         """Trainable numbers of this layer's adapter."""
-        if self.method == "lora_fa":
-            return self.rank * self.out_features
-        magnitude = self.out_features if self.method == "dora" else 0
-        return self.rank * (self.in_features + self.out_features) + magnitude
+        return self.method.parameters(self.rank, self.in_features, self.out_features)
 
 
 @dataclass(frozen=True)
@@ -79,204 +50,12 @@ class AdapterShape:
     rank: int
     origin: bool
     dropout: float = 0.0
-    method: Method = "lora"
+    method: Method = LORA
 
-
-class Linear(nnx.Module):
-    """A stack of linear layers ``y = x W (+ b)``, each optionally with an adapter in delta form.
-
-    Parameters are stacked on a leading axis [L, …]; the forward sees one layer at a time (inside
-    the decoder's ``lax.scan``), so the call works on ``kernel`` [D_in, D_out]. ``axes`` are the
-    logical axes of these two; those of all other arrays follow from them.
-
-    Source: delta form of this project. The start is subtracted from the *factors* in float32,
-    ``s·(x [A − A₀, A₀]) [B; B − B₀]``, before they are cast to the activations' dtype: it is the
-    same sum, exactly zero at the start whatever the order of summation, and small updates survive
-    bfloat16, where the difference of two rounded products would lose them.
-
-    LoRA-FA (arXiv 2308.03303) freezes A, so the delta is ``s·(x A)(B − B₀)`` at half the rank.
-    DoRA (arXiv 2402.09353) multiplies ``W + s·Δ`` by ``m / ‖W + s·Δ‖`` per output, the norm a
-    constant for the gradient (its section 4.3, and PEFT); the bias is added afterwards.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        layers: int,
-        axes: Ends = (None, None),
-        use_bias: bool = False,
-        adapter: AdapterShape | None = None,
-        dtype: jnp.dtype = jnp.float32,
-        quantization: Quantization = "none",
-        name: str = "kernel",
-    ):
-        self.quantization: Quantization = quantization
-        kernel, (d_in, d_out) = (
-            jax.ShapeDtypeStruct((layers, in_features, out_features), dtype),
-            axes,
-        )
-        stored = quantized_shapes(kernel, quantization, name=name)
-        self.kernel = declared(jnp.zeros_like(stored["kernel"]), "layers", d_in, d_out)
-        if quantization != "none":
-            scale = jnp.zeros_like(stored["kernel_scale"])
-            self.kernel_scale = declared(scale, "layers", prefixed("blocks", d_in), d_out)
-        # A vector over the model's width is small, and lies whole on every device.
-        across, bias = None if d_out == "width" else d_out, jnp.zeros((layers, out_features), dtype)
-        self.bias = declared(bias, "layers", across) if use_bias else None
-        self.adapter = adapter
-        if adapter is not None:
-            self._adapt(adapter, kernel, axes)
-
-    def _adapt(self, adapter: AdapterShape, kernel: jax.ShapeDtypeStruct, axes: Ends) -> None:
-        """The adapter's arrays; a factor's long axis has a name of its own: it is split further."""
-        (layers, in_features, out_features), dtype = kernel.shape, kernel.dtype
-        d_in, d_out = (prefixed("adapter", axis) for axis in axes)
-        down, up = (layers, in_features, adapter.rank), (layers, adapter.rank, out_features)
-        trained, frozen = {"kind": nnx.LoRAParam}, {"kind": Origin}
-        moved = frozen if adapter.method == "lora_fa" else trained
-        self.lora_a = declared(jnp.zeros(down, jnp.float32), "layers", d_in, None, **moved)
-        self.lora_b = declared(jnp.zeros(up, jnp.float32), "layers", None, d_out, **trained)
-        self.lora_scale = declared(jnp.zeros((layers,), jnp.float32), "layers", **frozen)
-        if adapter.origin and adapter.method != "lora_fa":
-            self.origin_a = declared(jnp.zeros(down, dtype), "layers", d_in, None, **frozen)
-        if adapter.origin:
-            self.origin_b = declared(jnp.zeros(up, dtype), "layers", None, d_out, **frozen)
-        if adapter.method == "dora":
-            lengths = jnp.zeros((layers, out_features), jnp.float32)
-            self.lora_magnitude = declared(lengths, "layers", d_out, **trained)
-            self.origin_norm = declared(lengths, "layers", d_out, **frozen)
-
-    def __call__(
-        self, x: Float[Array, "... D_in"], dropout_key: PRNGKeyArray | None = None
-    ) -> Float[Array, "... D_out"]:
-        """Apply the layer; ``dropout_key`` switches LoRA dropout on (training only)."""
-        y = self._frozen(x)
-        if self.adapter is not None and self.adapter.method == "dora":
-            down, up = self._factors()
-            y = rescaled(y + low_rank(x, down, up), self._gain(down, up))
-        if self.bias is not None:
-            y = y + self.bias[...]
-        if self.adapter is not None and self.adapter.method != "dora":
-            y = y + low_rank(self._dropped(x, dropout_key), *self._factors())
-        return y
-
-    def _frozen(self, x: Array) -> Array:
-        """``x W``, W dequantised here if need be."""
-        if self.quantization == "none":
-            return matmul(x, self.kernel[...])
-        return quantized_matmul(x, self._codes(), self.quantization)
-
-    def _codes(self) -> dict[str, Array]:
-        return {"kernel": self.kernel[...], "kernel_scale": self.kernel_scale[...]}
-
-    def _factors(self) -> tuple[Float[Array, "*E D_in R"], Float[Array, "*E R D_out"]]:
-        """Float32 factors of s·Δ, the scale in the first one; of one layer or of several."""
-        assert self.adapter is not None
-        start_a = self.adapter.origin and self.adapter.method != "lora_fa"
-        down, up = delta_factors(
-            self.lora_a[...],
-            self.lora_b[...],
-            self.origin_a[...] if start_a else None,
-            self.origin_b[...] if self.adapter.origin else None,
-        )
-        # Scaled while still float32: a scale such as 1/√2 is not a bfloat16 number.
-        return down * self.lora_scale[...][..., None, None], up
-
-    def _dropped(self, x: Array, key: PRNGKeyArray | None) -> Array:
-        assert self.adapter is not None
-        if key is None or self.adapter.dropout == 0.0:
-            return x
-        keep = 1.0 - self.adapter.dropout
-        kept = jax.random.bernoulli(key, keep, x.shape)
-        return jnp.where(kept, x / keep, jnp.zeros((), x.dtype)).astype(x.dtype)
-
-    def _gain(self, down: Array, up: Array) -> Float[Array, "*E D_out"]:
-        """DoRA's factor m / ‖W + s·Δ‖ of every output, float32."""
-        kernel = self.kernel[...]
-        if self.quantization != "none":
-            kernel = dequantize_kernel(self._codes(), self.quantization, jnp.float32)
-        norm = column_norms(kernel, self.origin_norm[...], down, up)
-        gain = magnitude_gain(self.lora_magnitude[...], norm)
-        # A layer of the stack that is not adapted has the scale 0 and stays as it is.
-        return jnp.where(self.lora_scale[...][..., None] == 0.0, 1.0, gain)
-
-
-def column_norms(
-    kernel: Float[Array, "*L D F"],
-    squares: Float[Array, "*L F"],
-    down: Float[Array, "*L D R"],
-    up: Float[Array, "*L R F"],
-) -> Float[Array, "*L F"]:
-    """Length of every column of ``W + down up``, float32, a constant for the gradient.
-
-    ``‖W_j‖² + 2 (downᵀ W)_j · up_j + up_jᵀ (downᵀ down) up_j``: nothing of the size of W is formed,
-    and where the product of the factors is exactly zero the norm is exactly that of W.
-
-    Args:
-        kernel: W in its dtype; the factor it meets is rounded to it, as in the forward.
-        squares: ``‖W_j‖²`` of every column, float32.
-        down: float32, the first factor of ``s·Δ``, scale included.
-        up: float32, the second one.
-    """
-    down, up = jax.lax.stop_gradient(down), jax.lax.stop_gradient(up)
-    across, highest = jnp.swapaxes(down, -1, -2), jax.lax.Precision.HIGHEST
-    cross = jnp.matmul(
-        across.astype(kernel.dtype),
-        kernel,
-        precision=highest if kernel.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
-    gram = jnp.matmul(across, down, precision=highest)
-    inner = 2.0 * cross + jnp.matmul(gram, up, precision=highest)
-    total = squares + jnp.sum(inner * up, axis=-2)
-    # A column that the delta cancels may come out below zero by rounding.
-    return jnp.sqrt(jnp.maximum(total, jnp.finfo(jnp.float32).eps * squares))
-
-
-def magnitude_gain(
-    magnitude: Float[Array, "*L F"], norm: Float[Array, "*L F"]
-) -> Float[Array, "*L F"]:
-    """``magnitude / norm``, exactly 1 where they are equal, and 1 where the norm is 0.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> magnitude_gain(jnp.array([3.0, 0.1, 0.0]), jnp.array([2.0, 0.1, 0.0])).tolist()
-        [1.5, 1.0, 1.0]
-    """
-    # Not the quotient itself: division is approximate on some devices, a difference of 0 is not.
-    nothing = norm == 0.0
-    return 1.0 + jnp.where(nothing, 0.0, (magnitude - norm) / jnp.where(nothing, 1.0, norm))
-
-
-def delta_factors(
-    lora_a: Float[Array, "*L D R"],
-    lora_b: Float[Array, "*L R F"],
-    origin_a: Float[Array, "*L D R"] | None,
-    origin_b: Float[Array, "*L R F"] | None,
-) -> tuple[Array, Array]:
-    """The two factors whose product is ``A B − A₀ B₀`` (or ``A B`` without an origin), float32.
-
-    Returns:
-        ``[A − A₀, A₀]`` [*L, D, 2R] and ``[B; B − B₀]`` [*L, 2R, F]; with ``origin_b`` alone, A is
-        its own start and ``A`` [*L, D, R], ``B − B₀`` [*L, R, F] are the whole of it.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> a, b = jnp.ones((3, 1)), jnp.full((1, 2), 2.0)
-        >>> down, up = delta_factors(a, b, a, b)
-        >>> float(jnp.abs(down @ up).max())  # measured from itself: exactly nothing
-        0.0
-    """
-    if origin_b is None:
-        return lora_a, lora_b
-    moved = lora_b - origin_b.astype(jnp.float32)
-    if origin_a is None:
-        return lora_a, moved
-    origin_a = origin_a.astype(jnp.float32)
-    down = jnp.concatenate([lora_a - origin_a, origin_a], axis=-1)
-    return down, jnp.concatenate([lora_b, moved], axis=-2)
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The adapter's arrays by name."""
+        return self.method.parts(origin=self.origin)
 
 
 @dataclass(frozen=True)
@@ -299,7 +78,7 @@ def plan_adapters(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     use_rslora: bool = False,
-    method: Method = "lora",
+    method: Method = LORA,
 ) -> tuple[AdaptedModule, ...]:
     """Which layers of a model get an adapter, with the rank and scale of each.
 
@@ -415,13 +194,14 @@ def adapter_shapes(
     """For each stacked layer that is adapted, the largest rank in the stack, and the method.
 
     Raises:
-        InputError: dropout with DoRA, whose norm is that of the whole weight.
+        InputError: dropout with a method that does not allow it.
     """
-    if dropout > 0.0 and any(module.method == "dora" for module in modules):
-        raise InputError(
-            f"adapter.dropout: expected 0 with the method dora, got {dropout}. Set it to 0, or "
-            "choose another method."
-        )
+    for module in modules:
+        if dropout > 0.0 and not module.method.allows_dropout:
+            raise InputError(
+                f"adapter.dropout: expected 0 with the method {module.method.name}, got "
+                f"{dropout}. Set it to 0, or choose another method."
+            )
     ranks: dict[str, int] = {}
     for module in modules:
         ranks[module.path] = max(ranks.get(module.path, 0), module.rank)

@@ -1,5 +1,6 @@
 """A mixture of experts: a router takes some of a layer's MLPs for each token."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -7,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from balora_jax.array_types import Array, Float, Int, PRNGKeyArray
-from balora_jax.models.adapters import AdapterShape, Linear
+from balora_jax.models.adapters import AdapterShape
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.layers import ACTIVATIONS, INTO_INNER, OUT_OF_INNER
-from balora_jax.models.products import rescaled
+from balora_jax.models.linear import Linear
 from balora_jax.models.variables import Ends, declared
 
 
@@ -28,17 +29,9 @@ class ExpertLinear(Linear):
         sizes: Int[Array, "E"],
     ) -> Float[Array, "M D_out"]:
         """Each row through its own expert; ``sizes`` says how many rows belong to each."""
-        y = grouped_matmul(x, self.kernel[...], sizes)
-        if self.adapter is None:
-            return y
-        factors = self._factors()
-        down, up = (factor.astype(x.dtype) for factor in factors)
-        x = self._dropped(x, dropout_key)
-        y = y + grouped_matmul(grouped_matmul(x, down, sizes), up, sizes)
-        if self.adapter.method != "dora":
-            return y
-        gain = self._gain(*factors)
-        return rescaled(y, jnp.repeat(gain, sizes, axis=0, total_repeat_length=len(x)))
+        product = functools.partial(grouped_matmul, sizes=sizes)
+        spread = functools.partial(jnp.repeat, repeats=sizes, axis=0, total_repeat_length=len(x))
+        return self._adapted(x, product(x, self.kernel[...]), dropout_key, product, spread)
 
 
 def grouped_matmul(

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from balora_jax.array_types import Array, Bool, Float, Int
-from balora_jax.models.adapters import AdapterShape, Linear
+from balora_jax.models.adapters import AdapterShape
 from balora_jax.models.decoder_config import DecoderConfig
+from balora_jax.models.linear import Linear
 from balora_jax.models.quantized import Quantization
 from balora_jax.models.rotary import rotate
 from balora_jax.models.variables import Ends, declared

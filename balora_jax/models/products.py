@@ -1,5 +1,7 @@
 """Products of activations with weights, in the activations' dtype."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -15,10 +17,13 @@ def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D F"]) -> Float[Array
 
 
 def low_rank(
-    x: Float[Array, "... D"], down: Float[Array, "D R"], up: Float[Array, "R F"]
+    x: Float[Array, "... D"],
+    down: Float[Array, "*E D R"],
+    up: Float[Array, "*E R F"],
+    product: Callable[[Array, Array], Array] = matmul,
 ) -> Float[Array, "... F"]:
-    """``(x down) up`` in the dtype of ``x``."""
-    return matmul(matmul(x, down.astype(x.dtype)), up.astype(x.dtype))
+    """``(x down) up`` in the dtype of ``x``; ``product`` multiplies rows by a kernel."""
+    return product(product(x, down.astype(x.dtype)), up.astype(x.dtype))
 
 
 def rescaled(y: Float[Array, "... F"], gain: Float[Array, "... F"]) -> Float[Array, "... F"]:

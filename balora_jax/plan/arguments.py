@@ -51,7 +51,7 @@ def random_batch(config: RunConfig, vocabulary: int) -> dict[str, np.ndarray]:
 
 def trained_shapes(program: TextProgram) -> dict[str, jax.ShapeDtypeStruct]:
     """What trains, float32: the adapters, or every weight of a full fine-tuning."""
-    if program.config.adapter.method != "full":
+    if not program.adapters.method.trains_base:
         return program.student.adapters
     return {
         path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32)

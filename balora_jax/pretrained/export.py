@@ -57,9 +57,7 @@ def write_adapter(
         folder,
         modules=modules,
         adapters=host_copy({p: v for p, v in trainable.items() if not p.startswith("head.")}),
-        origin=host_copy(
-            {p: v for p, v in origin.items() if ".origin_" in p or p.endswith(".lora_a")}
-        ),
+        origin=host_copy(origin),
         base_name=_base_name(base, name_or_path),
         rank=rank,
         task_type="SEQ_CLS" if isinstance(base, EncoderBase) else "CAUSAL_LM",

@@ -78,7 +78,7 @@ def peft_modules(
         modules.append(
             AdaptedModule(
                 name, shape.path, layer, peft.ranks[name], peft.alphas[name], peft.scales[name],
-                shape.in_features, shape.out_features, "dora" if peft.magnitudes else "lora",
+                shape.in_features, shape.out_features, peft.method,
             )
         )  # fmt: skip
     return tuple(modules)

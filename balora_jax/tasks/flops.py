@@ -23,7 +23,7 @@ def model_flops(program: TextProgram, shape: Sequence[int], counted: float) -> f
     """
     tokens = math.prod(shape)
     linear, attention = linear_parameters(program), attention_flops(program, shape)
-    passes = 6.0 if program.config.adapter.method == "full" else 4.0
+    passes = 6.0 if program.adapters.method.trains_base else 4.0
     head = program.decoder.vocab_size * program.decoder.hidden_size * counted
     flops = passes * (linear * tokens + head) + adapter_flops(program) * tokens + 3 * attention
     if program.objective.needs_teacher:
@@ -66,16 +66,10 @@ def linear_parameters(program: TextProgram) -> float:
 
 def adapter_flops(program: TextProgram, *, forward: bool = False) -> float:
     """Operations of the adapters' products for one token, forward and backward or forward only."""
-    twice = 2 if program.adapters.start.has_origin else 1
-    total = 0.0
+    has_origin, total = program.adapters.start.has_origin, 0.0
     for module in program.adapters.modules:
-        a, b = module.rank * module.in_features, module.rank * module.out_features
-        if forward:
-            one = 2.0 * (a + b) * twice
-        elif module.method == "lora_fa":
-            one = 4.0 * a + 6.0 * b
-        else:
-            one = 6.0 * (a + b) * twice
+        sizes = module.rank, module.in_features, module.out_features
+        one = module.method.flops(*sizes, origin=has_origin, backward=not forward)
         total += one * taken_share(program, module.path)
     return total
 

@@ -21,6 +21,8 @@ from balora_jax.models.adapters import (
     plan_adapters,
     trainable_parameters,
 )
+from balora_jax.models.methods import METHODS
+from balora_jax.models.methods.method import Method
 from balora_jax.models.quantized import DequantizedKernels
 from balora_jax.models.starts import STARTS
 from balora_jax.models.starts.stacks import Moments, Stacks, start_adapters
@@ -55,7 +57,7 @@ class Adapters:
         use_rslora: the scales are alpha / √rank.
     """
 
-    method: str
+    method: Method
     start: Start | PeftStart
     modules: tuple[AdaptedModule, ...]
     dropout: float
@@ -68,7 +70,7 @@ class Adapters:
 
     def trainable(self, total: int) -> int:
         """Trainable parameters of a model of ``total`` parameters; padding is not counted."""
-        return total if self.method == "full" else trainable_parameters(self.modules)
+        return total if self.method.trains_base else trainable_parameters(self.modules)
 
     def begin(
         self,
@@ -90,7 +92,7 @@ class Adapters:
             moments: of the inputs of the layers, for a start that reads rows.
             report: called after each layer of a named start; a bar where it is not given.
         """
-        if self.method == "full":
+        if self.method.trains_base:
             # Copies even in float32: the step is given these arrays for good.
             copies = {path: jnp.array(value, jnp.float32) for path, value in frozen.items()}
             return layout.placed(copies), {}
@@ -118,12 +120,12 @@ def adapters_of(config: AdapterConfig, linears: Sequence[LinearShape]) -> Adapte
     Raises:
         InputError: an unknown start, targets that match no layer, or a rank that does not fit.
     """
-    start = start_of(config.start)
-    if config.method == "full":
-        return Adapters(config.method, start, (), 0.0, use_rslora=False)
+    start, method = start_of(config.start), METHODS[config.method]
+    if method.trains_base:
+        return Adapters(method, start, (), 0.0, use_rslora=False)
     if isinstance(start, PeftStart):
         modules = start.modules(linears)
-        return Adapters(config.method, start, modules, config.dropout, start.use_rslora)
+        return Adapters(start.peft.method, start, modules, config.dropout, start.use_rslora)
     modules = plan_adapters(
         linears,
         rank=config.rank,
@@ -133,10 +135,10 @@ def adapters_of(config: AdapterConfig, linears: Sequence[LinearShape]) -> Adapte
         rank_pattern=config.rank_pattern,
         alpha_pattern=config.alpha_pattern,
         use_rslora=config.use_rslora,
-        method=config.method,
+        method=method,
     )
     start.check_ranks(modules)
-    return Adapters(config.method, start, modules, config.dropout, config.use_rslora)
+    return Adapters(method, start, modules, config.dropout, config.use_rslora)
 
 
 @contextmanager
@@ -159,10 +161,10 @@ def kernels_of(frozen: Arrays, config: ModelConfig) -> Mapping[str, Array]:
     return DequantizedKernels(frozen, config.quantization, config.dtype)
 
 
-def check_full(adapter: AdapterConfig, model: ModelConfig) -> None:
-    """Raises InputError where a full fine-tuning is asked for of weights that cannot train."""
-    if adapter.method == "full" and model.quantization != "none":
+def check_base(adapter: AdapterConfig, model: ModelConfig) -> None:
+    """Raises InputError where the weights themselves are to train and cannot."""
+    if METHODS[adapter.method].trains_base and model.quantization != "none":
         raise InputError(
-            f"model.quantization: expected none with adapter.method full, got "
+            f"model.quantization: expected none with adapter.method {adapter.method}, got "
             f"{model.quantization}: codes cannot be trained. Set it to none."
         )

@@ -27,11 +27,12 @@ from balora_jax.io.peft_reader import read_peft
 from balora_jax.io.peft_writer import export_peft
 from balora_jax.models.adapters import AdaptedModule, LinearShape, adapter_shapes, plan_adapters
 from balora_jax.models.decoder import structure
+from balora_jax.models.methods import METHODS
 from balora_jax.models.starts import STARTS
 from balora_jax.models.starts.stacks import start_adapters, start_from_factors
 from balora_jax.pretrained.load import load_pretrained
 
-METHODS = ["lora", "dora", "lora_fa"]
+KINDS = ["lora", "dora", "lora_fa"]
 NAMES = ["lora", "pissa", "milora", "olora", "orthogonal"]
 LINEAR = {"self_attn.q_proj": (16, 16), "self_attn.v_proj": (16, 8), "mlp.down_proj": (24, 16)}
 IDS = np.random.default_rng(1).integers(0, 40, (2, 7))
@@ -72,7 +73,7 @@ def plan(method, rslora=False):
         for n, shape in LINEAR.items()
     ]
     return plan_adapters(
-        linears, rank=4, alpha=6.0, use_rslora=rslora, method=method,
+        linears, rank=4, alpha=6.0, use_rslora=rslora, method=METHODS[method],
         target_modules=["q_proj", "v_proj", "1.mlp.down_proj"],
         rank_pattern={"1.self_attn.q_proj": 2},
     )  # fmt: skip
@@ -122,7 +123,7 @@ def config_of(folder):
 
 @pytest.mark.parametrize("rslora", [False, True], ids=["", "rslora"])
 @pytest.mark.parametrize("start", NAMES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 @pytest.mark.filterwarnings("error:.*missing adapter keys:UserWarning")
 def test_peft_computes_our_logits(base, tmp_path, method, start, rslora):
     modules, adapters, origin = trained(base, method, start, rslora)
@@ -141,7 +142,7 @@ def test_peft_computes_our_logits(base, tmp_path, method, start, rslora):
 
 
 @pytest.mark.parametrize("start", ["lora", "pissa"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_round_trip_through_peft(base, tmp_path, method, start):
     modules, adapters, origin = trained(base, method, start)
     export(tmp_path / "a", modules, adapters, origin)
@@ -153,7 +154,7 @@ def test_round_trip_through_peft(base, tmp_path, method, start):
             assert np.array_equal(got, want)
     assert again.scales == pytest.approx(first.scales)
     assert set(again.magnitudes) == (set(first.tensors) if method == "dora" else set())
-    kind = "dora" if method == "dora" else "lora"
+    kind = METHODS["dora" if method == "dora" else "lora"]
     back = [
         replace(m, method=kind, rank=again.ranks[m.name], scale=again.scales[m.name])
         for m in modules
@@ -178,7 +179,7 @@ def definition(module, adapters, origin, delta=None):
             delta = delta - part(origin, "origin_a") @ part(origin, "origin_b")
     weight = make_llama().get_submodule(module.name).weight.detach().numpy().astype(np.float64).T
     weight = weight + module.scale * delta
-    if module.method == "dora":
+    if module.method.name == "dora":
         weight = weight * part(adapters, "lora_magnitude") / np.linalg.norm(weight, axis=0)
     return weight.T
 
@@ -199,7 +200,7 @@ def test_merged_dora_loads_in_transformers(base, tmp_path, start):
 
 
 def test_merging_keeps_an_output_of_zeros():
-    module = AdaptedModule("fc", "fc", 0, 1, 1.0, 1.0, 3, 2, "dora")
+    module = AdaptedModule("fc", "fc", 0, 1, 1.0, 1.0, 3, 2, METHODS["dora"])
     adapters = {
         "fc.lora_a": np.zeros((1, 3, 1)),
         "fc.lora_b": np.zeros((1, 1, 2)),
@@ -215,7 +216,7 @@ def test_recompression_of_dora_keeps_the_magnitude(base, tmp_path, start):
     report = export(tmp_path / "a", modules, adapters, origin, rank=2)
     model = make_llama()
     for module in modules:
-        plain = replace(module, method="lora")
+        plain = replace(module, method=METHODS["lora"])
         weight = model.get_submodule(module.name).weight
         base_weight = weight.detach().numpy().astype(np.float64)
         delta = (definition(plain, adapters, origin) - base_weight) / module.scale
@@ -241,7 +242,7 @@ def test_weights_stored_in_by_out(tmp_path, dora):
     rng = np.random.default_rng(3)
     names = [f"transformer.h.{i}.attn.c_attn" for i in range(2)]
     modules = [
-        AdaptedModule(name, "c_attn", i, 2, 3.0, 1.5, 16, 48, "dora" if dora else "lora")
+        AdaptedModule(name, "c_attn", i, 2, 3.0, 1.5, 16, 48, METHODS["dora" if dora else "lora"])
         for i, name in enumerate(names)
     ]
     adapters = {
@@ -303,7 +304,7 @@ def test_whole_modules_travel_both_ways(tmp_path, dora):
     assert np.array_equal(read.saved["classifier.weight"], trained_head.detach().numpy())
     assert len(read.magnitudes) == (4 if dora else 0)
     modules = [
-        AdaptedModule(name, name, 0, 2, 5.0, 2.5, 16, 16, "dora" if dora else "lora")
+        AdaptedModule(name, name, 0, 2, 5.0, 2.5, 16, 16, METHODS["dora" if dora else "lora"])
         for name in read.tensors
     ]
     adapters = {f"{n}.lora_{s}": pair[i][None] for n, pair in read.tensors.items()
@@ -364,7 +365,7 @@ def test_reads_what_peft_saved(tmp_path, settings):
     read = read_peft(tmp_path)
     tuned = model.merge_and_unload()
     for name, (down, up) in read.tensors.items():
-        method = "dora" if read.magnitudes else "lora"
+        method = METHODS["dora" if read.magnitudes else "lora"]
         module = AdaptedModule(
             name, name, 0, 4, 6.0, read.scales[name], down.shape[0], up.shape[1], method
         )

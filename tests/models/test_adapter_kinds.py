@@ -11,19 +11,19 @@ from peft import LoraConfig, get_peft_model
 from balora_jax.errors import InputError
 from balora_jax.models.adapters import (
     AdapterShape,
-    Linear,
     LinearShape,
     adapter_shapes,
-    column_norms,
-    magnitude_gain,
     plan_adapters,
     trainable_parameters,
 )
+from balora_jax.models.linear import Linear
+from balora_jax.models.methods import METHODS
+from balora_jax.models.methods.dora import column_norms, magnitude_gain
 from balora_jax.models.starts import STARTS
 from balora_jax.models.starts.stacks import start_adapters, start_from_factors
 from tests.models import tiny
 
-METHODS = ["lora", "dora", "lora_fa"]
+KINDS = ["lora", "dora", "lora_fa"]
 NAMES = ["lora", "pissa", "pissa_niter_2", "milora", "olora", "orthogonal"]
 D_IN, D_OUT, LAYERS, ALPHA = 12, 9, 3, 7.0
 PATH = "layers.fc"
@@ -36,7 +36,7 @@ def plan(method, rank=4, layers=(0, 2), **patterns):
         rank=rank,
         alpha=ALPHA,
         target_modules=[f"model.layers.{i}.fc" for i in layers],
-        method=method,
+        method=METHODS[method],
         **patterns,
     )
 
@@ -95,7 +95,7 @@ def wide(value):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("start", NAMES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_every_kind_starts_as_the_plain_layer_bit_for_bit(method, start, dtype):
     _, frozen, adapters, origin, apply = adapted(
         method, start, dtype, rank_pattern={"layers.0.fc": 2}
@@ -122,13 +122,13 @@ def formula(module, frozen, adapters, origin, x):
     if b0 is not None:
         delta = delta - (a if a0 is None else a0) @ b0
     weight = wide(frozen[f"{PATH}.kernel"][module.layer]) + ALPHA / module.rank * delta
-    if module.method == "dora":
+    if module.method.name == "dora":
         weight = weight * part("lora_magnitude") / np.linalg.norm(weight, axis=0)
     return wide(x) @ weight + wide(frozen[f"{PATH}.bias"][module.layer])
 
 
-@pytest.mark.parametrize("start", [s for s in STARTS if s != "pissa_niter_2"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("start", [s for s in NAMES if s != "pissa_niter_2"])
+@pytest.mark.parametrize("method", KINDS)
 def test_forward_is_the_formula(method, start):
     modules, frozen, adapters, origin, apply = adapted(
         method, start, rank_pattern={"layers.0.fc": 2}
@@ -179,7 +179,7 @@ def our_gradients(apply, frozen, adapters, origin, x, layer):
     return y, {path.rsplit(".", 1)[1]: value[layer] for path, value in gradients.items()}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_outputs_and_gradients_are_those_of_peft(method):
     modules, frozen = plan(method), weights()
     rng = np.random.default_rng(9)
@@ -328,12 +328,12 @@ def test_counts_are_those_of_peft_and_of_what_trains():
     ]
     settings = {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"1.mlp.down_proj": 3}}
     for method, options in (("lora", {}), ("dora", {"use_dora": True})):
-        modules = plan_adapters(linears, rank=4, alpha=4, method=method, **settings)
+        modules = plan_adapters(linears, rank=4, alpha=4, method=METHODS[method], **settings)
         config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=4, **settings, **options)
         wrapped = get_peft_model(tiny.llama(), config)
         assert trainable_parameters(modules) == wrapped.get_nb_trainable_parameters()[0]
-        assert {module.method for module in modules} == {method}
-    modules = plan_adapters(linears, rank=4, alpha=4, method="lora_fa", **settings)
+        assert {module.method.name for module in modules} == {method}
+    modules = plan_adapters(linears, rank=4, alpha=4, method=METHODS["lora_fa"], **settings)
     outputs = {name: shape[1] for name, shape in names.items()}
     assert trainable_parameters(modules) == (
         3 * 4 * outputs["self_attn.q_proj"] + (4 + 3 + 4) * outputs["mlp.down_proj"]
@@ -342,9 +342,11 @@ def test_counts_are_those_of_peft_and_of_what_trains():
 
 def test_shapes_carry_the_method():
     assert adapter_shapes(plan("lora_fa"), origin=True, dropout=0.5) == {
-        PATH: AdapterShape(4, True, 0.5, "lora_fa")
+        PATH: AdapterShape(4, True, 0.5, METHODS["lora_fa"])
     }
-    assert adapter_shapes(plan("dora"), origin=False) == {PATH: AdapterShape(4, False, 0.0, "dora")}
+    assert adapter_shapes(plan("dora"), origin=False) == {
+        PATH: AdapterShape(4, False, 0.0, METHODS["dora"])
+    }
     with pytest.raises(InputError) as caught:
         adapter_shapes(plan("dora"), origin=False, dropout=0.1)
     assert str(caught.value) == (

@@ -12,14 +12,14 @@ from balora_jax.errors import InputError
 from balora_jax.models import registry
 from balora_jax.models.adapters import (
     AdapterShape,
-    Linear,
     LinearShape,
     adapter_shapes,
-    delta_factors,
     plan_adapters,
     trainable_parameters,
 )
 from balora_jax.models.decoder import structure
+from balora_jax.models.linear import Linear
+from balora_jax.models.methods.method import delta_factors
 from balora_jax.models.starts import STARTS
 from balora_jax.models.starts.stacks import start_adapters, start_from_factors
 from balora_jax.models.weight_names import linear_shapes, weight_rules

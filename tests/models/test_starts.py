@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from balora_jax.errors import InputError
 from balora_jax.models.adapters import AdaptedModule
+from balora_jax.models.methods import METHODS
 from balora_jax.models.starts import STARTS
 from balora_jax.models.starts.stacks import given_factors, start_adapters, start_from_factors
 
@@ -291,7 +292,7 @@ def test_orthogonal_halves_the_rank():
 
 
 def with_method(method, *modules):
-    return [replace(one, method=method) for one in modules]
+    return [replace(one, method=METHODS[method]) for one in modules]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -390,7 +391,7 @@ def test_starts_compile(start):
         ("pissa_niter", "Did you mean 'pissa_niter_N'?"),
         ("pissa_niter_x", "Did you mean 'pissa_niter_N'?"),
         ("pissa_niter_-1", "Did you mean 'pissa_niter_N'?"),
-        ("pissa_niter_N", "Did you mean 'pissa_niter_N'?"),
+        ("pissa_niter_N", "Write a number in place of its last letter."),
         ("LoRA", "Choose one of these."),
     ],
 )

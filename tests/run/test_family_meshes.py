@@ -11,6 +11,7 @@ from balora_jax.models.adapters import adapter_shapes, plan_adapters
 from balora_jax.models.decoder import structure
 from balora_jax.models.encoder import encoder_structure
 from balora_jax.models.encoder_registry import encoder_config, encoder_weight_rules
+from balora_jax.models.methods import METHODS
 from balora_jax.models.registry import decoder_config
 from balora_jax.models.weight_names import linear_shapes, weight_rules
 from balora_jax.parallel import sharding
@@ -104,7 +105,7 @@ def family(request):
 
     def make(method, quantization):
         modules = plan_adapters(
-            linears, rank=2, alpha=2.0, target_modules="all-linear", method=method
+            linears, rank=2, alpha=2.0, target_modules="all-linear", method=METHODS[method]
         )
         adapters = adapter_shapes(modules, origin=True)
         return build(config, adapters=adapters, quantization=quantization)

@@ -42,6 +42,8 @@ class Starts(Registry[Start]):
             return found
         near = difflib.get_close_matches(name, list(self), n=1)
         advice = f"Did you mean {near[0]!r}?" if near else "Choose one of these."
+        if name in near:  # the pattern itself
+            advice = "Write a number in place of its last letter."
         raise InputError(
             f"{self.where}: expected {', '.join(map(repr, self))} or the folder of a PEFT adapter, "
             f"got {name!r}. {advice}"

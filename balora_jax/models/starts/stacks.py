@@ -20,7 +20,8 @@ from jax.sharding import Sharding
 
 from balora_jax.array_types import Array, Float, PRNGKeyArray
 from balora_jax.errors import InputError
-from balora_jax.models.adapters import AdaptedModule, column_norms
+from balora_jax.models.adapters import AdaptedModule
+from balora_jax.models.methods.method import Part
 from balora_jax.models.starts.start import Start
 
 Arrays = dict[str, Array]
@@ -76,18 +77,22 @@ def start_adapters(
     origin: Arrays = {}
     for path, members in _by_path(modules).items():
         kernel = kernels[f"{path}.kernel"]
-        origin |= _scales(path, members, kernel, layout)
+        origin[f"{path}.lora_scale"] = _scales(path, members, kernel, layout)
         moment = moments(path) if start.rows and moments is not None else None
         stacks = _started(path, members, kernel, moment, start, key, layout, report)
-        for side, stack in zip("ab", stacks, strict=True):
-            # A copy even where the dtype agrees: the step donates the adapters, not the origin.
-            adapters[f"{path}.lora_{side}"] = jnp.array(stack, jnp.float32, copy=True)
-            if start.has_origin:
-                origin[f"{path}.origin_{side}"] = stack
-        if members[0].method == "dora":
-            origin[f"{path}.origin_norm"] = squared_norms(kernel)
-            adapters[f"{path}.lora_magnitude"] = jnp.sqrt(origin[f"{path}.origin_norm"])
-    return _freeze_a(modules, adapters, origin)
+        method, began = members[0].method, (adapters, origin)
+        _put(began, path, method.parts(origin=start.has_origin), method.begun(kernel, *stacks))
+    return adapters, origin
+
+
+def _put(
+    began: tuple[Arrays, Arrays], path: str, parts: Mapping[str, Part], values: Mapping[str, Array]
+) -> None:
+    """Add those arrays of a stack that its method has to what trains and to the constants."""
+    adapters, origin = began
+    for name, part in parts.items():
+        if name in values:
+            (adapters if part.trains else origin)[f"{path}.{name}"] = values[name]
 
 
 def _started(
@@ -167,21 +172,17 @@ def start_from_factors(
     needs the norms of real weights. Without ``magnitudes`` ([F] by checkpoint name) DoRA begins
     with the norms of ``W + s·A B``: it computes what plain LoRA with these factors does.
     """
-    adapters = given_factors(modules, kernels, factors, magnitudes, layout)
+    stacks = given_factors(modules, kernels, factors, magnitudes, layout)
+    adapters: Arrays = {}
     origin: Arrays = {}
     for path, members in _by_path(modules).items():
-        origin |= _scales(path, members, kernels[f"{path}.kernel"], layout)
-    for path in _paths(modules, "dora"):
-        kernel, scale = kernels[f"{path}.kernel"], origin[f"{path}.lora_scale"][:, None]
-        origin[f"{path}.origin_norm"] = squares = squared_norms(kernel)
-        down, up = adapters[f"{path}.lora_a"] * scale[..., None], adapters[f"{path}.lora_b"]
-        # One layer at a time; where none is adapted both factors are zero and the norm is W's.
-        layers = (kernel, squares, down, up)
-        norms: Array = jax.lax.map(lambda layer: column_norms(*layer), layers)
-        name = f"{path}.lora_magnitude"
-        given = adapters.get(name, norms)
-        adapters[name] = jnp.where(scale == 0.0, norms, given)
-    return _freeze_a(modules, adapters, origin)
+        kernel, method = kernels[f"{path}.kernel"], members[0].method
+        leaves = (name for name in stacks if name.rpartition(".")[0] == path)
+        values = {name.rpartition(".")[2]: stacks[name] for name in leaves}
+        values |= {"lora_scale": _scales(path, members, kernel, layout)}
+        values |= method.given(kernel, values)
+        _put((adapters, origin), path, method.parts(origin=False), values)
+    return adapters, origin
 
 
 def given_factors(
@@ -214,10 +215,10 @@ def given_factors(
             a, b = factors[member.name]
             down[member.layer][:, : member.rank] = a
             up[member.layer][: member.rank] = b
-            if magnitudes and member.method == "dora":
+            if magnitudes:
                 lengths[member.layer] = magnitudes[member.name]
         tables: dict[str, np.ndarray] = {"lora_a": down, "lora_b": up}
-        if magnitudes and members[0].method == "dora":
+        if magnitudes:
             tables["lora_magnitude"] = lengths
         for leaf, table in tables.items():
             stacks[f"{path}.{leaf}"] = _placed(f"{path}.{leaf}", table, layout)
@@ -239,31 +240,11 @@ def _placed(path: str, table: np.ndarray, layout: Layout | None) -> Array:
     return jax.make_array_from_callback(table.shape, place, table.__getitem__)
 
 
-def _paths(modules: Sequence[AdaptedModule], method: str) -> list[str]:
-    return sorted({module.path for module in modules if module.method == method})
-
-
-def _freeze_a(
-    modules: Sequence[AdaptedModule], adapters: Arrays, origin: Arrays
-) -> tuple[Arrays, Arrays]:
-    """Move A to the constants where it does not train; its start is then A itself."""
-    for path in _paths(modules, "lora_fa"):
-        origin[f"{path}.lora_a"] = adapters.pop(f"{path}.lora_a")
-        origin.pop(f"{path}.origin_a", None)
-    return adapters, origin
-
-
-@jax.jit
-def squared_norms(kernel: Float[Array, "L D F"]) -> Float[Array, "L F"]:
-    """``Σ_d W_df²`` of every output, summed in float32 without a float32 copy of W."""
-    return jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=1)
-
-
 def _scales(
     path: str, members: Sequence[AdaptedModule], kernel: Any, layout: Layout | None
-) -> Arrays:
+) -> Float[Array, "L"]:
     """``lora_scale`` [L] of a stacked layer; 0 where a layer of the stack is not adapted."""
     table = np.zeros(kernel.shape[:1], np.float32)
     for member in members:
         table[member.layer] = member.scale
-    return {f"{path}.lora_scale": _placed(f"{path}.lora_scale", table, layout)}
+    return _placed(f"{path}.lora_scale", table, layout)

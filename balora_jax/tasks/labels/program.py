@@ -16,7 +16,7 @@ from balora_jax.pretrained.checkpoint import EncoderBase, check_head
 from balora_jax.tasks import assemble
 from balora_jax.tasks.labels.loss import Constants, LabelsLoss, counts_of, spectral_remarks
 from balora_jax.training import steps
-from balora_jax.training.adapters import Adapters, adapters_of, check_full
+from balora_jax.training.adapters import Adapters, adapters_of, check_base
 from balora_jax.training.run import Loaded
 
 
@@ -101,7 +101,7 @@ def labels_program(config: RunConfig, base: EncoderBase, mesh: Mesh | None = Non
     outputs = base.config.num_labels
     objective = labels_objective(config, outputs)
     mesh = assemble.checked_mesh(config, mesh)
-    check_full(config.adapter, config.model)
+    check_base(config.adapter, config.model)
     options: Any = {
         "dtype": config.model.dtype,
         "remat": config.model.remat,

@@ -14,6 +14,7 @@ from balora_jax.errors import InputError
 from balora_jax.models.adapters import AdapterShape
 from balora_jax.models.decoder import structure
 from balora_jax.models.decoder_config import DecoderConfig
+from balora_jax.models.methods.method import Method
 from balora_jax.models.structure import Structure
 from balora_jax.models.weight_names import linear_shapes, weight_rules
 from balora_jax.numerics import head, linalg
@@ -22,7 +23,7 @@ from balora_jax.parallel import hosts, sharding
 from balora_jax.parallel.axes import TOKENS, VOCABULARY
 from balora_jax.tasks import assemble
 from balora_jax.tasks.text.loss import Constants, HeadPlan, TextLoss, counts_of
-from balora_jax.training.adapters import Adapters, adapters_of, check_full
+from balora_jax.training.adapters import Adapters, adapters_of, check_base
 from balora_jax.training.run import Loaded
 from balora_jax.training.steps import StepParts
 
@@ -123,8 +124,8 @@ def text_program(
     mesh = assemble.checked_mesh(config, mesh)
     check_rows_whole(config.model, mesh)
     sharding.Layout(plain.axes, mesh).attached(plain.frozen)  # raises where an axis does not divide
-    check_full(config.adapter, config.model)
-    _check_head(config)
+    check_base(config.adapter, config.model)
+    _check_head(config, adapters.method)
     student = model_structure(decoder, config.model, adapters.shapes)
     return TextProgram(config, decoder, plain, student, adapters, objective, mesh)
 
@@ -153,12 +154,12 @@ def check_rows_whole(config: ModelConfig, mesh: Mesh) -> None:
         )
 
 
-def _check_head(config: RunConfig) -> None:
-    """Raises InputError where the head is to train and no gradient of it is formed."""
-    if config.adapter.method == "full" and config.training.head == "fused":
+def _check_head(config: RunConfig, method: Method) -> None:
+    """Raises InputError where the head is to train and the pass over it forms no gradient of it."""
+    if method.trains_base and config.training.head == "fused":
         raise InputError(
-            "training.head: expected plain with adapter.method full, got fused, which forms no "
-            "gradient of the head itself. Set training.head=plain."
+            f"training.head: expected plain with adapter.method {method.name}, got fused, which "
+            "forms no gradient of the head itself. Set training.head=plain."
         )
 
 
