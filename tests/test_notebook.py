@@ -133,7 +133,7 @@ def test_it_scores_and_exports_the_saved_adapter(on_devices):
 
 def commands():
     """Every ``balora`` command on a config that the page and the notebooks show, as words."""
-    page = (COLAB / "tpu_pod.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "pods.md").read_text(encoding="utf-8")
     texts = re.findall(r"^```bash\n(.*?)^```", page, re.M | re.S)
     for path in NOTEBOOKS:
         texts += [cell.source for cell in nbformat.read(path, as_version=4).cells]
