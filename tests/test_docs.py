@@ -5,6 +5,7 @@ it: ``<!-- not run: why -->``. Its ``balora`` commands must be commands all the 
 """
 
 import ast
+import importlib.util
 import inspect
 import os
 import re
@@ -120,6 +121,14 @@ def test_reasons_are_given():
 @pytest.mark.parametrize("block", of("yaml"), ids=named)
 def test_configs_are_read(block):
     parse_config(yaml.safe_load(block.text), named(block))
+
+
+def test_the_page_of_settings_is_what_the_schema_says():
+    spec = importlib.util.spec_from_file_location("settings", ROOT / "docs" / "settings.py")
+    settings = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(settings)
+    written = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert written == settings.page(), "run python docs/settings.py"
 
 
 @pytest.fixture
