@@ -94,4 +94,6 @@ def compiled_for(target: Target, config: RunConfig, cases: Sequence[Case]) -> li
         InputError: no compiler, or a step that it refuses for another reason than memory.
     """
     with ahead.compiler(target) as compile_one:
-        return [compile_one(configured(config, case), case.name) for case in cases]
+        return [
+            compile_one(configured(config, case), case.name, head_alone=False) for case in cases
+        ]

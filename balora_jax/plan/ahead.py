@@ -25,7 +25,7 @@ from balora_jax.plan.targets import Target, described_devices, parse_target
 class Compile(Protocol):
     """Compiles one step; see :func:`balora_jax.plan.compiled.compile_case` for the row."""
 
-    def __call__(self, config: RunConfig, name: str, *, head_alone: bool = False) -> dict[str, Any]:
+    def __call__(self, config: RunConfig, name: str, *, head_alone: bool) -> dict[str, Any]:
         """The figures of a case.
 
         Raises:
@@ -63,7 +63,7 @@ def _ask(
     config: RunConfig,
     name: str,
     *,
-    head_alone: bool = False,
+    head_alone: bool,
 ) -> dict[str, Any]:
     assert process.stdin is not None
     assert process.stdout is not None
@@ -88,9 +88,7 @@ def _ask(
     return found["row"]
 
 
-def _compile(
-    target: Target, config: RunConfig, name: str, *, head_alone: bool = False
-) -> dict[str, Any]:
+def _compile(target: Target, config: RunConfig, name: str, *, head_alone: bool) -> dict[str, Any]:
     """Compile one case in this process."""
     from balora_jax.plan import arguments, compiled
 

@@ -33,7 +33,7 @@ Row = dict[str, Any]
 
 
 def compile_case(
-    config: RunConfig, name: str, decoder: DecoderConfig, mesh: Any, *, head_alone: bool = False
+    config: RunConfig, name: str, decoder: DecoderConfig, mesh: Any, *, head_alone: bool
 ) -> Row:
     """Compile one case for the devices of a mesh.
 

@@ -187,15 +187,12 @@ class Module:
                 for name in one.called("calls"):
                     yield from self._flat(self.computations[name])
 
-    def traffic(self, *, loops: bool = True) -> int:
+    def traffic(self) -> int:
         """Bytes between the device and its memory: what each instruction reads and writes.
 
         A fusion reads of an operand what it slices from it and writes of a buffer that it updates
         in place the updated part. Arrays that a TPU holds beside its units (``S(1)``) are no
-        traffic.
-
-        Args:
-            loops: whether a loop's body counts as often as it runs, or once.
+        traffic. A loop's body counts as often as it runs.
         """
         total = 0
         for computation, times in self.executed:
@@ -204,7 +201,7 @@ class Module:
                 if _chain(one) is not None:
                     read = sum(bytes_of(where.instructions[n].shape) for n in one.operands)
                     moved += read + bytes_of(one.shape)
-            total += moved * (times if loops else 1)
+            total += moved * times
         return total
 
     def _moved(self, one: Instruction, computation: Computation) -> int:
