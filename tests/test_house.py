@@ -27,7 +27,7 @@ MODULES = {
 # name that a module's own begins with decides.
 LAYERS = (
     ("errors",),
-    ("array_types", "registry", "extensions", "hardware"),
+    ("array_types", "registry", "extensions", "hardware", "options"),
     ("paths", "parallel.launch", "parallel.supervise"),
     ("parallel.hosts",),
     ("numerics",),
@@ -81,6 +81,7 @@ TOP_LEVEL = {
     *("LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", ".ci"),
 }
 MOST_LINES_OF_A_FILE = 450
+MOST_OF_A_FOLDER = 0.15  # of the package's lines; of the models there are many
 MOST_LINES_OF_A_FUNCTION = 50  # its docstring not counted; 30 is the aim
 
 
@@ -226,6 +227,48 @@ def test_functions_and_files_are_short():
             length = lines_without_docstring(function)
             if length > MOST_LINES_OF_A_FUNCTION:
                 wrong.append((path, function.lineno, f"{function.name} has {length} lines"))
+    assert not wrong, places(wrong)
+
+
+def test_no_folder_is_most_of_the_package():
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    whole, shares = sum(lines.values()), {}
+    for path, count in lines.items():
+        folder = path.relative_to(PACKAGE).parts[0]
+        shares[folder] = shares.get(folder, 0.0) + count / whole
+    large = {name: share for name, share in shares.items() if share > MOST_OF_A_FOLDER}
+    assert set(large) <= {"models"}, large
+
+
+# Rooms of the verbs, and what a task's run is built of: they are given a run's settings as a whole.
+TAKE_ALL_SETTINGS = (
+    *("finetune", "verbs", "plan", "bench", "study", "figures", "pretrained.export"),
+    *("config", "config_file", "tasks.text", "tasks.labels", "tasks.assemble", "tasks.registry"),
+)
+
+
+def test_who_takes_the_settings_of_a_whole_run():
+    """Everybody else takes the section that they need."""
+    found = {}
+    for module, path in MODULES.items():
+        for function in nodes(path, ast.FunctionDef):
+            given = (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)
+            kinds = (ast.unparse(one.annotation) for one in given if one.annotation)
+            if any("RunConfig" in kind for kind in kinds):
+                found.setdefault(short(module), []).append(function.name)
+    wrong = {name: names for name, names in found.items() if not inside(name, TAKE_ALL_SETTINGS)}
+    count = sum(map(len, found.values()))
+    assert not wrong, f"{count} functions take all settings, these should not: {wrong}"
+
+
+def test_only_a_task_asks_which_task_it_is():
+    wrong = []
+    for module, path in MODULES.items():
+        for compared in nodes(path, ast.Compare):
+            sides = (compared.left, *compared.comparators)
+            asked = any(getattr(one, "attr", getattr(one, "id", "")) == "task" for one in sides)
+            if asked and not inside(short(module), ("tasks", "config")):
+                wrong.append((path, compared.lineno, ast.unparse(compared)))
     assert not wrong, places(wrong)
 
 

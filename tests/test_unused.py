@@ -19,11 +19,11 @@ PUBLIC = {
 # To be connected or deleted; each line goes with what it names.
 TO_GO = {
     *("epoch_batches", "hub_spec", "gsm8k_gold", "recall_per_class", "nuclear_norm"),
-    *("ritz_residual", "encode_labelled(unlabelled)", "export_merged(max_shard_bytes)"),
+    *("ritz_residual", "encode_labels(unlabelled)", "export_merged(max_shard_bytes)"),
     *("export_peft(dtype)", "quantize_kernel(block)", "quantized_shapes(block)"),
     *("operator_of(image_axes)", "leading_triplets(tolerance)", "top_k_singular_sum(method)"),
     *("head_factor(center)", "is_encoder(revision)", "write_adapter(rank)", "task_rows(seed)"),
-    *("label_program(mesh)", "begin(moments)"),
+    *("labels_program(mesh)", "begin(moments)"),
 }
 
 SOURCES = [*FILES, ROOT / "train.py"]

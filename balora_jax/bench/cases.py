@@ -52,6 +52,9 @@ LABEL_CASES = (
 )
 """What the terms and the teacher cost an encoder."""
 
+CASES = {"decoder": TEXT_CASES, "encoder": LABEL_CASES}
+"""By the kind of model that a task trains."""
+
 
 def chosen(cases: Sequence[Case], names: Sequence[str]) -> tuple[Case, ...]:
     """The cases with these names, all without names.

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from balora_jax import hardware
 from balora_jax.bench import label_steps, measure, report
-from balora_jax.bench.cases import LABEL_CASES, TEXT_CASES, Case, chosen, compiled_for, configured
+from balora_jax.bench.cases import CASES, TEXT_CASES, Case, chosen, compiled_for, configured
 from balora_jax.bench.label_steps import LabelCase
 from balora_jax.bench.measure import Measured
 from balora_jax.bench.weights import Weights, loaded_for, weights_of
@@ -24,6 +24,7 @@ from balora_jax.errors import InputError
 from balora_jax.plan.targets import parse_target
 from balora_jax.pretrained.checkpoint import Base
 from balora_jax.tasks import flops
+from balora_jax.tasks.registry import TASKS
 from balora_jax.tasks.text.program import TextProgram, text_program
 
 TORCH_CASES = ("LoRA", "BA-LoRA")
@@ -54,11 +55,12 @@ def bench(
     """
     if rounds < 1:
         raise InputError(f"--rounds: expected at least 1, got {rounds}. Raise it.")
-    labels = config.task == "labels"
-    todo = chosen(LABEL_CASES if labels else TEXT_CASES, cases)
-    if labels and (against_torch or topology is not None):
+    kind = TASKS[config.task].model
+    todo = chosen(CASES[kind], cases)
+    if kind == "encoder" and (against_torch or topology is not None):
         raise InputError(
-            "bench: expected task text with --against or --topology, got labels. Leave them out."
+            f"bench: expected task text with --against or --topology, got {config.task}. Leave "
+            "them out."
         )
     figures: dict[str, Any] = {"versions": hardware.versions()}
     if topology is not None:
@@ -67,7 +69,7 @@ def bench(
         print(report.ahead_table(figures))
         return figures
     figures |= {"machine": _machine()}
-    if labels:
+    if kind == "encoder":
         figures |= _measured_labels(config, rounds, todo)
     else:
         figures |= _measured(config, rounds, todo, against_torch)

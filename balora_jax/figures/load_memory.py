@@ -27,6 +27,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from balora_jax.plan.targets import parse_target
+
 ALLOWANCE = 6 * 2**20
 """Bytes that Python and the allocator may add: programs, index tables, freed pages kept."""
 
@@ -139,8 +141,7 @@ def measured(
         ``megabytes_per_second`` (as stored, read from the page cache).
     """
     options = json.dumps({"folder": folder, "mesh": mesh, "by_device": by_device})
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | parse_target(f"cpu:{devices}").environment
     command = [sys.executable, "-m", "balora_jax.figures.load_memory_process", options]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         samples: list[tuple[float, int]] = []

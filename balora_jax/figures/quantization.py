@@ -19,6 +19,7 @@ from balora_jax.errors import InputError
 from balora_jax.models.decoder import structure
 from balora_jax.models.quantized import Quantization, bytes_of
 from balora_jax.models.structure import Structure
+from balora_jax.options import add_config
 from balora_jax.parallel import sharding
 from balora_jax.plan.arguments import shapes_only
 from balora_jax.tasks.labels import run as labels_run
@@ -29,8 +30,7 @@ from balora_jax.tasks.registry import TASKS
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print a table with a line for each way of holding the weights."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", help="YAML file of a run")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.PATH=VALUE")
+    add_config(parser)
     options = parser.parse_args(arguments)
     reference = None
     print(f"{'weights':>10}  {'GiB':>8}  {'a device':>8}  {'largest error':>13}  {'rms error':>9}")

@@ -13,19 +13,20 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from balora_jax.options import add_config
+from balora_jax.plan.targets import parse_target
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print a line for each kind of layer and one for the whole start."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", help="YAML file of a run")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.PATH=VALUE")
+    add_config(parser)
     parser.add_argument("--devices", type=int, help="virtual CPU devices; those there are without")
     parser.add_argument("--layers", type=int, help="layers of the model; the checkpoint's without")
     options = parser.parse_args(arguments)
     if options.devices:
         # Read when JAX first looks for devices, which nothing has done yet.
-        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={options.devices}"
-        os.environ["JAX_PLATFORMS"] = "cpu"
+        os.environ.update(parse_target(f"cpu:{options.devices}").environment)
     found, start, total = measured(options.config, options.set, options.layers)
     print(f"{'layer':>20}  {'count':>5}  {'shape':>14}  {'first s':>8}  {'median s':>8}")
     for name, (shape, seconds) in found.items():

@@ -147,7 +147,7 @@ def _flops(program: TextProgram) -> Row:
     needed = flops.model_flops(program, shape, counted_tokens(shape))
     return {
         "model_flops": needed,
-        "recomputed_flops": flops.recomputed_flops(program, shape),
+        "recomputed_flops": flops.recomputed_flops(program, shape, program.config.model.remat),
         "flops_per_device": needed / program.mesh.size,
     }
 

@@ -270,11 +270,9 @@ class Estimate:
     def cost(self) -> tuple[float, ...]:
         """Estimated seconds, the slowest part and then the sum; bare numbers for unknown speeds."""
         shape = (1, self.config.training.batch_size, self.config.data.max_length)
-        tree = self.config.model.model_copy(update={"remat": self.remat})
-        config = self.config.model_copy(update={"model": tree})
-        program = dataclasses.replace(self.program, config=config)
-        work = flops.model_flops(program, shape, compiled.counted_tokens(shape))
-        work = (work + flops.recomputed_flops(program, shape)) / self.program.mesh.size
+        work = flops.model_flops(self.program, shape, compiled.counted_tokens(shape))
+        work += flops.recomputed_flops(self.program, shape, self.remat)
+        work /= self.program.mesh.size
         memory, links = self._traffic(), self._link_bytes()
         target = self.target
         if target.peak is None or target.bandwidth is None or target.link is None:

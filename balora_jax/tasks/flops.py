@@ -31,14 +31,14 @@ def model_flops(program: TextProgram, shape: Sequence[int], counted: float) -> f
     return flops
 
 
-def recomputed_flops(program: TextProgram, shape: Sequence[int]) -> float:
-    """Operations that ``model.remat`` adds to those of the model.
+def recomputed_flops(program: TextProgram, shape: Sequence[int], remat: str) -> float:
+    """Operations that rematerialisation, as ``model.remat`` names it, adds to the model's.
 
     ``full`` runs the student's layers forward once more: ``2·P·N + 2·P_A·N + attention``. ``dots``
     and ``offload`` keep every product with a weight, so only attention is repeated. The fused head
     forms its gradient in the forward and repeats nothing.
     """
-    remat, tokens = program.config.model.remat, math.prod(shape)
+    tokens = math.prod(shape)
     if remat == "none":
         return 0.0
     attention = attention_flops(program, shape)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from balora_jax.errors import InputError
+from balora_jax.options import add_config
 
 if TYPE_CHECKING:
     from balora_jax.config import RunConfig
@@ -36,15 +37,7 @@ class Verb:
     def add_parser(self, commands: Any) -> None:
         """Add the verb to the parsers of all of them."""
         parser = commands.add_parser(self.name, help=self.summary)
-        parser.add_argument("config", help="YAML file, such as configs/quickstart.yaml")
-        parser.add_argument(
-            "--set",
-            nargs="+",
-            action="extend",
-            default=[],
-            metavar="KEY.PATH=VALUE",
-            help="override settings of the config; may be repeated",
-        )
+        add_config(parser)
         parser.set_defaults(run=self.run)
         self.add_options(parser)
 

@@ -1,0 +1,16 @@
+"""The options of every command and program that reads a config."""
+
+import argparse
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add the config's file and ``--set``, for :func:`balora_jax.config_file.load_config`."""
+    parser.add_argument("config", help="YAML file, such as configs/quickstart.yaml")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY.PATH=VALUE",
+        help="override settings of the config; may be repeated",
+    )
