@@ -19,9 +19,9 @@ L       stacked layers
 ======  =====================================================
 """
 
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree, Scalar
 
-__all__ = ["Array", "Axes", "Bool", "Float", "Int", "PRNGKeyArray", "PyTree", "Scalar"]
+__all__ = ["Array", "Axes", "Bool", "Float", "Int", "Key", "PRNGKeyArray", "PyTree", "Scalar"]
 
 Axes = tuple[str | None, ...]
 """Logical axes of an array, one for each dimension; None for one that no device splits.

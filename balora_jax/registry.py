@@ -2,11 +2,12 @@
 
 import difflib
 from collections.abc import Iterator
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from balora_jax.errors import InputError
 
 
+@runtime_checkable
 class Named(Protocol):
     """What can be registered: it knows its own name."""
 

@@ -5,12 +5,17 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from tests import compiler
 
-# Before JAX is.
+# Before JAX is, for this process and for those that tests start.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {compiler.flags()}".strip()
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
 from pathlib import Path
 
 import pytest
+
+from tests import checked
+
+checked.switch_on()  # before the package is imported
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import datasets
 from datasets.exceptions import DatasetsError
@@ -36,6 +36,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", re.ASCII)
 _FORMATS = "JSON lines (.jsonl, .json), CSV, TSV or parquet, the text ones also with .gz"
 
 
+@runtime_checkable
 class Rows(Protocol):
     """A list-like of rows: a list of dicts or a `datasets.Dataset`."""
 

@@ -252,7 +252,7 @@ class Decoder(nnx.Module):
         x: Float[Array, "B T D"],
         tables: tuple[Tables, Tables | None],
         dropout_key: PRNGKeyArray | None,
-        cached: KeyValues | None = None,
+        cached: tuple[Float[Array, "L B S G K"], Float[Array, "L B S G K"]] | None = None,
         column: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Scan over the stack; keys and values are returned only where there is a cache."""

@@ -94,7 +94,7 @@ class SelfAttention(nnx.Module):
         self.heads = heads
 
     def __call__(
-        self, x: Float[Array, "B T D"], mask: Bool[Array, "B 1 T T"], keys: Keys, table: None
+        self, x: Float[Array, "B T D"], mask: Bool[Array, "B 1 #T T"], keys: Keys, table: None
     ) -> Float[Array, "B T D"]:
         """Attend where ``mask`` allows (it may be broadcast over queries)."""
         del table
@@ -124,7 +124,7 @@ class DisentangledSelfAttention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        mask: Bool[Array, "B 1 T T"],
+        mask: Bool[Array, "B 1 #T T"],
         keys: Keys,
         table: Float[Array, "P D"],
     ) -> Float[Array, "B T D"]:
@@ -169,7 +169,7 @@ def split_heads(x: Float[Array, "B T D"], heads: int) -> Float[Array, "B H T K"]
 
 
 def attend_by_scores(
-    scores: Float[Array, "B H T S"], mask: Bool[Array, "B 1 T S"], v: Float[Array, "B H S K"]
+    scores: Float[Array, "B H T S"], mask: Bool[Array, "B 1 #T S"], v: Float[Array, "B H S K"]
 ) -> Float[Array, "B T D"]:
     """Softmax in float32 over the allowed keys, then the mean of their values.
 
@@ -182,7 +182,7 @@ def attend_by_scores(
     return out.reshape(*out.shape[:2], -1)
 
 
-def _products(a: Float[Array, "B H T K"], b: Float[Array, "B H P K"]) -> Float[Array, "B H T P"]:
+def _products(a: Float[Array, "B H T K"], b: Float[Array, "#B H P K"]) -> Float[Array, "B H T P"]:
     """Every row against every row, float32; ``b`` may be one for the whole batch."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     subscripts = "bhtk,hpk->bhtp" if b.shape[0] == 1 else "bhtk,bhpk->bhtp"

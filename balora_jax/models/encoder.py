@@ -183,7 +183,7 @@ class EncoderAttention(nnx.Module):
         self.output = Output(config, width, OUT_OF_HEADS, make("layers.attention.output"), dtype)
 
     def __call__(
-        self, x: Float[Array, "B T D"], mask: Bool[Array, "B 1 T T"], keys: Keys, table
+        self, x: Float[Array, "B T D"], mask: Bool[Array, "B 1 #T T"], keys: Keys, table
     ) -> Float[Array, "B T D"]:
         """Attend, project, add and normalise."""
         return self.output(self.self(x, mask, keys, table), x, keys["attention_output"])
@@ -210,7 +210,7 @@ class EncoderLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        mask: Bool[Array, "B 1 T T"],
+        mask: Bool[Array, "B 1 #T T"],
         dropout_key: PRNGKeyArray | None,
         table: Float[Array, "P D"] | None,
     ) -> Float[Array, "B T D"]:
@@ -250,7 +250,7 @@ class HeadLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B F"]:
         """Apply the layer."""
-        return matmul(x, self.kernel[...]) + self.bias[...]
+        return matmul(x, self.kernel[...]) + self.bias[...][None, :]
 
 
 class Head(nnx.Module):

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from balora_jax.array_types import Array, Float, Int, PRNGKeyArray
-from balora_jax.models.decoder import Decoder, mask_positions
+from balora_jax.array_types import Array, Float, Int, Key, PRNGKeyArray
+from balora_jax.models.decoder import mask_positions
 from balora_jax.parallel import hosts
 
 
@@ -31,8 +32,31 @@ class Sampling:
     top_p: float = 1.0
 
 
+@runtime_checkable
+class Cached(Protocol):
+    """A model that goes on from a cache of keys and values, as ``Decoder`` does."""
+
+    def empty_cache(self, batch: int, length: int) -> Any:
+        """A cache for ``length`` columns in all."""
+        ...
+
+    def extend(
+        self,
+        input_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        valid: Int[Array, "B T"],
+        cache: Any,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Hidden states of further tokens, and the cache with these in it."""
+        ...
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Scores of every vocabulary entry."""
+        ...
+
+
 def next_token(
-    logits: Float[Array, "B V"], sampling: Sampling, keys: PRNGKeyArray
+    logits: Float[Array, "B V"], sampling: Sampling, keys: Key[Array, "B"]
 ) -> Int[Array, "B"]:
     """The next token of every row; each row draws with its own key."""
     if sampling.temperature == 0.0:
@@ -62,7 +86,7 @@ def keep_nucleus(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B V
 
 
 def decode(
-    module: Decoder,
+    module: Cached,
     input_ids: Int[Array, "B T"],
     mask: Int[Array, "B T"],
     sampling: Sampling,
@@ -81,12 +105,12 @@ def decode(
     def choose(hidden: Array, done: Array, column: Array) -> tuple[Array, Array]:
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, column)
         token = next_token(module.logits(hidden), sampling, keys)
-        done = done | jnp.any(token[:, None] == stops, axis=-1)
+        done = done | jnp.any(token[:, None] == stops[None, :], axis=-1)
         return jnp.where(done, sampling.pad_id, token), done
 
     cache = module.empty_cache(rows, width + limit)
     hidden, cache = module.extend(input_ids, mask_positions(mask), mask, cache)
-    last = jnp.argmax(jnp.arange(width) * mask, axis=-1)
+    last = jnp.argmax(jnp.arange(width)[None, :] * mask, axis=-1)
     token, done = choose(hidden[jnp.arange(rows), last], jnp.sum(mask, axis=-1) == 0, jnp.array(0))
     out = jnp.full((rows, limit), sampling.pad_id, jnp.int32).at[:, 0].set(token)
     lengths = jnp.sum(mask, axis=-1)
@@ -106,7 +130,7 @@ def decode(
     return jax.lax.while_loop(unfinished, step, carry)[0]
 
 
-def make_decoder(bind: Callable[..., Decoder], sampling: Sampling) -> Callable[..., Array]:
+def make_decoder(bind: Callable[..., Cached], sampling: Sampling) -> Callable[..., Array]:
     """``decode`` jitted over ``(parts, input_ids, mask, key)`` with ``bind(*parts)`` the module."""
 
     def run(parts, input_ids, mask, key):
@@ -129,7 +153,7 @@ def pad_prompts(
 
 def generate(
     decoder: Callable[..., Array],
-    parts: Sequence[dict[str, Array]],
+    parts: Sequence[Any],
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     *,

@@ -11,6 +11,7 @@ from balora_jax.array_types import Array, Bool, Float, Int
 from balora_jax.models.adapters import AdapterShape
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.linear import Linear
+from balora_jax.models.products import as_last
 from balora_jax.models.quantized import Quantization
 from balora_jax.models.rotary import rotate
 from balora_jax.models.variables import Ends, declared
@@ -53,8 +54,8 @@ class RMSNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         if self.plus_one:
-            return (y * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
-        return self.scale[...] * y.astype(x.dtype)
+            return (y * (1.0 + as_last(self.scale[...], y).astype(jnp.float32))).astype(x.dtype)
+        return as_last(self.scale[...], y) * y.astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -72,7 +73,7 @@ class LayerNorm(nnx.Module):
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         scale, bias = self.scale[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
-        return (y * scale + bias).astype(x.dtype)
+        return (y * as_last(scale, y) + as_last(bias, y)).astype(x.dtype)
 
 
 def make_norm(

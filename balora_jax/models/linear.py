@@ -18,7 +18,7 @@ from flax import nnx
 from balora_jax.array_types import Array, Float, PRNGKeyArray
 from balora_jax.models.adapters import AdapterShape
 from balora_jax.models.methods.method import AdaptedCall, Dimension
-from balora_jax.models.products import matmul
+from balora_jax.models.products import as_last, matmul
 from balora_jax.models.quantized import (
     Quantization,
     dequantize_kernel,
@@ -108,7 +108,7 @@ class Linear(nnx.Module):
         """From ``y = x W`` to the layer's output; see ``AdaptedCall`` for the last two."""
         bias = None if self.bias is None else self.bias[...]
         if self.adapter is None:
-            return y if bias is None else y + bias
+            return y if bias is None else y + as_last(bias, y)
         values = {name: getattr(self, name)[...] for name in self.adapter.parts}
         x = self._dropped(x, dropout_key)
         call = AdaptedCall(x, y, bias, values, self._kernel, product, by_row)

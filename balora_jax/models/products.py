@@ -26,6 +26,15 @@ def low_rank(
     return product(product(x, down.astype(x.dtype)), up.astype(x.dtype))
 
 
+def as_last(values: Array, x: Array) -> Array:
+    """``values`` with leading axes of length 1, so that they meet the last axes of ``x``.
+
+    >>> as_last(jnp.zeros(3), jnp.zeros((4, 2, 3))).shape
+    (1, 1, 3)
+    """
+    return jnp.expand_dims(values, tuple(range(x.ndim - values.ndim)))
+
+
 def rescaled(y: Float[Array, "... F"], gain: Float[Array, "... F"]) -> Float[Array, "... F"]:
     """``y * gain`` rounded once: a bfloat16 gain could only be 1 or differ from it by 2⁻⁷."""
-    return (y.astype(jnp.float32) * gain).astype(y.dtype)
+    return (y.astype(jnp.float32) * as_last(gain, y)).astype(y.dtype)

@@ -112,7 +112,7 @@ def rotary_tables(
 ) -> tuple[Float[Array, "B T 1 K2"], Float[Array, "B T 1 K2"]]:
     """Cosine and sine of every position's angles, float32, broadcastable over heads."""
     frequencies = rope_frequencies(rope, head_dim, jnp.max(positions) + 1)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
     cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
     return cos * rope.attention_factor, sin * rope.attention_factor
 

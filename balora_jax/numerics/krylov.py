@@ -145,7 +145,7 @@ def _cycle(operator: Operator, start: Array, k: int, blocks: int) -> Triplets:
     image, small = tsqr(operator.apply(basis), operator.image_axes)
     left, s, right = jnp.linalg.svd(small, full_matrices=False)
     u, s, v = _product(image, left[:, :width]), s[:width], _product(basis, right[:width].T)
-    gap = operator.transpose(u[:, :k]) - v[:, :k] * s[:k]
+    gap = operator.transpose(u[:, :k]) - v[:, :k] * s[None, :k]
     squares = _sum_over(jnp.sum(gap * gap), operator.basis_axes)
     return Triplets(u, s, v, jnp.sqrt(squares), jnp.int32(0))
 

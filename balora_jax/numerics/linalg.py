@@ -254,7 +254,7 @@ def ritz_residual(matrix: Float[Array, "N M"], triplets: LeadingTriplets) -> Sca
     True
     """
     u, s, v = triplets
-    gap = frobenius_norm(_product(as_float(matrix).T, u) - v * s)
+    gap = frobenius_norm(_product(as_float(matrix).T, u) - v * s[None, :])
     size = jnp.sqrt(jnp.sum(s * s))
     return jnp.where(size > 0, gap / jnp.where(size > 0, size, 1.0), 0.0)
 
@@ -341,7 +341,7 @@ def randomized_svd(
     width = min(rank + oversampling, tall.shape[1])
     sketch = _product(tall, jax.random.normal(key, (tall.shape[1], width), tall.dtype))
 
-    def one_pass(_: int, basis: Array) -> Array:
+    def one_pass(_: Array, basis: Array) -> Array:
         right, _r = jnp.linalg.qr(_product(tall.T, basis))
         left, _r = jnp.linalg.qr(_product(tall, right))
         return left

@@ -208,7 +208,7 @@ def diversity_nlu(student: Float[Array, "B C"]) -> Scalar:
     rows, classes = logits.shape
     if rows < 2 or classes < 2:
         return jnp.zeros((), logits.dtype)
-    centred = logits - jnp.mean(logits, axis=0)
+    centred = logits - jnp.mean(logits, axis=0, keepdims=True)
     covariance = jnp.einsum("bi,bj->ij", centred, centred, precision=jax.lax.Precision.HIGHEST)
     off_diagonal = jnp.where(jnp.eye(classes, dtype=bool), 0, covariance / (rows - 1))
     return jnp.sum(off_diagonal * off_diagonal) / classes

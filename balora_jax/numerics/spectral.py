@@ -147,7 +147,7 @@ def _all_triplets(
         )
         return u, s, v
     first = jax.lax.axis_index(row_axes) * own[0] if row_axes else 0
-    identity = jnp.equal(first + jnp.arange(own[0])[:, None], jnp.arange(shape[0]))
+    identity = jnp.equal(first + jnp.arange(own[0])[:, None], jnp.arange(shape[0])[None, :])
     image, small = krylov.tsqr(transpose(identity.astype(jnp.float32)), column_axes)
     left, s, right = jnp.linalg.svd(small, full_matrices=False)
     own_rows = jax.lax.dynamic_slice_in_dim(right.T, first, own[0])
@@ -178,7 +178,7 @@ def _gradient(
     else:
         shrink = top / size**3
         u, right, coefficients, kept = u[:, :k], right[:, :k], coefficients[:k], kept[:k]
-    left = u * jnp.where(positive & kept, coefficients, 0)
+    left = u * jnp.where(positive & kept, coefficients, 0)[None, :]
     scale = jnp.sqrt(jnp.sum(jnp.where(leading, s * s, 0)))
     return SpectralGradient(
         value=jnp.where(positive, -top / size, 0),

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, runtime_checkable
 
 from balora_jax.config import RunConfig
 from balora_jax.config_file import parse_config
@@ -22,6 +22,7 @@ from balora_jax.parallel import sharding
 from balora_jax.plan.targets import Target, described_devices, parse_target
 
 
+@runtime_checkable
 class Compile(Protocol):
     """Compiles one step; see :func:`balora_jax.plan.compiled.compile_case` for the row."""
 

@@ -44,8 +44,8 @@ def write_adapter(
     base: Base | EncoderBase,
     name_or_path: str,
     modules: tuple[AdaptedModule, ...],
-    trainable: Mapping[str, Array],
-    origin: Mapping[str, Array],
+    trainable: Mapping[str, Array | np.ndarray],
+    origin: Mapping[str, Array | np.ndarray],
     *,
     use_rslora: bool,
     rank: int | None = None,
@@ -83,14 +83,16 @@ def _frozen(base: Base | EncoderBase) -> dict[str, Any]:
     return structure(base.config).frozen
 
 
-def saved_head(base: Base | EncoderBase, trainable: Mapping[str, Array]) -> dict[str, np.ndarray]:
+def saved_head(
+    base: Base | EncoderBase, trainable: Mapping[str, Array | np.ndarray]
+) -> dict[str, np.ndarray]:
     """The trained head by checkpoint name, as stored there; empty where there is none."""
     if not isinstance(base, EncoderBase):
         return {}
     return {rule.name: _stored(rule, trainable[rule.path]) for rule in base.head_rules}
 
 
-def _stored(rule: WeightRule, value: Array) -> np.ndarray:
+def _stored(rule: WeightRule, value: Array | np.ndarray) -> np.ndarray:
     """An array that is not stacked, in the checkpoint's orientation."""
     host = np.asarray(value)
     return np.ascontiguousarray(host.T if rule.transpose else host)
@@ -119,7 +121,7 @@ def head_settings(base: Base | EncoderBase) -> dict[str, Any]:
 def write_model(
     folder: Path,
     base: Base | EncoderBase,
-    trainable: Mapping[str, Array],
+    trainable: Mapping[str, Array | np.ndarray],
     dtype: str,
 ) -> MergeReport:
     """Write the weights of a full fine-tuning as a checkpoint of the base's layout."""

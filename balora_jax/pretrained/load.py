@@ -202,6 +202,6 @@ def load_encoder(
     return PretrainedEncoder(base, skeleton.bind, [frozen, head, constants, adapters])
 
 
-def host_copy(arrays: Mapping[str, Array]) -> dict[str, np.ndarray]:
+def host_copy(arrays: Mapping[str, Array | np.ndarray]) -> dict[str, np.ndarray]:
     """Adapters as host arrays, for export."""
     return {path: np.asarray(value) for path, value in jax.device_get(dict(arrays)).items()}

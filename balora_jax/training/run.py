@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jax.sharding import Mesh
 
@@ -32,6 +32,7 @@ class Loaded(NamedTuple):
     trainable: Arrays
 
 
+@runtime_checkable
 class Batches(Protocol):
     """Batches without end, whose position can be saved."""
 
@@ -52,6 +53,7 @@ class Batches(Protocol):
         ...
 
 
+@runtime_checkable
 class Run(Protocol):
     """A checked run of any task: opened and found right, with no weights loaded yet."""
 

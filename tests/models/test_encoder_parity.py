@@ -230,7 +230,7 @@ def torch_gradient(model, modules, factors, ids, mask):
 
 def test_gradient_of_adapters_and_head_equals_torch_under_full_remat(adapted):
     model, skeleton, weights, modules, factors, scales = adapted
-    ids, mask = padded(model, ids_of(model, length=21))
+    ids, mask = map(jnp.asarray, padded(model, ids_of(model, length=21)))
     head = {path: weights[path] for path in skeleton.head}
     frozen = {path: weights[path] for path in skeleton.frozen}
 

@@ -93,7 +93,7 @@ def test_rows_that_do_not_count_cost_no_chunk(used, chunks):
     mask[np.random.default_rng(0).permutation(1000)[:used]] = True
     plan = Chunks.of(jnp.asarray(mask), 64)
     assert int(plan.count) == chunks
-    taken = [np.asarray(plan.rows(i)) for i in range(chunks)]
+    taken = [np.asarray(plan.rows(jnp.int32(i))) for i in range(chunks)]
     rows = [row for chosen, counted in taken for row in chosen[counted.astype(bool)]]
     assert rows == np.flatnonzero(mask).tolist()
 

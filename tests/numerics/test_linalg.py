@@ -165,7 +165,7 @@ def test_truncated_svd_is_the_best_approximation(rng, shape):
     rounded = np.asarray(jnp.asarray(matrix, jnp.bfloat16), np.float64)
     ue, se, vte = np.linalg.svd(rounded, full_matrices=False)
     np.testing.assert_allclose(s, se[:3], rtol=1e-6)
-    np.testing.assert_allclose((u * s) @ vt, (ue[:, :3] * se[:3]) @ vte[:3], atol=1e-5)
+    np.testing.assert_allclose((u * s[None, :]) @ vt, (ue[:, :3] * se[:3]) @ vte[:3], atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(80, 50), (50, 80)])
@@ -178,7 +178,9 @@ def test_randomized_svd_finds_a_decaying_spectrum(rng, shape, oversampling):
     )
     assert (got_u.shape, s.shape, vt.shape) == ((shape[0], 6), (6,), (6, shape[1]))
     np.testing.assert_allclose(s, values[:6], rtol=1e-5)
-    np.testing.assert_allclose((got_u * s) @ vt, (u[:, :6] * values[:6]) @ v[:, :6].T, atol=1e-5)
+    np.testing.assert_allclose(
+        (got_u * s[None, :]) @ vt, (u[:, :6] * values[:6]) @ v[:, :6].T, atol=1e-5
+    )
 
 
 def test_randomized_svd_improves_with_iterations_and_depends_on_the_key(rng):

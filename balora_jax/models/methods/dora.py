@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from balora_jax.array_types import Array, Float
 from balora_jax.models.methods.lora import Lora
 from balora_jax.models.methods.method import AdaptedCall, Part, scaled_factors
-from balora_jax.models.products import low_rank, rescaled
+from balora_jax.models.products import as_last, low_rank, rescaled
 
 
 class Dora(Lora):
@@ -33,7 +33,7 @@ class Dora(Lora):
         down, up = scaled_factors(call.values)
         gain = call.by_row(_gain(call, down, up))
         y = rescaled(call.y + low_rank(call.x, down, up, call.product), gain)
-        return y if call.bias is None else y + call.bias
+        return y if call.bias is None else y + as_last(call.bias, y)
 
     def begun(
         self, kernel: Float[Array, "L D F"], down: Float[Array, "L D R"], up: Float[Array, "L R F"]

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
 from balora_jax.array_types import Array, Float
+from balora_jax.models.products import as_last
 
 Dimension = Literal["layers", "in", "in_whole", "out", "rank"]
 """Of an array of a stack: L, D_in, D_in on every device, D_out, R."""
@@ -56,9 +57,10 @@ class AdaptedCall(NamedTuple):
     @property
     def biased(self) -> Array:
         """``x W + b``."""
-        return self.y if self.bias is None else self.y + self.bias
+        return self.y if self.bias is None else self.y + as_last(self.bias, self.y)
 
 
+@runtime_checkable
 class Method(Protocol):
     """What trains, of an adapted layer or of the whole model; a subclass is one method.
 

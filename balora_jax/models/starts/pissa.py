@@ -71,4 +71,4 @@ def balanced(
 ) -> Factors:
     """Factors whose product times ``scale`` is ``u · diag(s) · vt``, the roots of s in both."""
     root = jnp.sqrt(s / scale)
-    return u * root, root[:, None] * vt
+    return u * root[None, :], root[:, None] * vt

@@ -36,7 +36,7 @@ their number."""
 
 def start_adapters(
     modules: Sequence[AdaptedModule],
-    kernels: Mapping[str, Float[Array, "L D F"]],
+    kernels: Mapping[str, Array],
     *,
     start: Start,
     key: PRNGKeyArray,
@@ -48,8 +48,8 @@ def start_adapters(
 
     Args:
         modules: the adapted layers.
-        kernels: the frozen stacked weights by ``path`` + ``.kernel``, wherever they lie; each is
-            looked up once.
+        kernels: the frozen stacked weights [L, D, F] by ``path`` + ``.kernel``, wherever they lie;
+            each is looked up once.
         start: makes the factors of a layer.
         key: the run's key; each layer folds its own name in, so the values do not depend on which
             other layers are adapted.

@@ -1,7 +1,7 @@
 """What a start is: where the factors of an adapter begin."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from balora_jax.models.adapters import AdaptedModule
 Factors = tuple[Float[Array, "D R"], Float[Array, "R F"]]
 
 
+@runtime_checkable
 class Start(Protocol):
     """Where A and B of every adapted layer begin; a subclass is one start.
 

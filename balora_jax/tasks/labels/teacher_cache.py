@@ -9,8 +9,6 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from balora_jax.array_types import Array
-
 NAME = "teacher_logits.safetensors"
 
 
@@ -31,7 +29,7 @@ class TeacherCache:
         folder: Path,
         *,
         base: str,
-        head: Mapping[str, Array],
+        head: Mapping[str, np.ndarray],
         examples: str,
         dtype: str,
         length: int,

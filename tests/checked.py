@@ -1,0 +1,12 @@
+"""How the tests check the annotations of the package: wherever one of its functions is called."""
+
+import beartype
+import jaxtyping
+
+# An int where a float is expected is what PEP 484 allows.
+check = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
+
+
+def switch_on() -> None:
+    """Check what is imported of the package from now on."""
+    jaxtyping.install_import_hook("balora_jax", f"{__name__}.check")
