@@ -167,7 +167,7 @@ def test_gated_mlp_by_its_definition():
 def test_adapters_are_found_by_path():
     adapters = {"layers.mlp.up_proj": AdapterShape(2, origin=False)}
     make = layers.stacked_linear("layers.mlp", 3, adapters, jnp.dtype(jnp.float32))
-    adapted = make("up_proj", 5, 4, False)
+    adapted = make("up_proj", 5, 4, ("width", "inner"), False)
     assert adapted.lora_a[...].shape == (3, 5, 2)
     assert adapted.lora_b[...].shape == (3, 2, 4)
-    assert make("gate_proj", 5, 4, False).adapter is None
+    assert make("gate_proj", 5, 4, ("width", "inner"), False).adapter is None
