@@ -6,20 +6,18 @@ training is plain ``jax.jit``/``grad``/``scan`` over pytrees.
 """
 
 import functools
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from balora_jax.array_types import Array, Float, Int, PRNGKeyArray
-from balora_jax.models.adapters import AdapterShape
-from balora_jax.models.decoder_config import DecoderConfig
+from balora_jax.models.decoder_config import DecoderConfig, NormPlace
 from balora_jax.models.experts import SparseMLP
-from balora_jax.models.gpt2 import Gpt2Layer
 from balora_jax.models.layers import (
     Attention,
-    AttentionKernel,
     GatedMLP,
     KeyValues,
     MakeLinear,
@@ -28,13 +26,11 @@ from balora_jax.models.layers import (
     make_norm,
     stacked_linear,
 )
-from balora_jax.models.quantized import Quantization
+from balora_jax.models.options import Options, Remat
 from balora_jax.models.rotary import RopeConfig, rotary_tables
-from balora_jax.models.structure import Structure, structure_of
 from balora_jax.models.variables import declared
 from balora_jax.numerics.head import LogitMap
 
-Remat = Literal["none", "dots", "full", "offload"]
 Cache = dict[str, Array]
 
 
@@ -52,8 +48,19 @@ class Embedding(nnx.Module):
         return jnp.take(self.embedding[...], ids, axis=0)
 
 
+# Checkpoints' names of the norms before and after attention, before and after the MLP.
+NORMS: dict[NormPlace, tuple[str | None, ...]] = {
+    "before": ("input_layernorm", None, "post_attention_layernorm", None),
+    "after": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "both": (
+        *("input_layernorm", "post_attention_layernorm"),
+        *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+}
+
+
 class DecoderLayer(nnx.Module):
-    """The stack of decoder layers: attention and MLP, each behind a norm and a residual."""
+    """The stack of decoder layers: attention and MLP, each with norms and a residual."""
 
     # Their order numbers the dropout keys.
     linears = (
@@ -61,31 +68,21 @@ class DecoderLayer(nnx.Module):
         *("qkv_proj", "gate_up_proj", "w1", "w2", "w3"),
     )
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        adapters: dict[str, AdapterShape],
-        kernel: AttentionKernel,
-        dtype: jnp.dtype,
-        quantization: Quantization,
-    ):
-        layers = config.num_layers
+    def __init__(self, config: DecoderConfig, options: Options):
+        layers, dtype = config.num_layers, options.dtype
 
         def make(prefix: str) -> MakeLinear:
-            return stacked_linear(prefix, layers, adapters, dtype, quantization)
+            return stacked_linear(prefix, layers, options)
 
         linear = make("layers.self_attn")
-        self.self_attn = Attention(config, kernel=kernel, linear=linear, dtype=dtype)
+        self.self_attn = Attention(config, kernel=options.kernel, linear=linear, dtype=dtype)
         if config.experts:
-            self.block_sparse_moe = SparseMLP(config, adapters, dtype)
+            self.block_sparse_moe = SparseMLP(config, options)
         else:
             self.mlp = GatedMLP(config, linear=make("layers.mlp"))
-        self.input_layernorm = make_norm(config, dtype, layers=layers)
-        self.post_attention_layernorm = make_norm(config, dtype, layers=layers)
-        self.sandwich = config.sandwich_norms
-        if self.sandwich:
-            self.pre_feedforward_layernorm = make_norm(config, dtype, layers=layers)
-            self.post_feedforward_layernorm = make_norm(config, dtype, layers=layers)
+        self.norms = config.norms
+        for name in filter(None, NORMS[config.norms]):
+            setattr(self, name, make_norm(config, dtype, layers=layers))
 
     def __call__(
         self,
@@ -97,13 +94,12 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValues]:
         """One layer; also returns the keys and values it attended to."""
         mlp = self.block_sparse_moe if hasattr(self, "block_sparse_moe") else self.mlp
-        attended, kept = self.self_attn(self.input_layernorm(x), tables, keys, cached, column)
-        if self.sandwich:
-            x = x + self.post_attention_layernorm(attended)
-            inner = mlp(self.pre_feedforward_layernorm(x), keys)
-            return x + self.post_feedforward_layernorm(inner), kept
-        x = x + attended
-        return x + mlp(self.post_attention_layernorm(x), keys), kept
+        before, after, before_mlp, after_mlp = (
+            getattr(self, name) if name else lambda x: x for name in NORMS[self.norms]
+        )
+        attended, kept = self.self_attn(before(x), tables, keys, cached, column)
+        x = x + after(attended)
+        return x + after_mlp(mlp(before_mlp(x), keys)), kept
 
 
 def linear_keys(key: PRNGKeyArray | None, names: tuple[str, ...]) -> dict[str, Array | None]:
@@ -119,21 +115,16 @@ class Decoder(nnx.Module):
     def __init__(
         self,
         config: DecoderConfig,
-        *,
-        adapters: dict[str, AdapterShape],
-        dtype: jnp.dtype,
-        remat: Remat,
-        kernel: AttentionKernel,
-        quantization: Quantization = "none",
+        options: Options,
+        layer: Callable[[DecoderConfig, Options], Any] = DecoderLayer,
     ):
-        self.config = config
-        self.remat: Remat = remat
+        self.config, dtype = config, options.dtype
+        self.remat: Remat = options.remat
         table = (config.vocab_size, config.hidden_size, dtype)
         self.embed_tokens = Embedding(*table, axis="vocabulary")
         if config.rope is None:
             self.embed_positions = Embedding(config.max_length, config.hidden_size, dtype)
-        layer = Gpt2Layer if config.model_type == "gpt2" else DecoderLayer
-        self.layers = layer(config, adapters, kernel, dtype, quantization)
+        self.layers = layer(config, options)
         self.norm = make_norm(config, dtype, layers=None)
         if not config.tie_word_embeddings:
             self.lm_head = Embedding(*table, axis="vocabulary")
@@ -301,31 +292,3 @@ def checkpointed(body, remat: Remat):
 def mask_positions(mask: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Positions that count tokens only, so that left and right padding mean the same text."""
     return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
-
-
-def structure(
-    config: DecoderConfig,
-    *,
-    adapters: dict[str, AdapterShape] | None = None,
-    dtype: jnp.dtype | str = jnp.float32,
-    remat: Remat = "none",
-    kernel: AttentionKernel = "auto",
-    quantization: Quantization = "none",
-) -> Structure:
-    """The decoder of ``config``, from shapes alone (no array is made).
-
-    Raises:
-        InputError: a layer that the quantisation cannot hold.
-    """
-
-    def make(quantization: Quantization) -> Decoder:
-        return Decoder(
-            config,
-            adapters=adapters or {},
-            dtype=jnp.dtype(dtype),
-            remat=remat,
-            kernel=kernel,
-            quantization=quantization,
-        )
-
-    return structure_of(make, quantization)

@@ -6,7 +6,9 @@ from typing import Literal
 from balora_jax.models.rotary import RopeConfig
 from balora_jax.numerics.head import LINEAR, LogitMap
 
-NormKind = Literal["rms", "rms_plus_one", "layer"]
+NormKind = Literal["rms", "rms_float32", "rms_plus_one", "layer"]
+NormPlace = Literal["before", "both", "after"]
+QKNorm = Literal["none", "head", "whole"]
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,12 @@ class DecoderConfig:
         output_bias: bias on o.
         mlp_bias: biases on gate, up and down.
         fused_projections: q, k, v in one layer, and gate and up in one (Phi-3).
-        qk_norm: RMS norms over every head of q and k (Qwen3, Gemma 3).
-        norm: ``rms``, ``rms_plus_one`` (scale 1 + w, Gemma), or ``layer`` (mean and bias, GPT-2).
-        sandwich_norms: norms behind attention and MLP as well as before them (Gemma 2 and 3).
+        qk_norm: RMS norms of q and k over each ``head`` (Qwen3, Gemma 3), over the ``whole``
+            projection (OLMo-2), or ``none``.
+        norm: ``rms``, ``rms_float32`` (multiplied by its scale before it is rounded, OLMo-2),
+            ``rms_plus_one`` (likewise, scale 1 + w, Gemma), or ``layer`` (mean and bias, GPT-2).
+        norms: where norms stand: ``before`` attention and MLP, ``after`` them (OLMo-2), or
+            ``both`` (Gemma 2 and 3); always within the residual.
         embedding_scale: factor of the embeddings (Gemma).
         query_scale: factor of the attention scores; None for 1/√K.
         attention_soft_cap: largest size of an attention score (Gemma 2).
@@ -65,9 +70,9 @@ class DecoderConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     fused_projections: bool = False
-    qk_norm: bool = False
+    qk_norm: QKNorm = "none"
     norm: NormKind = "rms"
-    sandwich_norms: bool = False
+    norms: NormPlace = "before"
     embedding_scale: float = 1.0
     query_scale: float | None = None
     attention_soft_cap: float | None = None

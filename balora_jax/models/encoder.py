@@ -6,21 +6,20 @@ dicts by dotted path. The encoder is frozen and may carry adapters below ``layer
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from balora_jax.array_types import Array, Bool, Float, Int, PRNGKeyArray
-from balora_jax.models.adapters import AdapterShape
-from balora_jax.models.decoder import Embedding, Remat, checkpointed, linear_keys
+from balora_jax.models.decoder import Embedding, checkpointed, linear_keys
 from balora_jax.models.disentangled import (
     DisentangledConfig,
     DisentangledSelfAttention,
     Keys,
     SelfAttention,
 )
+from balora_jax.models.encoder_config import EncoderConfig
 from balora_jax.models.layers import (
     ACTIVATIONS,
     INTO_INNER,
@@ -30,63 +29,14 @@ from balora_jax.models.layers import (
     MakeLinear,
     stacked_linear,
 )
+from balora_jax.models.options import Options, Remat
 from balora_jax.models.products import matmul
-from balora_jax.models.quantized import Quantization
-from balora_jax.models.structure import Structure, structure_of
 from balora_jax.models.variables import Ends, HeadParam, declared
 
 ENCODER_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     **ACTIVATIONS,
     "tanh": jnp.tanh,
 }
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """Shape and options of an encoder; all but ``num_labels`` come from ``config.json``.
-
-    Attributes:
-        model_type: ``bert``, ``roberta`` or ``deberta-v2`` (which DeBERTaV3 uses as well).
-        vocab_size: V.
-        hidden_size: D.
-        intermediate_size: F.
-        num_layers: L.
-        num_heads: H.
-        norm_eps: epsilon of the LayerNorms.
-        activation: of the MLP.
-        max_positions: rows of the table of absolute positions.
-        position_offset: row of the first token; where positive, padding tokens are not counted.
-        type_vocab_size: token types (sentence A, sentence B); 0 for none.
-        pad_token_id: the token that RoBERTa's positions leave out.
-        num_labels: C; 1 for regression.
-        max_length: tokens of a sequence that the checkpoint can take.
-        pooler_activation: between the two layers of the head.
-        initializer_range: standard deviation of a new head.
-        disentangled: DeBERTa's relative positions, or None.
-    """
-
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    norm_eps: float
-    activation: str
-    max_positions: int
-    position_offset: int
-    type_vocab_size: int
-    pad_token_id: int
-    num_labels: int
-    max_length: int
-    pooler_activation: str = "tanh"
-    initializer_range: float = 0.02
-    disentangled: DisentangledConfig | None = None
-
-    @property
-    def absolute_positions(self) -> bool:
-        """Whether the embeddings hold a table of absolute positions."""
-        return self.disentangled is None or self.disentangled.position_biased_input
 
 
 class Embeddings(nnx.Module):
@@ -195,13 +145,12 @@ class EncoderLayer(nnx.Module):
     def __init__(
         self,
         config: EncoderConfig,
-        adapters: dict[str, AdapterShape],
-        dtype: jnp.dtype,
-        quantization: Quantization,
+        options: Options,
     ):
         def make(prefix: str) -> MakeLinear:
-            return stacked_linear(prefix, config.num_layers, adapters, dtype, quantization)
+            return stacked_linear(prefix, config.num_layers, options)
 
+        dtype = options.dtype
         self.attention = EncoderAttention(config, make, dtype)
         self.intermediate = Intermediate(config, make("layers.intermediate"))
         inner, linear = config.intermediate_size, make("layers.output")
@@ -270,21 +219,13 @@ class Head(nnx.Module):
 class Encoder(nnx.Module):
     """Token ids to hidden states, to the first token's features, to logits."""
 
-    def __init__(
-        self,
-        config: EncoderConfig,
-        *,
-        adapters: dict[str, AdapterShape],
-        dtype: jnp.dtype,
-        remat: Remat,
-        quantization: Quantization = "none",
-    ):
+    def __init__(self, config: EncoderConfig, options: Options):
         self.config = config
-        self.remat: Remat = remat
-        self.embeddings = Embeddings(config, dtype)
-        self.layers = EncoderLayer(config, adapters, dtype, quantization)
+        self.remat: Remat = options.remat
+        self.embeddings = Embeddings(config, options.dtype)
+        self.layers = EncoderLayer(config, options)
         if config.disentangled is not None:
-            self.encoder = RelativeTable(config, config.disentangled, dtype)
+            self.encoder = RelativeTable(config, config.disentangled, options.dtype)
         self.head = Head(config)
 
     def hidden(
@@ -354,25 +295,3 @@ def init_head(config: EncoderConfig, key: PRNGKeyArray) -> dict[str, Array]:
         "head.out.kernel": deviation * jax.random.normal(out, (width, labels), jnp.float32),
         "head.out.bias": jnp.zeros((labels,), jnp.float32),
     }
-
-
-def encoder_structure(
-    config: EncoderConfig,
-    *,
-    adapters: dict[str, AdapterShape] | None = None,
-    dtype: jnp.dtype | str = jnp.float32,
-    remat: Remat = "none",
-    quantization: Quantization = "none",
-) -> Structure:
-    """The encoder of ``config``, from shapes alone; ``dtype`` is that of the frozen weights."""
-
-    def make(quantization: Quantization) -> Encoder:
-        return Encoder(
-            config,
-            adapters=adapters or {},
-            dtype=jnp.dtype(dtype),
-            remat=remat,
-            quantization=quantization,
-        )
-
-    return structure_of(make, quantization)

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from balora_jax.array_types import Array, Float, Int, PRNGKeyArray
-from balora_jax.models.adapters import AdapterShape
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.layers import ACTIVATIONS, INTO_INNER, OUT_OF_INNER
 from balora_jax.models.linear import Linear
+from balora_jax.models.options import Options
 from balora_jax.models.variables import Ends, declared
 
 
@@ -44,13 +44,11 @@ def grouped_matmul(
     )
 
 
-def stacked_experts(
-    prefix: str, layers: int, adapters: dict[str, AdapterShape], dtype: jnp.dtype
-) -> Callable[..., ExpertLinear]:
-    """As ``stacked_linear``, for experts; ``layers`` counts those of all layers."""
+def stacked_experts(prefix: str, layers: int, options: Options) -> Callable[..., ExpertLinear]:
+    """As ``stacked_linear``, for experts, never quantised; ``layers`` are those of all layers."""
 
     def make(name: str, d_in: int, d_out: int, axes: Ends) -> ExpertLinear:
-        adapter = adapters.get(f"{prefix}.{name}")
+        adapter, dtype = options.adapters.get(f"{prefix}.{name}"), options.dtype
         return ExpertLinear(d_in, d_out, layers=layers, axes=axes, adapter=adapter, dtype=dtype)
 
     return make
@@ -89,11 +87,11 @@ class SparseMLP(nnx.Module):
     a capacity, so no token is dropped.
     """
 
-    def __init__(self, config: DecoderConfig, adapters: dict[str, AdapterShape], dtype: jnp.dtype):
-        self.gate = Router(config, dtype)
+    def __init__(self, config: DecoderConfig, options: Options):
+        self.gate = Router(config, options.dtype)
         count = config.num_layers * config.experts
         prefix = "layers.block_sparse_moe.experts"
-        self.experts = Experts(config, linear=stacked_experts(prefix, count, adapters, dtype))
+        self.experts = Experts(config, linear=stacked_experts(prefix, count, options))
         self.taken = config.experts_per_token
 
     def __call__(

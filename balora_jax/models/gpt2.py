@@ -4,7 +4,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from balora_jax.array_types import Array, Float, Int
-from balora_jax.models.adapters import AdapterShape
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.layers import (
     ACTIVATIONS,
@@ -12,7 +11,6 @@ from balora_jax.models.layers import (
     INTO_INNER,
     OUT_OF_HEADS,
     OUT_OF_INNER,
-    AttentionKernel,
     KeyValues,
     MakeLinear,
     Tables,
@@ -21,7 +19,7 @@ from balora_jax.models.layers import (
     stacked_linear,
     with_cached,
 )
-from balora_jax.models.quantized import Quantization
+from balora_jax.models.options import AttentionKernel, Options
 
 LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
@@ -72,20 +70,13 @@ class Gpt2Layer(nnx.Module):
 
     linears = LINEARS
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        adapters: dict[str, AdapterShape],
-        kernel: AttentionKernel,
-        dtype: jnp.dtype,
-        quantization: Quantization,
-    ):
-        layers = config.num_layers
+    def __init__(self, config: DecoderConfig, options: Options):
+        layers, dtype = config.num_layers, options.dtype
 
         def make(prefix: str) -> MakeLinear:
-            return stacked_linear(prefix, layers, adapters, dtype, quantization)
+            return stacked_linear(prefix, layers, options)
 
-        self.attn = Gpt2Attention(config, kernel=kernel, linear=make("layers.attn"))
+        self.attn = Gpt2Attention(config, kernel=options.kernel, linear=make("layers.attn"))
         self.mlp = Gpt2MLP(config, linear=make("layers.mlp"))
         self.ln_1 = make_norm(config, dtype, layers=layers)
         self.ln_2 = make_norm(config, dtype, layers=layers)

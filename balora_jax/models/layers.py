@@ -1,18 +1,18 @@
 """Building blocks of the decoders: normalisation, attention, MLP."""
 
+import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from balora_jax.array_types import Array, Bool, Float, Int
-from balora_jax.models.adapters import AdapterShape
-from balora_jax.models.decoder_config import DecoderConfig
+from balora_jax.models.decoder_config import DecoderConfig, NormKind
 from balora_jax.models.linear import Linear
+from balora_jax.models.options import AttentionKernel, Options
 from balora_jax.models.products import as_last
-from balora_jax.models.quantized import Quantization
 from balora_jax.models.rotary import rotate
 from balora_jax.models.variables import Ends, declared
 from balora_jax.parallel.token_split import parts, whole
@@ -21,7 +21,6 @@ MakeLinear = Callable[..., Linear]
 # Logical axes of the kernels of attention and of the MLP.
 INTO_HEADS, OUT_OF_HEADS = ("width", "heads"), ("heads", "width")
 INTO_INNER, OUT_OF_INNER = ("width", "inner"), ("inner", "width")
-AttentionKernel = Literal["auto", "xla", "cudnn"]
 
 
 def norm_vector(value: Array) -> nnx.Variable:
@@ -32,7 +31,7 @@ def norm_vector(value: Array) -> nnx.Variable:
 class RMSNorm(nnx.Module):
     """A stack of root-mean-square norms, computed in float32.
 
-    Source: Llama casts before it multiplies by the scale, Gemma (1 + w) after.
+    Source: Llama rounds before it multiplies by the scale, OLMo-2 and Gemma (1 + w) after.
     """
 
     def __init__(
@@ -42,20 +41,23 @@ class RMSNorm(nnx.Module):
         layers: int | None,
         eps: float,
         dtype: jnp.dtype,
-        plus_one: bool = False,
+        kind: NormKind = "rms",
     ):
         shape = (width,) if layers is None else (layers, width)
         self.scale = norm_vector(jnp.ones(shape, dtype))
         self.eps = eps
-        self.plus_one = plus_one
+        self.kind: NormKind = kind
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Normalise the last axis."""
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        if self.plus_one:
-            return (y * (1.0 + as_last(self.scale[...], y).astype(jnp.float32))).astype(x.dtype)
-        return as_last(self.scale[...], y) * y.astype(x.dtype)
+        scale = as_last(self.scale[...], y)
+        if self.kind == "rms":
+            return scale * y.astype(x.dtype)
+        scale = scale.astype(jnp.float32)
+        scale = 1.0 + scale if self.kind == "rms_plus_one" else scale
+        return (y * scale).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -83,8 +85,7 @@ def make_norm(
     width = config.hidden_size if width is None else width
     if config.norm == "layer":
         return LayerNorm(width, layers=layers, eps=config.norm_eps, dtype=dtype)
-    plus_one = config.norm == "rms_plus_one"
-    return RMSNorm(width, layers=layers, eps=config.norm_eps, dtype=dtype, plus_one=plus_one)
+    return RMSNorm(width, layers=layers, eps=config.norm_eps, dtype=dtype, kind=config.norm)
 
 
 class Tables(NamedTuple):
@@ -213,10 +214,11 @@ class Attention(nnx.Module):
             self.k_proj = linear("k_proj", width, keys, INTO_HEADS, bias)
             self.v_proj = linear("v_proj", width, keys, INTO_HEADS, bias)
         self.o_proj = linear("o_proj", queries, width, OUT_OF_HEADS, config.output_bias)
-        if config.qk_norm:
-            norm = {"layers": config.num_layers, "width": config.head_dim}
-            self.q_norm = make_norm(config, dtype, **norm)
-            self.k_norm = make_norm(config, dtype, **norm)
+        if config.qk_norm != "none":
+            each = config.qk_norm == "head"
+            widths = (config.head_dim, config.head_dim) if each else (queries, keys)
+            norm = functools.partial(make_norm, config, dtype, layers=config.num_layers)
+            self.q_norm, self.k_norm = (norm(width=width) for width in widths)
         self.config = config
         self.kernel: AttentionKernel = kernel
 
@@ -255,8 +257,11 @@ class Attention(nnx.Module):
         else:
             linears = {"q_proj": self.q_proj, "k_proj": self.k_proj, "v_proj": self.v_proj}
             parts = [linear(x, keys[name]) for name, linear in linears.items()]
-        q, k, v = (part.reshape(*x.shape[:2], -1, config.head_dim) for part in parts)
-        if config.qk_norm:
+        q, k, v = parts
+        if config.qk_norm == "whole":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.reshape(*x.shape[:2], -1, config.head_dim) for part in (q, k, v))
+        if config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
@@ -296,13 +301,7 @@ class GatedMLP(nnx.Module):
         return self.down_proj(ACTIVATIONS[self.activation](gate) * up, keys["down_proj"])
 
 
-def stacked_linear(
-    prefix: str,
-    layers: int,
-    adapters: dict[str, AdapterShape],
-    dtype: jnp.dtype,
-    quantization: Quantization = "none",
-) -> MakeLinear:
+def stacked_linear(prefix: str, layers: int, options: Options) -> MakeLinear:
     """A constructor of the linear layers below ``prefix`` that looks up each one's adapter."""
 
     def make(name: str, d_in: int, d_out: int, axes: Ends, use_bias: bool) -> Linear:
@@ -312,9 +311,9 @@ def stacked_linear(
             layers=layers,
             axes=axes,
             use_bias=use_bias,
-            adapter=adapters.get(f"{prefix}.{name}"),
-            dtype=dtype,
-            quantization=quantization,
+            adapter=options.adapters.get(f"{prefix}.{name}"),
+            dtype=options.dtype,
+            quantization=options.quantization,
             name=f"{prefix}.{name}.kernel",
         )
 

@@ -2,149 +2,173 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import cast, get_args
 
 from balora_jax.errors import InputError
+from balora_jax.models.raw_config import HEADS, WIDTH, RawConfig
 from balora_jax.models.rotary import RopeConfig, RopeKind
 
+LARGEST_THETA = 1e15
 
-def rope_config(
-    raw: Mapping[str, Any], where: str, *, default_theta: float = 10000.0
-) -> RopeConfig:
+
+def rope_config(raw: RawConfig, *, default_theta: float = 10000.0) -> RopeConfig:
     """Rotary settings from ``rope_parameters`` (new) or ``rope_theta`` and ``rope_scaling``.
 
     Raises:
         InputError: a kind of scaling that this code lacks, or one without what it needs.
     """
-    scaling = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    # Phi-3's first checkpoints say "su".
-    kind = "longrope" if kind == "su" else kind
-    _check_rope(scaling, kind, where)
-    theta = float(scaling.get("rope_theta") or raw.get("rope_theta") or default_theta)
-    partial = scaling.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
+    scaling = RawConfig(
+        {**raw.section("rope_scaling"), **raw.section("rope_parameters")}, f"{raw.where}, rope"
+    )
+    kind = _kind(raw, scaling)
+    theta = _first("rope_theta", scaling, raw, default=default_theta, most=LARGEST_THETA)
+    partial = _first("partial_rotary_factor", scaling, raw, default=1.0, most=1.0)
     rotary_dim = None if partial == 1.0 else int(_head_dim(raw) * partial)
     if kind == "default":
         return RopeConfig(theta=theta, rotary_dim=rotary_dim)
     if kind == "longrope":
-        return _longrope(raw, scaling, theta, rotary_dim, where)
-    original = _original_length(raw, scaling, kind)
-    factor = scaling.get("factor")
-    if factor is None and kind == "yarn":
-        factor = raw.get("max_position_embeddings", 2048) / original
-    if factor is None:
-        raise InputError(
-            f"{where}: expected a 'factor' in the rope scaling of type {kind!r}, got none. "
-            "Correct the config."
-        )
+        return _longrope(raw, scaling, theta, rotary_dim)
+    original, factor = _original_length(raw, scaling, kind), _factor(raw, scaling, kind)
     return RopeConfig(
         theta=theta,
         kind=kind,
-        factor=float(factor),
-        original_length=int(original),
-        low_freq_factor=float(scaling.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(scaling.get("high_freq_factor", 4.0)),
-        beta_fast=float(scaling.get("beta_fast") or 32.0),
-        beta_slow=float(scaling.get("beta_slow") or 1.0),
-        attention_factor=_attention_factor(scaling, kind, float(factor)),
-        truncate=bool(scaling.get("truncate", True)),
+        factor=factor,
+        original_length=original,
+        low_freq_factor=scaling.number("low_freq_factor", 1.0),
+        high_freq_factor=scaling.number("high_freq_factor", 4.0),
+        beta_fast=_first("beta_fast", scaling, default=32.0),
+        beta_slow=_first("beta_slow", scaling, default=1.0),
+        attention_factor=_attention_factor(scaling, kind, factor),
+        truncate=scaling.flag("truncate", default=True),
         rotary_dim=rotary_dim,
     )
 
 
 def rope_by_layer(
-    raw: Mapping[str, Any], where: str, *, default_theta: float, default_local_theta: float
+    raw: RawConfig, *, default_theta: float, default_local_theta: float
 ) -> tuple[RopeConfig, RopeConfig]:
     """Rotary settings of the layers that see everything and of those with a window (Gemma 3).
 
     The older style scales the former only and gives the latter ``rope_local_base_freq``.
     """
-    tables = raw.get("rope_parameters") or {}
+    tables = raw.section("rope_parameters")
     if not any(isinstance(value, Mapping) for value in tables.values()):
-        local = {"rope_theta": raw.get("rope_local_base_freq")}
+        local = {"rope_theta": raw.values.get("rope_local_base_freq")}
         return (
-            rope_config(raw, where, default_theta=default_theta),
-            rope_config(local, where, default_theta=default_local_theta),
+            rope_config(raw, default_theta=default_theta),
+            rope_config(RawConfig(local, raw.where), default_theta=default_local_theta),
         )
-    rest = {key: value for key, value in raw.items() if not key.startswith("rope_")}
+    rest = {key: value for key, value in raw.values.items() if not key.startswith("rope_")}
     full = rest | {"rope_parameters": tables.get("full_attention")}
     local = rest | {"rope_parameters": tables.get("sliding_attention")}
     return (
-        rope_config(full, where, default_theta=default_theta),
-        rope_config(local, where, default_theta=default_local_theta),
+        rope_config(RawConfig(full, raw.where), default_theta=default_theta),
+        rope_config(RawConfig(local, raw.where), default_theta=default_local_theta),
+    )
+
+
+def _kind(raw: RawConfig, scaling: RawConfig) -> RopeKind:
+    """Refuse what would be silently misread: another type, or tables for each kind of layer."""
+    if any(isinstance(value, Mapping) for value in scaling.values.values()):
+        raise InputError(
+            f"{raw.where}: expected one set of rope parameters, got one for each kind of layer "
+            f"({', '.join(scaling.values)}). This checkpoint cannot be run exactly."
+        )
+    kind = scaling.values.get("rope_type") or scaling.values.get("type") or "default"
+    kind = "longrope" if kind == "su" else kind  # Phi-3's first checkpoints say "su"
+    known = get_args(RopeKind)
+    if kind not in known:
+        raise InputError(
+            f"{raw.where}: expected the rope type to be one of {', '.join(known)}, got {kind!r}. "
+            "This checkpoint cannot be run exactly."
+        )
+    return cast("RopeKind", kind)
+
+
+def _first(key: str, *raws: RawConfig, default: float, most: float = math.inf) -> float:
+    """A positive number from the first that has the key; a zero counts as none."""
+    for raw in raws:
+        if raw.has(key) and raw.number(key, most=most) > 0:
+            return raw.number(key)
+    return default
+
+
+def _factor(raw: RawConfig, scaling: RawConfig, kind: RopeKind) -> float:
+    """How many times the context is stretched; YaRN's may follow from the two lengths."""
+    if scaling.has("factor"):
+        return scaling.number("factor")
+    if kind == "yarn":
+        return _context(raw) / _original_length(raw, scaling, kind)
+    raise InputError(
+        f"{raw.where}: expected a 'factor' in the rope scaling of type {kind!r}, got none. "
+        "Correct the config."
     )
 
 
 def _longrope(
-    raw: Mapping[str, Any],
-    scaling: Mapping[str, Any],
-    theta: float,
-    rotary_dim: int | None,
-    where: str,
+    raw: RawConfig, scaling: RawConfig, theta: float, rotary_dim: int | None
 ) -> RopeConfig:
     """LongRoPE's two sets of divisors. Source: arXiv 2402.13753, as ``transformers`` reads it."""
     pairs = (rotary_dim or _head_dim(raw)) // 2
-    for key in ("short_factor", "long_factor"):
-        if len(scaling.get(key) or ()) != pairs:
-            raise InputError(
-                f"{where}: expected {pairs} numbers in {key!r} of the rope scaling, got "
-                f"{len(scaling.get(key) or ())}. Correct the config."
-            )
+    short, long = (_divisors(raw, scaling, key, pairs) for key in ("short_factor", "long_factor"))
     original = _original_length(raw, scaling, "longrope")
-    factor = raw["max_position_embeddings"] / original
-    attention = scaling.get("attention_factor")
-    if attention is None:
-        attention = 1.0 if factor <= 1.0 else math.sqrt(1.0 + math.log(factor) / math.log(original))
+    factor = raw.integer("max_position_embeddings") / original
+    attention = 1.0 if factor <= 1.0 else math.sqrt(1.0 + math.log(factor) / math.log(original))
+    if scaling.has("attention_factor"):
+        attention = scaling.number("attention_factor")
     return RopeConfig(
         theta=theta,
         kind="longrope",
         factor=factor,
         original_length=original,
-        attention_factor=float(attention),
-        short_factor=tuple(float(x) for x in scaling["short_factor"]),
-        long_factor=tuple(float(x) for x in scaling["long_factor"]),
+        attention_factor=attention,
+        short_factor=short,
+        long_factor=long,
         rotary_dim=rotary_dim,
     )
 
 
-def _head_dim(raw: Mapping[str, Any]) -> int:
-    return raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
-
-
-def _check_rope(scaling: Mapping[str, Any], kind: str, where: str) -> None:
-    """Refuse what would be silently misread: another type, or tables for each kind of layer."""
-    if any(isinstance(value, Mapping) for value in scaling.values()):
+def _divisors(raw: RawConfig, scaling: RawConfig, key: str, pairs: int) -> tuple[float, ...]:
+    listed = scaling.values.get(key)
+    listed = listed if isinstance(listed, list | tuple) else ()
+    numbers = [x for x in listed if isinstance(x, int | float) and x > 0]
+    if not len(numbers) == len(listed) == pairs:
         raise InputError(
-            f"{where}: expected one set of rope parameters, got one for each kind of layer "
-            f"({', '.join(scaling)}). This checkpoint cannot be run exactly."
+            f"{raw.where}: expected {pairs} numbers in {key!r} of the rope scaling, got "
+            f"{len(numbers)}. Correct the config."
         )
-    known = get_args(RopeKind)
-    if kind not in known:
-        raise InputError(
-            f"{where}: expected the rope type to be one of {', '.join(known)}, got {kind!r}. "
-            "This checkpoint cannot be run exactly."
-        )
+    return tuple(float(x) for x in numbers)
 
 
-def _original_length(raw: Mapping[str, Any], scaling: Mapping[str, Any], kind: str) -> int:
+def _head_dim(raw: RawConfig) -> int:
+    if raw.has("head_dim"):
+        return raw.integer("head_dim", most=WIDTH)
+    heads = raw.integer("num_attention_heads", most=HEADS)
+    return raw.integer("hidden_size", most=WIDTH) // heads
+
+
+def _context(raw: RawConfig) -> int:
+    return raw.integer("max_position_embeddings", 2048)
+
+
+def _original_length(raw: RawConfig, scaling: RawConfig, kind: RopeKind) -> int:
     """Context of pretraining; as in transformers, ``dynamic`` measures from the configured one."""
-    context = raw.get("max_position_embeddings", 2048)
-    if kind == "dynamic":
-        return context
     key = "original_max_position_embeddings"
-    return raw.get(key) or scaling.get(key) or context
+    for found in () if kind == "dynamic" else (raw, scaling):
+        if found.has(key):
+            return found.integer(key)
+    return _context(raw)
 
 
-def _attention_factor(scaling: Mapping[str, Any], kind: str, factor: float) -> float:
+def _attention_factor(scaling: RawConfig, kind: RopeKind, factor: float) -> float:
     """YaRN's temperature on cos and sin. Source: the YaRN paper; DeepSeek's two mscales."""
     if kind != "yarn":
         return 1.0
-    if scaling.get("attention_factor") is not None:
-        return float(scaling["attention_factor"])
+    if scaling.has("attention_factor"):
+        return scaling.number("attention_factor")
 
     def mscale(weight: float) -> float:
         return 1.0 if factor <= 1.0 else 0.1 * weight * math.log(factor) + 1.0
 
-    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return mscale(float(scaling["mscale"])) / mscale(float(scaling["mscale_all_dim"]))
-    return mscale(1.0)
+    one, all_dim = (_first(key, scaling, default=0.0) for key in ("mscale", "mscale_all_dim"))
+    return mscale(one) / mscale(all_dim) if one and all_dim else mscale(1.0)

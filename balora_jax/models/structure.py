@@ -1,13 +1,19 @@
 """A model without its arrays: its graph, and the shape and logical axes of every array it needs."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from balora_jax.array_types import Array, Axes
+from balora_jax.models.adapters import AdapterShape
+from balora_jax.models.decoder_config import DecoderConfig
+from balora_jax.models.encoder_config import EncoderConfig
+from balora_jax.models.families.base import family_of
+from balora_jax.models.options import AttentionKernel, Options, Remat
 from balora_jax.models.quantized import Quantization
 from balora_jax.models.variables import HeadParam, Origin, axes_of
 
@@ -54,29 +60,52 @@ class Structure:
         return nnx.merge(self.graph, nnx.State(tree))
 
 
-def structure_of(
-    make: Callable[[Quantization], nnx.Module], quantization: Quantization = "none"
+def structure(
+    config: DecoderConfig | EncoderConfig,
+    *,
+    adapters: Mapping[str, AdapterShape] | None = None,
+    dtype: jnp.dtype | str = jnp.float32,
+    remat: Remat = "none",
+    kernel: AttentionKernel = "auto",
+    quantization: Quantization = "none",
 ) -> Structure:
-    """The structure of a module, from shapes alone (no array is made).
+    """The model of a config, from shapes alone (no array is made).
 
     Args:
-        make: the module, with its linear layers quantised so.
+        config: what the checkpoint fixes.
+        adapters: of stacked linear layers, by path.
+        dtype: of frozen weights and activations.
+        remat: what the backward computes anew.
+        kernel: of a decoder's attention.
         quantization: of the linear layers.
 
     Raises:
         InputError: a layer that the quantisation cannot hold.
     """
+    options = Options(adapters or {}, jnp.dtype(dtype), remat, kernel, quantization)
+    return structure_of(lambda options: family_of(config).build(config, options), options)
 
-    def split(quantization: Quantization) -> Any:
+
+def structure_of(make: Callable[[Options], nnx.Module], options: Options) -> Structure:
+    """The structure of any module whose arrays were :func:`~.variables.declared`.
+
+    Args:
+        make: the module, built so.
+        options: how.
+    """
+
+    def split(options: Options) -> Any:
         # Head and adapter variables are Params as well, so they are named first.
-        module = nnx.eval_shape(lambda: make(quantization))
+        module = nnx.eval_shape(lambda: make(options))
         return nnx.split(module, HeadParam, nnx.LoRAParam, Origin, nnx.Param)
 
-    graph, *states = split(quantization)
+    graph, *states = split(options)
     head, adapters, origin, frozen = (_shapes(state) for state in states)
-    plain = states[-1] if quantization == "none" else split("none")[-1]
-    axes = {path: axes_of(leaf) for state in (*states, plain) for path, leaf in _leaves(state)}
-    return Structure(graph, frozen, adapters, origin, head, _shapes(plain), quantization, axes)
+    plain = frozen
+    if options.quantization != "none":
+        plain = _shapes(split(replace(options, quantization="none"))[-1])
+    axes = {path: axes_of(leaf) for state in states for path, leaf in _leaves(state)}
+    return Structure(graph, frozen, adapters, origin, head, plain, options.quantization, axes)
 
 
 def _shapes(state: nnx.State) -> Shapes:

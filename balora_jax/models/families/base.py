@@ -1,0 +1,220 @@
+"""What a family of models is: one object that reads its config and names its weights.
+
+A family's file makes one and registers it; its name is the ``model_type`` of its ``config.json``.
+A user's own file may register more.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+from flax import nnx
+
+from balora_jax.errors import InputError
+from balora_jax.models.decoder import Decoder, DecoderLayer
+from balora_jax.models.decoder_config import DecoderConfig
+from balora_jax.models.encoder import Encoder
+from balora_jax.models.encoder_config import EncoderConfig
+from balora_jax.models.families import bert_names, llama_names
+from balora_jax.models.options import Options
+from balora_jax.models.raw_config import RawConfig
+from balora_jax.models.weight_names import WeightRule
+from balora_jax.registry import Registry
+
+Kind = Literal["decoder", "encoder"]
+Config = DecoderConfig | EncoderConfig
+Rules = tuple[WeightRule, ...]
+
+
+class Family(Protocol):
+    """What the rest of the package asks of a family; the two classes below answer it."""
+
+    kind: ClassVar[Kind]
+    task_type: ClassVar[str]
+    """In PEFT's words."""
+
+    @property
+    def name(self) -> str:
+        """``model_type`` in Hugging Face configs."""
+        ...
+
+    @property
+    def read(self) -> Callable[[RawConfig], Any]:
+        """From a parsed ``config.json`` to the config of a model."""
+        ...
+
+    @property
+    def rules(self) -> Callable[[Any], Rules]:
+        """From that config to the weight-name table of what stays frozen."""
+        ...
+
+    def head_rules(self) -> Rules:
+        """The weight-name table of the trainable head; empty where there is none."""
+        ...
+
+    def head_settings(self, config: Any) -> dict[str, Any]:
+        """What a ``config.json`` says of the head; empty where there is none."""
+        ...
+
+    def head_modules(self) -> tuple[str, ...]:
+        """What PEFT calls the modules of the head."""
+        ...
+
+    def ignored(self, config: Any) -> tuple[str, ...]:
+        """Patterns of checkpoint names that may be left over."""
+        ...
+
+    def build(self, config: Any, options: Options) -> nnx.Module:
+        """The model."""
+        ...
+
+
+@dataclass(frozen=True)
+class DecoderFamily:
+    """A family of causal language models.
+
+    Attributes:
+        name: ``model_type`` in Hugging Face configs.
+        read: its config, from a parsed ``config.json``.
+        rules: the weight-name table; by default that of Llama's names.
+        layer: the stack of its layers.
+        leftovers: patterns of names in old checkpoints that carry no weight.
+    """
+
+    name: str
+    read: Callable[[RawConfig], DecoderConfig]
+    rules: Callable[[DecoderConfig], Rules] = llama_names.weight_rules
+    layer: Callable[[DecoderConfig, Options], Any] = DecoderLayer
+    leftovers: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+    kind: ClassVar[Kind] = "decoder"
+    task_type: ClassVar[str] = "CAUSAL_LM"
+
+    def head_rules(self) -> Rules:
+        """None: the head stays frozen."""
+        return ()
+
+    def head_settings(self, config: DecoderConfig) -> dict[str, Any]:
+        """None, for the same reason."""
+        del config
+        return {}
+
+    def head_modules(self) -> tuple[str, ...]:
+        """None, for the same reason."""
+        return ()
+
+    def build(self, config: DecoderConfig, options: Options) -> nnx.Module:
+        """The model."""
+        return Decoder(config, options, self.layer)
+
+    def ignored(self, config: DecoderConfig) -> tuple[str, ...]:
+        """Patterns of checkpoint names that may be left over; a tied head may be stored too."""
+        return self.leftovers + ((r"lm_head\.weight",) if config.tie_word_embeddings else ())
+
+
+@dataclass(frozen=True)
+class EncoderFamily:
+    """A family of bidirectional encoders with a head for classes or a score.
+
+    Names are those of ``transformers``' class for sequence classification; a checkpoint without a
+    head (a pretrained base) has all but those of the head.
+
+    Attributes:
+        name: ``model_type`` in Hugging Face configs.
+        read: its config, from a parsed ``config.json``.
+        prefix: of its weights' names.
+        head: checkpoint names of the head's two layers.
+        architecture: the class of ``transformers`` with such a head.
+        leftovers: patterns of other heads' names, and of buffers in old checkpoints.
+    """
+
+    name: str
+    read: Callable[[RawConfig], EncoderConfig]
+    prefix: str
+    head: tuple[str, str]
+    architecture: str
+    leftovers: tuple[str, ...] = ()
+    kind: ClassVar[Kind] = "encoder"
+    task_type: ClassVar[str] = "SEQ_CLS"
+
+    def build(self, config: EncoderConfig, options: Options) -> nnx.Module:
+        """The model."""
+        return Encoder(config, options)
+
+    def rules(self, config: EncoderConfig) -> Rules:
+        """The weight-name table of the encoder, which stays frozen."""
+        return bert_names.weight_rules(config, self.prefix)
+
+    def head_rules(self) -> Rules:
+        """The weight-name table of the head: pooler and classifier, both trainable."""
+        dense, out = self.head
+        return (
+            *bert_names.linear_rules("head.dense", dense),
+            *bert_names.linear_rules("head.out", out),
+        )
+
+    def head_settings(self, config: EncoderConfig) -> dict[str, Any]:
+        """What a ``config.json`` says of the head: its class and its labels."""
+        labels = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}
+        return {
+            "architectures": [self.architecture],
+            "id2label": labels,
+            "label2id": {name: int(i) for i, name in labels.items()},
+            "num_labels": len(labels),
+            # Named in either case: the base may have been fine-tuned for the other.
+            "problem_type": "regression" if len(labels) == 1 else "single_label_classification",
+        }
+
+    def head_modules(self) -> tuple[str, ...]:
+        """What PEFT calls the modules of the head: ``pooler``, ``classifier`` or both."""
+        parts = {part for name in self.head for part in name.split(".")}
+        return tuple(sorted(parts & {"pooler", "classifier"}))
+
+    def ignored(self, config: EncoderConfig) -> tuple[str, ...]:
+        """Patterns of checkpoint names that may be left over."""
+        found = (*self.leftovers, *(rule.pattern for rule in self.head_rules()))
+        if config.absolute_positions:
+            return found
+        return (*found, rf"{self.prefix}\.embeddings\.position_embeddings\..*")
+
+
+FAMILIES: Registry[Family] = Registry("family", "config.json: model_type")
+
+
+def family_of(config: Config) -> Family:
+    """The family that read a config."""
+    return FAMILIES[config.model_type]
+
+
+def read_config(values: Mapping[str, Any], where: str, kind: Kind | None = None) -> Any:
+    """The model that a Hugging Face ``config.json`` describes.
+
+    Args:
+        values: the parsed file.
+        where: its path, for messages.
+        kind: ``decoder`` or ``encoder`` where only one will do.
+
+    Returns:
+        A ``DecoderConfig`` or an ``EncoderConfig``.
+
+    Raises:
+        InputError: an unsupported ``model_type``, a missing key, a value of the wrong type or out
+            of bounds, or an option that this code lacks.
+    """
+    name = values.get("model_type")
+    named = {family.name: family for family in FAMILIES.values() if kind in (None, family.kind)}
+    if name in named:
+        return named[name].read(RawConfig(values, where))
+    raise InputError(
+        f"{where}: expected model_type to be one of {', '.join(named)}, got {name!r}. "
+        f"Use a checkpoint of one of these families{_other_task(kind)}."
+    )
+
+
+def _other_task(kind: Kind | None) -> str:
+    """Where the other kind of model is welcome."""
+    tasks: dict[Kind, str] = {"decoder": "text", "encoder": "labels"}
+    if kind is None:
+        return ""
+    other: Kind = "encoder" if kind == "decoder" else "decoder"
+    names = ", ".join(family.name for family in FAMILIES.values() if family.kind == other)
+    return f", or of another ({names}) with task: {tasks[other]}"

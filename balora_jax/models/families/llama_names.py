@@ -1,0 +1,49 @@
+"""Where the arrays of a decoder with Llama's names lie in a checkpoint."""
+
+from balora_jax.models.decoder import NORMS
+from balora_jax.models.decoder_config import DecoderConfig
+from balora_jax.models.weight_names import WeightRule
+
+
+def weight_rules(config: DecoderConfig, prefix: str = "model") -> tuple[WeightRule, ...]:
+    """The weight-name table; which layers and biases there are follows from the config."""
+    rules = [
+        WeightRule("embed_tokens.embedding", f"{prefix}.embed_tokens.weight", False),
+        WeightRule("norm.scale", f"{prefix}.norm.weight", False),
+    ]
+    if not config.tie_word_embeddings:
+        rules.append(WeightRule("lm_head.embedding", "lm_head.weight", False))
+    layer = f"{prefix}.layers.{{i}}"
+    rules += _linear_rules(config, layer)
+    if config.experts:
+        rules += _expert_rules(config, layer)
+    norms = [name for name in NORMS[config.norms] if name]
+    if config.qk_norm != "none":
+        norms += ["self_attn.q_norm", "self_attn.k_norm"]
+    rules += [WeightRule(f"layers.{n}.scale", f"{layer}.{n}.weight", False) for n in norms]
+    return tuple(rules)
+
+
+def _linear_rules(config: DecoderConfig, layer: str) -> list[WeightRule]:
+    """The linear layers of attention and of an MLP that always runs, with their biases."""
+    qkv = ["qkv_proj"] if config.fused_projections else ["q_proj", "k_proj", "v_proj"]
+    linears = [(f"self_attn.{name}", config.qkv_bias) for name in qkv]
+    linears.append(("self_attn.o_proj", config.output_bias))
+    if not config.experts:
+        gates = ["gate_up_proj"] if config.fused_projections else ["gate_proj", "up_proj"]
+        linears += [(f"mlp.{name}", config.mlp_bias) for name in (*gates, "down_proj")]
+    rules = []
+    for name, biased in linears:
+        rules.append(WeightRule(f"layers.{name}.kernel", f"{layer}.{name}.weight", True))
+        if biased:
+            rules.append(WeightRule(f"layers.{name}.bias", f"{layer}.{name}.bias", False))
+    return rules
+
+
+def _expert_rules(config: DecoderConfig, layer: str) -> list[WeightRule]:
+    block, source = "layers.block_sparse_moe", f"{layer}.block_sparse_moe"
+    rules = [WeightRule(f"{block}.gate.weight", f"{source}.gate.weight", True)]
+    for name in ("w1", "w2", "w3"):
+        stored = f"{source}.experts.{{e}}.{name}.weight"
+        rules.append(WeightRule(f"{block}.experts.{name}.kernel", stored, True, config.experts))
+    return rules

@@ -1,0 +1,26 @@
+"""RoBERTa: positions that leave padding out, and a head of its own."""
+
+from balora_jax.models.encoder_config import EncoderConfig
+from balora_jax.models.families.base import FAMILIES, EncoderFamily
+from balora_jax.models.families.read_bert import read_encoder, refuse_decoders
+from balora_jax.models.raw_config import VOCABULARY, RawConfig
+
+
+def read(raw: RawConfig) -> EncoderConfig:
+    """RoBERTa; its positions begin behind the row of the padding token."""
+    refuse_decoders(raw)
+    offset = raw.integer("pad_token_id", 1, least=0, most=VOCABULARY) + 1
+    return read_encoder(raw, pad_token_id=1, offset=offset)
+
+
+# The pooler is not used for classes.
+ROBERTA = FAMILIES.register(
+    EncoderFamily(
+        "roberta",
+        read,
+        prefix="roberta",
+        head=("classifier.dense", "classifier.out_proj"),
+        architecture="RobertaForSequenceClassification",
+        leftovers=(r"lm_head\..*", r"roberta\.embeddings\.position_ids", r"roberta\.pooler\..*"),
+    )
+)
