@@ -59,6 +59,7 @@ ALONE = ("bench.torch_reference",)  # a program of its own: imports nothing of t
 # What arrays-in, arrays-out code needs; none of these opens a file or a socket.
 PURE = {
     *("collections", "dataclasses", "difflib", "enum", "functools", "itertools", "math", "re"),
+    *("importlib", "pkgutil"),  # a registry's folder imports its files
     *("typing", "zlib", "jax", "jaxtyping", "flax", "numpy", "qwix"),
 }
 READS_OR_WRITES = {"open", "read_text", "write_text", "read_bytes", "write_bytes", "safe_open"}

@@ -14,7 +14,7 @@ import numpy as np
 
 from balora_jax.bench.weights import Weights
 from balora_jax.errors import InputError
-from balora_jax.models import weight_names
+from balora_jax.models.families.base import weight_rules
 from balora_jax.pretrained.checkpoint import Base
 from balora_jax.tasks.text.program import TextProgram
 from balora_jax.training.run import Loaded
@@ -85,7 +85,7 @@ def write_model(folder: Path, base: Base, weights: Weights) -> None:
     folder.mkdir()
     (folder / "config.json").write_text((base.folder / "config.json").read_text(), encoding="utf-8")
     tensors = {}
-    for rule in weight_names.weight_rules(base.config):
+    for rule in weight_rules(base.config):
         array = weights.frozen[rule.path]
         rows = array if rule.stacked else [array]
         for name, layer in zip(rule.names(len(array)), rows, strict=True):

@@ -17,7 +17,7 @@ from balora_jax.bench.measure import reset_peak, resident
 from balora_jax.config import MeshConfig
 from balora_jax.io import hf_weights
 from balora_jax.io.hf_files import open_tensors
-from balora_jax.models.decoder import structure
+from balora_jax.models.structure import structure
 from balora_jax.parallel.sharding import Layout, make_mesh, replicated
 from balora_jax.pretrained.checkpoint import open_base
 

@@ -16,9 +16,8 @@ import numpy as np
 from balora_jax.config import RunConfig
 from balora_jax.config_file import load_config
 from balora_jax.errors import InputError
-from balora_jax.models.decoder import structure
 from balora_jax.models.quantized import Quantization, bytes_of
-from balora_jax.models.structure import Structure
+from balora_jax.models.structure import Structure, structure
 from balora_jax.options import add_config
 from balora_jax.parallel import sharding
 from balora_jax.plan.arguments import shapes_only

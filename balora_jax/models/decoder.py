@@ -80,7 +80,7 @@ class DecoderLayer(nnx.Module):
             self.block_sparse_moe = SparseMLP(config, options)
         else:
             self.mlp = GatedMLP(config, linear=make("layers.mlp"))
-        self.norms = config.norms
+        self.norms: NormPlace = config.norms
         for name in filter(None, NORMS[config.norms]):
             setattr(self, name, make_norm(config, dtype, layers=layers))
 

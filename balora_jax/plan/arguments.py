@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from balora_jax.config import RunConfig
-from balora_jax.io.hf_files import read_json_config
 from balora_jax.parallel import sharding
 from balora_jax.paths import resolve_path
-from balora_jax.pretrained.checkpoint import Base, base_of, open_shapes
+from balora_jax.pretrained.checkpoint import Base, open_base
 from balora_jax.tasks.text.loss import Constants
 from balora_jax.tasks.text.program import TextProgram
 from balora_jax.training import optim, steps
@@ -25,13 +24,12 @@ def shapes_only(name_or_path: str) -> Base | None:
         return None
     if any(file.name.endswith(weights) for file in folder.iterdir()):
         return None
-    raw = read_json_config(folder)
-    return base_of(folder, raw)
+    return open_base(str(folder), weights=False)
 
 
 def opened_base(config: RunConfig) -> Base:
     """The checkpoint of a config, with or without weights; only its ``config.json`` is read."""
-    return open_shapes(config.model.name_or_path, config.model.revision)
+    return open_base(config.model.name_or_path, config.model.revision, weights=False)
 
 
 def random_batch(config: RunConfig, vocabulary: int) -> dict[str, np.ndarray]:

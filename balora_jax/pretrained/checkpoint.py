@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from balora_jax.array_types import Array, PRNGKeyArray
 from balora_jax.errors import InputError
 from balora_jax.io.hf_files import (
+    CONFIG_FILE,
     find_checkpoint,
     fingerprint,
     open_tensors,
@@ -20,10 +21,12 @@ from balora_jax.io.hf_files import (
     read_json_config,
 )
 from balora_jax.io.hf_weights import load_weights
-from balora_jax.models import encoder_registry, registry, weight_names
+from balora_jax.models import weight_names
 from balora_jax.models.adapters import LinearShape
 from balora_jax.models.decoder_config import DecoderConfig
-from balora_jax.models.encoder import EncoderConfig, init_head
+from balora_jax.models.encoder import init_head
+from balora_jax.models.encoder_config import EncoderConfig
+from balora_jax.models.families.base import Family, family_of, read_config
 from balora_jax.models.quantized import quantize_kernel
 from balora_jax.models.structure import Structure
 from balora_jax.models.weight_names import WeightRule
@@ -36,19 +39,40 @@ TOKENIZER_FILES = (
 )
 
 
+Config = TypeVar("Config", bound=DecoderConfig | EncoderConfig, covariant=True)
+
+
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Generic[Config]):
     """A pretrained checkpoint that was opened but not loaded.
 
     Attributes:
         folder: where it lies.
-        rules: the weight-name table of what stays frozen.
-        ignored: patterns of names that may be left over.
+        config: what it is; of an encoder, with the number of labels it is opened for.
     """
 
     folder: Path
-    rules: tuple[WeightRule, ...]
-    ignored: tuple[str, ...]
+    config: Config
+
+    @property
+    def family(self) -> Family:
+        """The family that read its config."""
+        return family_of(self.config)
+
+    @property
+    def rules(self) -> tuple[WeightRule, ...]:
+        """The weight-name table of what stays frozen."""
+        return self.family.rules(self.config)
+
+    @property
+    def head_rules(self) -> tuple[WeightRule, ...]:
+        """The weight-name table of an encoder's head; empty for a decoder."""
+        return self.family.head_rules()
+
+    @property
+    def stores_transposed(self) -> bool:
+        """Whether its kernels are stored [in, out] (GPT-2's Conv1D)."""
+        return not any(rule.transpose for rule in self.rules)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -61,8 +85,10 @@ class Checkpoint:
         """The frozen weights; each device reads its own slices, or the first one all of them."""
         targets = dict(shapes) if layout is None else layout.attached(shapes)
         # What is not asked for here is asked for elsewhere; a name that no rule has is an error.
-        others = [rule.pattern for rule in self.rules if rule.path not in shapes]
-        return load_weights(self.folder, targets, self.rules, ignore=(*self.ignored, *others))
+        named = (*self.rules, *self.head_rules)
+        others = [rule.pattern for rule in named if rule.path not in shapes]
+        ignore = (*self.family.ignored(self.config), *others)
+        return load_weights(self.folder, targets, self.rules, ignore=ignore)
 
     def load_for(self, structure: Structure, mesh: Mesh | None = None) -> dict[str, Array]:
         """The frozen weights as a structure holds them, quantised one stack after another."""
@@ -104,41 +130,11 @@ class Checkpoint:
                 "tokenizer beside the weights."
             ) from error
 
-
-@dataclass(frozen=True)
-class Base(Checkpoint):
-    """The checkpoint of a causal language model.
-
-    Attributes:
-        config: what it is.
-    """
-
-    config: DecoderConfig
-
-    @property
-    def stores_transposed(self) -> bool:
-        """Whether its kernels are stored [in, out] (GPT-2's Conv1D)."""
-        return self.config.model_type == "gpt2"
-
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end a text besides the tokenizer's EOS: Llama 3 names several."""
         file = self.folder / "generation_config.json"
         named = read_json(file).get("eos_token_id") if file.is_file() else None
         return tuple(named) if isinstance(named, list) else () if named is None else (int(named),)
-
-
-@dataclass(frozen=True)
-class EncoderBase(Checkpoint):
-    """The checkpoint of an encoder, with or without a head.
-
-    Attributes:
-        config: what it is, with the number of labels it is opened for.
-        head_rules: the weight-name table of the head.
-    """
-
-    config: EncoderConfig
-    head_rules: tuple[WeightRule, ...]
-    stores_transposed = False
 
     def stored_head(self) -> dict[str, tuple[WeightRule, tuple[int, ...]]]:
         """Those parts of the head that the checkpoint holds: path → rule and stored shape."""
@@ -150,8 +146,8 @@ class EncoderBase(Checkpoint):
                 if rule.name in names
             }
 
-    def check_ids(self, examples: Iterable[Any]) -> None:
-        """Raises InputError for a token, or its type, that no row of a table belongs to.
+    def check_ids(self: "Checkpoint[EncoderConfig]", examples: Iterable[Any]) -> None:
+        """Raises InputError for a token, or its type, that no row of an encoder's table belongs to.
 
         Args:
             examples: with ``input_ids`` and ``token_type_ids``, as a tokenizer made them.
@@ -171,7 +167,7 @@ class EncoderBase(Checkpoint):
                     "the weights."
                 )
 
-    def load_head(self, key: PRNGKeyArray) -> dict[str, Array]:
+    def load_head(self: "Checkpoint[EncoderConfig]", key: PRNGKeyArray) -> dict[str, Array]:
         """A head, float32: the parts that the checkpoint holds in this size, the rest new.
 
         A pretrained BERT has a pooler, and a fine-tuned one a classifier as well.
@@ -186,23 +182,21 @@ class EncoderBase(Checkpoint):
         return head | load_weights(self.folder, fitting, rules, ignore=(".*",))
 
 
-def open_base(name_or_path: str, revision: str | None = None) -> Base:
-    """Find the checkpoint of a causal language model and read its config; nothing is loaded yet."""
-    folder = find_checkpoint(resolve_path(name_or_path), revision)
-    return base_of(folder, read_json_config(folder))
+Base = Checkpoint[DecoderConfig]
+EncoderBase = Checkpoint[EncoderConfig]
 
 
-def open_shapes(name_or_path: str, revision: str | None = None) -> Base:
-    """The same without weights: of a hub name only the config is downloaded."""
-    folder = find_checkpoint(resolve_path(name_or_path), revision, weights=False)
-    return base_of(folder, read_json_config(folder))
+def open_base(name_or_path: str, revision: str | None = None, *, weights: bool = True) -> Base:
+    """Find the checkpoint of a causal language model and read its config; nothing is loaded yet.
 
-
-def base_of(folder: Path, raw: Mapping[str, Any]) -> Base:
-    """The base that a ``config.json`` describes."""
-    config = registry.decoder_config(raw, str(folder / "config.json"))
-    rules = weight_names.weight_rules(config)
-    return Base(folder, rules, weight_names.ignored_weights(config), config)
+    Args:
+        name_or_path: a folder, or a hub name.
+        revision: hub revision.
+        weights: whether there must be weights; without, of a hub name only the config is
+            downloaded.
+    """
+    folder = find_checkpoint(resolve_path(name_or_path), revision, weights=weights)
+    return Checkpoint(folder, _config_of(folder, kind="decoder"))
 
 
 def open_encoder(
@@ -216,23 +210,17 @@ def open_encoder(
         num_labels: classes of the head, 1 for a regression; the config's own where not given.
     """
     folder = find_checkpoint(resolve_path(name_or_path), revision)
-    raw, where = read_json_config(folder), str(folder / "config.json")
-    if num_labels is None:
-        num_labels = int(raw.get("num_labels") or len(raw.get("id2label") or (0, 1)))
-    config = encoder_registry.encoder_config(raw, where, num_labels=num_labels)
-    rules = encoder_registry.encoder_weight_rules(config)
-    head_rules = encoder_registry.head_weight_rules(config)
-    ignored = (
-        *encoder_registry.encoder_ignored_weights(config),
-        *(rule.pattern for rule in head_rules),
-    )
-    return EncoderBase(folder, rules, ignored, config, head_rules)
+    return Checkpoint(folder, _config_of(folder, kind="encoder", num_labels=num_labels))
 
 
 def is_encoder(name_or_path: str, revision: str | None = None) -> bool:
     """Whether a checkpoint is of a family of encoders."""
-    raw = read_json_config(find_checkpoint(resolve_path(name_or_path), revision))
-    return raw.get("model_type") in encoder_registry.PREFIXES
+    folder = find_checkpoint(resolve_path(name_or_path), revision)
+    return family_of(_config_of(folder)).kind == "encoder"
+
+
+def _config_of(folder: Path, **options: Any) -> Any:
+    return read_config(read_json_config(folder), str(folder / CONFIG_FILE), **options)
 
 
 def head_parts(

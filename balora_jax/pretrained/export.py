@@ -13,9 +13,9 @@ from balora_jax.io.hf_export import MergeReport, export_merged, module_deltas
 from balora_jax.io.peft_reader import PeftAdapter, read_peft
 from balora_jax.io.peft_writer import ExportReport, export_peft
 from balora_jax.models.adapters import AdaptedModule
-from balora_jax.models.decoder import structure
-from balora_jax.models.encoder import encoder_structure
+from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.starts.stacks import given_factors
+from balora_jax.models.structure import structure
 from balora_jax.models.weight_names import WeightRule
 from balora_jax.paths import PACKAGE_PREFIX
 from balora_jax.pretrained.checkpoint import (
@@ -28,12 +28,6 @@ from balora_jax.pretrained.checkpoint import (
 )
 from balora_jax.pretrained.load import host_copy
 from balora_jax.pretrained.peft_start import peft_modules
-
-CLASSES = {
-    "bert": "BertForSequenceClassification",
-    "roberta": "RobertaForSequenceClassification",
-    "deberta-v2": "DebertaV2ForSequenceClassification",
-}
 
 ADAPTER, MODEL = "adapter", "model"
 """Folders of a run: its PEFT adapter, or the checkpoint of a full fine-tuning."""
@@ -60,12 +54,12 @@ def write_adapter(
         origin=host_copy(origin),
         base_name=_base_name(base, name_or_path),
         rank=rank,
-        task_type="SEQ_CLS" if isinstance(base, EncoderBase) else "CAUSAL_LM",
+        task_type=base.family.task_type,
         use_rslora=use_rslora,
         base_modules=[name for shape in base.linears(_frozen(base)) for name in shape.names],
         fan_in_fan_out=base.stores_transposed,
         saved=saved,
-        modules_to_save=sorted({_module_to_save(name) for name in saved}),
+        modules_to_save=base.family.head_modules(),
         overwrite=overwrite,
     )
 
@@ -78,8 +72,6 @@ def _base_name(base: Base | EncoderBase, name_or_path: str) -> str:
 
 def _frozen(base: Base | EncoderBase) -> dict[str, Any]:
     """Shapes of the frozen weights."""
-    if isinstance(base, EncoderBase):
-        return encoder_structure(base.config).frozen
     return structure(base.config).frozen
 
 
@@ -87,8 +79,6 @@ def saved_head(
     base: Base | EncoderBase, trainable: Mapping[str, Array | np.ndarray]
 ) -> dict[str, np.ndarray]:
     """The trained head by checkpoint name, as stored there; empty where there is none."""
-    if not isinstance(base, EncoderBase):
-        return {}
     return {rule.name: _stored(rule, trainable[rule.path]) for rule in base.head_rules}
 
 
@@ -96,26 +86,6 @@ def _stored(rule: WeightRule, value: Array | np.ndarray) -> np.ndarray:
     """An array that is not stacked, in the checkpoint's orientation."""
     host = np.asarray(value)
     return np.ascontiguousarray(host.T if rule.transpose else host)
-
-
-def _module_to_save(name: str) -> str:
-    """What PEFT calls the module of a head's tensor: ``pooler`` or ``classifier``."""
-    return next(part for part in ("pooler", "classifier") if part in name.split("."))
-
-
-def head_settings(base: Base | EncoderBase) -> dict[str, Any]:
-    """What a ``config.json`` says of the head of an encoder: its class and its labels."""
-    if not isinstance(base, EncoderBase):
-        return {}
-    labels = {str(i): f"LABEL_{i}" for i in range(base.config.num_labels)}
-    return {
-        "architectures": [CLASSES[base.config.model_type]],
-        "id2label": labels,
-        "label2id": {name: int(i) for i, name in labels.items()},
-        "num_labels": len(labels),
-        # Named in either case: the base may have been fine-tuned for the other.
-        "problem_type": "regression" if len(labels) == 1 else "single_label_classification",
-    }
 
 
 def write_model(
@@ -133,7 +103,7 @@ def write_model(
         layers = value if rule.stacked else [value]
         for name, layer in zip(rule.names(len(value)), layers, strict=True):
             changed[name] = layer.T if rule.transpose else layer
-    if isinstance(base, Base) and base.config.tie_word_embeddings:
+    if isinstance(base.config, DecoderConfig) and base.config.tie_word_embeddings:
         # Some checkpoints store the tied head as well; transformers would not tie what differs.
         changed["lm_head.weight"] = np.asarray(trainable["embed_tokens.embedding"], np.float32)
     return export_merged(
@@ -143,7 +113,7 @@ def write_model(
         dtype=dtype,
         rules=base.rules,
         added=saved_head(base, trainable),
-        settings=head_settings(base),
+        settings=base.family.head_settings(base.config),
     )
 
 
@@ -216,7 +186,7 @@ def _merge(
         dtype=config.model.dtype,
         rules=base.rules,
         added=peft.saved,
-        settings=head_settings(base),
+        settings=base.family.head_settings(base.config),
     )
     return {
         "folder": str(out),

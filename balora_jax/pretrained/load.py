@@ -1,6 +1,6 @@
 """From a checkpoint's name to a model that computes: open, plan, load, call."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,11 +12,9 @@ from balora_jax.array_types import Array, Float, Int
 from balora_jax.errors import InputError
 from balora_jax.io.peft_reader import read_peft
 from balora_jax.models.adapters import adapter_shapes
-from balora_jax.models.decoder import structure
-from balora_jax.models.encoder import Encoder, encoder_structure
 from balora_jax.models.generation import Sampling, generate, make_decoder
 from balora_jax.models.starts.stacks import start_from_factors
-from balora_jax.models.structure import Structure
+from balora_jax.models.structure import Structure, structure
 from balora_jax.pretrained.checkpoint import (
     Base,
     EncoderBase,
@@ -107,14 +105,12 @@ class PretrainedEncoder:
         bind: from ``*parts`` to the module.
     """
 
-    def __init__(
-        self, base: EncoderBase, bind: Callable[..., Encoder], parts: Sequence[dict[str, Array]]
-    ):
+    def __init__(self, base: EncoderBase, skeleton: Structure, parts: Sequence[dict[str, Array]]):
         self.config = base.config
         self.parts = tuple(parts)
         self.base = base
-        self.bind = bind
-        self._logits = jax.jit(lambda parts, *arrays: bind(*parts)(*arrays))
+        self.bind = skeleton.bind
+        self._logits = jax.jit(lambda parts, *arrays: skeleton.bind(*parts)(*arrays))
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -191,15 +187,15 @@ def load_encoder(
             f"got none with {', '.join(sorted(missing))}. Fine-tune it first (task: labels)."
         )
     head = base.load_head(jax.random.key(0)) | {k: jnp.asarray(v) for k, v in brought.items()}
-    plain = encoder_structure(base.config, dtype=dtype)
+    plain = structure(base.config, dtype=dtype)
     frozen = base.load(plain.frozen)
     if peft is None:
-        return PretrainedEncoder(base, plain.bind, [frozen, head])
+        return PretrainedEncoder(base, plain, [frozen, head])
     modules = peft_modules(peft, base.linears(plain.frozen), str(adapter))
     shapes = adapter_shapes(modules, origin=False)
-    skeleton = encoder_structure(base.config, adapters=shapes, dtype=dtype)
+    skeleton = structure(base.config, adapters=shapes, dtype=dtype)
     adapters, constants = start_from_factors(modules, frozen, peft.tensors, peft.magnitudes)
-    return PretrainedEncoder(base, skeleton.bind, [frozen, head, constants, adapters])
+    return PretrainedEncoder(base, skeleton, [frozen, head, constants, adapters])
 
 
 def host_copy(arrays: Mapping[str, Array | np.ndarray]) -> dict[str, np.ndarray]:

@@ -24,10 +24,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from balora_jax.array_types import Array, Float, Int
 from balora_jax.data.templates import ALPACA
-from balora_jax.models.decoder import structure
-from balora_jax.models.registry import decoder_config
-from balora_jax.models.structure import Structure
-from balora_jax.models.weight_names import weight_rules
+from balora_jax.models.families.base import read_config, weight_rules
+from balora_jax.models.structure import Structure, structure
 from balora_jax.quickstart import generate
 
 SEED = 7
@@ -222,7 +220,7 @@ def save_checkpoint(folder: Path, tokenizer: Tokenizer, weights: dict[str, Array
     """Write a checkpoint in the Hugging Face layout, weights in bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, np.ndarray] = {}
-    for rule in weight_rules(decoder_config(MODEL_CONFIG, "build")):
+    for rule in weight_rules(read_config(MODEL_CONFIG, "build")):
         value = np.asarray(weights[rule.path].astype(jnp.bfloat16))
         if not rule.stacked:
             tensors[rule.name] = value
@@ -250,7 +248,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     generate.write_task(out)
     tokenizer = build_tokenizer()
-    model = structure(decoder_config(MODEL_CONFIG, "build"))
+    model = structure(read_config(MODEL_CONFIG, "build"))
     count = sum(int(np.prod(leaf.shape)) for leaf in model.frozen.values())
     print(f"{count:,} parameters, {tokenizer.get_vocab_size()} tokens", flush=True)
     save_checkpoint(out / "model", tokenizer, pretrain(tokenizer, model))

@@ -14,7 +14,6 @@ from balora_jax import finetune
 from balora_jax.cli import main
 from balora_jax.config_file import parse_config
 from balora_jax.pretrained.checkpoint import open_encoder
-from balora_jax.pretrained.export import head_settings
 from tests.models import tiny_encoders
 from tests.tiny_labels_run import label_config_tree, reviews, write_tokenizer
 from tests.tiny_run import write_rows
@@ -183,7 +182,8 @@ def test_the_head_that_a_config_names(tmp_path):
     """What the base says of another task does not stay."""
     base = write_base(tmp_path / "base", "bert")
     for labels in (1, 4):
-        settings = head_settings(open_encoder(str(base), num_labels=labels))
+        opened = open_encoder(str(base), num_labels=labels)
+        settings = opened.family.head_settings(opened.config)
         assert settings["architectures"] == ["BertForSequenceClassification"]
         assert len(settings["id2label"]) == len(settings["label2id"]) == labels
         assert settings["num_labels"] == labels

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 from balora_jax.models.adapters import adapter_shapes, plan_adapters
-from balora_jax.models.decoder import structure
+from balora_jax.models.families.base import weight_rules
 from balora_jax.models.starts import STARTS
 from balora_jax.models.starts.stacks import start_adapters
-from balora_jax.models.weight_names import linear_shapes, weight_rules
+from balora_jax.models.structure import structure
+from balora_jax.models.weight_names import linear_shapes
 from balora_jax.pretrained.checkpoint import open_base
 from balora_jax.pretrained.export import export_run, write_adapter
 from tests import tiny_run

@@ -26,10 +26,10 @@ from balora_jax.io.hf_export import export_merged, merged_weight, module_deltas
 from balora_jax.io.peft_reader import read_peft
 from balora_jax.io.peft_writer import export_peft
 from balora_jax.models.adapters import AdaptedModule, LinearShape, adapter_shapes, plan_adapters
-from balora_jax.models.decoder import structure
 from balora_jax.models.methods import METHODS
 from balora_jax.models.starts import STARTS
 from balora_jax.models.starts.stacks import start_adapters, start_from_factors
+from balora_jax.models.structure import structure
 from balora_jax.pretrained.load import load_pretrained
 
 KINDS = ["lora", "dora", "lora_fa"]

@@ -9,7 +9,6 @@ from flax import nnx
 from peft import LoraConfig, get_peft_model
 
 from balora_jax.errors import InputError
-from balora_jax.models import registry
 from balora_jax.models.adapters import (
     AdapterShape,
     LinearShape,
@@ -17,12 +16,13 @@ from balora_jax.models.adapters import (
     plan_adapters,
     trainable_parameters,
 )
-from balora_jax.models.decoder import structure
+from balora_jax.models.families.base import read_config, weight_rules
 from balora_jax.models.linear import Linear
 from balora_jax.models.methods.method import delta_factors
 from balora_jax.models.starts import STARTS
 from balora_jax.models.starts.stacks import start_adapters, start_from_factors
-from balora_jax.models.weight_names import linear_shapes, weight_rules
+from balora_jax.models.structure import structure
+from balora_jax.models.weight_names import linear_shapes
 from tests.models import tiny
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -30,7 +30,7 @@ SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 @pytest.fixture(scope="module")
 def linears():
-    config = registry.decoder_config(tiny.llama().config.to_dict(), "config.json")
+    config = read_config(tiny.llama().config.to_dict(), "config.json")
     return linear_shapes(weight_rules(config), structure(config).frozen)
 
 
@@ -148,7 +148,7 @@ GEMMA_7B = {
     ids=["llama2-7b", "mistral-7b", "gemma-7b"],
 )
 def test_published_counts_from_shapes_alone(raw, rank, trainable, total):
-    config = registry.decoder_config(raw, "config.json")
+    config = read_config(raw, "config.json")
     plain = structure(config, dtype="bfloat16")
     modules = plan_adapters(
         linear_shapes(weight_rules(config), plain.frozen),
@@ -158,9 +158,7 @@ def test_published_counts_from_shapes_alone(raw, rank, trainable, total):
     )
     assert trainable_parameters(modules) == trainable
     shapes = adapter_shapes(modules, origin=True)
-    student = structure(
-        registry.decoder_config(raw, "config.json"), adapters=shapes, dtype="bfloat16"
-    )
+    student = structure(read_config(raw, "config.json"), adapters=shapes, dtype="bfloat16")
     leaves = [*student.frozen.values(), *student.adapters.values(), *student.origin.values()]
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
     assert sum(np.prod(leaf.shape, dtype=int) for leaf in student.frozen.values()) == total

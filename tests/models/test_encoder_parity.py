@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
-from balora_jax.models import encoder_registry
 from balora_jax.models.adapters import AdapterShape, adapter_shapes, plan_adapters
 from balora_jax.models.disentangled import DisentangledConfig, table_rows
-from balora_jax.models.encoder import HeadParam, encoder_structure
+from balora_jax.models.families.base import family_of, weight_rules
+from balora_jax.models.structure import structure
+from balora_jax.models.variables import HeadParam
 from balora_jax.models.weight_names import linear_shapes
 from tests.models import tiny_encoders as tiny
 from tests.models.tiny_encoders import relative_error
@@ -190,13 +191,13 @@ def adapted():
     model = tiny.deberta()
     plain, weights = tiny.ours(model)
     modules = plan_adapters(
-        linear_shapes(encoder_registry.encoder_weight_rules(tiny.config_of(model)), plain.frozen),
+        linear_shapes(weight_rules(tiny.config_of(model)), plain.frozen),
         rank=RANK,
         alpha=ALPHA,
         target_modules=["query_proj", "value_proj"],
     )
     shapes = adapter_shapes(modules, origin=False, dropout=0.5)
-    skeleton = encoder_structure(tiny.config_of(model), adapters=shapes, remat="full")
+    skeleton = structure(tiny.config_of(model), adapters=shapes, remat="full")
     rng = np.random.default_rng(4)
     factors = {
         path: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32)
@@ -222,7 +223,7 @@ def torch_gradient(model, modules, factors, ids, mask):
         model, state, kwargs={"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
     ).logits
     torch.tanh(0.3 * logits).sum().backward()
-    head = {rule.path: rule for rule in encoder_registry.head_weight_rules(tiny.config_of(model))}
+    head = {rule.path: rule for rule in family_of(tiny.config_of(model)).head_rules()}
     parameters = dict(model.named_parameters())
     head = {path: parameters[rule.name].grad.numpy().T for path, rule in head.items()}
     return {key: value.grad.numpy() for key, value in sides.items()}, head
@@ -289,7 +290,7 @@ def test_bfloat16_keeps_head_and_logits_in_float32():
 def test_parts_of_the_structure_are_disjoint_and_the_head_is_marked():
     path = "layers.attention.self.query"
     config = tiny.config_of(tiny.bert())
-    skeleton = encoder_structure(config, adapters={path: AdapterShape(2, True)})
+    skeleton = structure(config, adapters={path: AdapterShape(2, True)})
     assert set(skeleton.adapters) == {f"{path}.lora_a", f"{path}.lora_b"}
     assert set(skeleton.origin) == {f"{path}.{name}" for name in ("lora_scale", "origin_a", "origin_b")}  # fmt: skip
     assert skeleton.head["head.out.kernel"].shape == (24, 3)

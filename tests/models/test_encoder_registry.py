@@ -19,10 +19,11 @@ from transformers import (
 )
 
 from balora_jax.errors import InputError
-from balora_jax.models import encoder_registry as registry
 from balora_jax.models.adapters import plan_adapters, trainable_parameters
 from balora_jax.models.disentangled import DisentangledConfig
-from balora_jax.models.encoder import encoder_structure, init_head
+from balora_jax.models.encoder import init_head
+from balora_jax.models.families.base import family_of, read_config, weight_rules
+from balora_jax.models.structure import structure
 from balora_jax.models.weight_names import linear_shapes
 
 # What every config.json of these families states; all else has a default.
@@ -82,7 +83,7 @@ V3_BASE = {
 def read(model_type="bert", without=(), labels=2, **changes):
     raw = {"model_type": model_type, **LEAST, **CLASSES.get(model_type, ({},) * 3)[2], **changes}
     raw = {key: value for key, value in raw.items() if key not in without}
-    return registry.encoder_config(raw, "folder/config.json", num_labels=labels)
+    return read_config(raw, "folder/config.json", kind="encoder", num_labels=labels)
 
 
 @pytest.mark.parametrize("model_type", CLASSES)
@@ -143,8 +144,8 @@ def test_weight_table_names_every_tensor_once_with_its_shape(model_type, changes
     with torch.device("meta"):
         theirs = model(kind(**options, num_labels=3)).state_dict()
     config = read(model_type, labels=3, **changes)
-    skeleton = encoder_structure(config)
-    encoder, head = registry.encoder_weight_rules(config), registry.head_weight_rules(config)
+    skeleton = structure(config)
+    encoder, head = weight_rules(config), family_of(config).head_rules()
     assert {rule.path for rule in encoder} == set(skeleton.frozen)
     assert {rule.path for rule in head} == set(skeleton.head)
     shapes = {**skeleton.frozen, **skeleton.head}
@@ -168,8 +169,8 @@ def test_weight_table_names_every_tensor_once_with_its_shape(model_type, changes
 )
 def test_leftovers_of_pretraining_are_ignored_and_no_weight_is(model_type, names):
     config = read(model_type)
-    rules = (*registry.encoder_weight_rules(config), *registry.head_weight_rules(config))
-    patterns = registry.encoder_ignored_weights(config)
+    rules = (*weight_rules(config), *family_of(config).head_rules())
+    patterns = family_of(config).ignored(config)
 
     def ignored(name):
         return any(re.fullmatch(pattern, name) for pattern in patterns)
@@ -180,18 +181,16 @@ def test_leftovers_of_pretraining_are_ignored_and_no_weight_is(model_type, names
 
 def test_unused_absolute_positions_are_ignored():
     name = "deberta.embeddings.position_embeddings.weight"
-    used, unused = (
-        registry.encoder_ignored_weights(read("deberta-v2", position_biased_input=flag))
-        for flag in (True, False)
-    )
+    configs = [read("deberta-v2", position_biased_input=flag) for flag in (True, False)]
+    used, unused = (family_of(config).ignored(config) for config in configs)
     assert not any(re.fullmatch(pattern, name) for pattern in used)
     assert any(re.fullmatch(pattern, name) for pattern in unused)
 
 
 def test_counts_of_deberta_v3_base_from_shapes_alone(capsys):
-    config = registry.encoder_config(V3_BASE, "config.json", num_labels=2)
-    skeleton = encoder_structure(config)
-    linears = linear_shapes(registry.encoder_weight_rules(config), skeleton.frozen)
+    config = read_config(V3_BASE, "config.json", num_labels=2)
+    skeleton = structure(config)
+    linears = linear_shapes(weight_rules(config), skeleton.frozen)
     counts = {}
     for targets in (["query_proj", "key_proj", "value_proj"], "all-linear"):
         modules = plan_adapters(linears, rank=8, alpha=16, target_modules=targets)
@@ -211,7 +210,7 @@ def test_counts_of_deberta_v3_base_from_shapes_alone(capsys):
 def test_new_head_is_normal_with_the_configs_deviation():
     config = read("bert", labels=3, initializer_range=0.3, hidden_size=128)
     head = init_head(config, jax.random.key(3))
-    shapes = encoder_structure(config).head
+    shapes = structure(config).head
     assert {path: (leaf.shape, leaf.dtype) for path, leaf in head.items()} == {
         path: (leaf.shape, leaf.dtype) for path, leaf in shapes.items()
     }
@@ -226,7 +225,7 @@ def test_new_head_is_normal_with_the_configs_deviation():
 
 EXACT = r"This checkpoint cannot be run exactly\."
 ERRORS = [
-    ("gpt2", {}, r"model_type to be one of bert, roberta, deberta-v2, got 'gpt2'\. Use a"),
+    ("gpt2", {}, r"model_type to be one of bert, deberta-v2, roberta, got 'gpt2'\. Use a"),
     ("bert", {"hidden_size": None}, r"the key 'hidden_size', got none\. Use the config\.json"),
     ("roberta", {"pad_token_id": None}, r"the key 'pad_token_id', got none\."),
     ("bert", {"num_attention_heads": 5}, r"multiple of num_attention_heads, got 32 and 5\. Corr"),

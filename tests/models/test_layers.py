@@ -13,6 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from balora_jax.models import layers, rope_settings, rotary
 from balora_jax.models.adapters import AdapterShape
 from balora_jax.models.decoder_config import DecoderConfig
+from balora_jax.models.options import Options
+from balora_jax.models.raw_config import RawConfig
 from tests.models import tiny
 
 
@@ -45,7 +47,7 @@ def test_frequencies_equal_transformers(rope):
     kind = tiny.ROPES[rope]["rope_type"]
     for length in (20, 75):
         want, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=length)
-        ours = rope_settings.rope_config(config.to_dict(), "config.json")
+        ours = rope_settings.rope_config(RawConfig(config.to_dict(), "config.json"))
         got = rotary.rope_frequencies(ours, 16, jnp.int32(length))
         np.testing.assert_allclose(got, want.numpy(), rtol=2e-6)
         assert ours.attention_factor == pytest.approx(factor, rel=1e-12)
@@ -138,7 +140,7 @@ def test_activations_are_those_of_transformers(name):
 
 
 def test_gated_mlp_by_its_definition():
-    make = layers.stacked_linear("layers.mlp", 1, {}, jnp.dtype(jnp.float32))
+    make = layers.stacked_linear("layers.mlp", 1, Options())
     sizes = {"hidden_size": 4, "intermediate_size": 6, "num_layers": 1, "vocab_size": 2}
     heads = {"num_heads": 1, "num_kv_heads": 1, "head_dim": 4, "rope": None, "max_length": 8}
     config = DecoderConfig(
@@ -166,8 +168,8 @@ def test_gated_mlp_by_its_definition():
 
 def test_adapters_are_found_by_path():
     adapters = {"layers.mlp.up_proj": AdapterShape(2, origin=False)}
-    make = layers.stacked_linear("layers.mlp", 3, adapters, jnp.dtype(jnp.float32))
-    adapted = make("up_proj", 5, 4, ("width", "inner"), False)
+    make = layers.stacked_linear("layers.mlp", 3, Options(adapters))
+    adapted = make("up_proj", 5, 4, layers.INTO_INNER, False)
     assert adapted.lora_a[...].shape == (3, 5, 2)
     assert adapted.lora_b[...].shape == (3, 2, 4)
-    assert make("gate_proj", 5, 4, ("width", "inner"), False).adapter is None
+    assert make("gate_proj", 5, 4, layers.INTO_INNER, False).adapter is None

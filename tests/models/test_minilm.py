@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertModel
 
-from balora_jax.models.encoder import encoder_structure
+from balora_jax.models.structure import structure
 from balora_jax.pretrained.checkpoint import open_encoder
 
 TEXTS = [
@@ -36,7 +36,7 @@ def test_hidden_states_equal_transformers(folder, record_property):
         theirs = BertModel.from_pretrained(folder).eval()
         want = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask))
     base = open_encoder(str(folder), num_labels=2)
-    skeleton = encoder_structure(base.config)
+    skeleton = structure(base.config)
     frozen, head = base.load(skeleton.frozen), base.load_head(jax.random.key(0))
     hidden = jax.jit(lambda frozen, ids, mask: skeleton.bind(frozen, head).hidden(ids, mask))
     got = np.asarray(hidden(frozen, jnp.asarray(ids), jnp.asarray(mask)))[mask == 1]

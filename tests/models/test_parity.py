@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from balora_jax.models.decoder import structure
+from balora_jax.models.structure import structure
 from tests.models import tiny
 
 TOLERANCE = 1e-4

@@ -5,14 +5,12 @@ from safetensors import safe_open
 from transformers import LlamaConfig, MistralConfig
 
 from balora_jax.errors import InputError
-from balora_jax.models import registry
-from balora_jax.models.decoder import structure
+from balora_jax.models.families.base import family_of, read_config, weight_rules
 from balora_jax.models.rotary import RopeConfig
+from balora_jax.models.structure import structure
 from balora_jax.models.weight_names import (
     WeightRule,
-    ignored_weights,
     stored_names,
-    weight_rules,
 )
 from tests.models import tiny
 from tests.models.tiny_families import FAMILIES
@@ -56,7 +54,7 @@ GPT2 = {
 def read(model_type="llama", without=(), **changes):
     raw = {"model_type": model_type, **LEAST, **changes}
     raw = {key: value for key, value in raw.items() if key not in without}
-    return registry.decoder_config(raw, "folder/config.json")
+    return read_config(raw, "folder/config.json", kind="decoder")
 
 
 @pytest.mark.parametrize(
@@ -82,7 +80,7 @@ def test_defaults_are_those_of_transformers(model_type, changes):
 @pytest.mark.parametrize("model", [tiny.llama, tiny.mistral])
 def test_every_field_off_its_default(model):
     theirs = model().config
-    ours = registry.decoder_config(theirs.to_dict(), "config.json")
+    ours = read_config(theirs.to_dict(), "config.json")
     for field, name in FIELDS.items():
         assert getattr(ours, field) == getattr(theirs, name), field
     llama = theirs.model_type == "llama"
@@ -147,14 +145,14 @@ def test_old_and_new_rope_settings_mean_the_same(case):
 MESSAGES = {
     "family": (
         {"model_type": "t5"},
-        "folder/config.json: expected model_type to be one of llama, mistral, mixtral, qwen2, "
-        "qwen3, gemma, gemma2, gemma3_text, phi3, gpt2, got 't5'. "
-        "Use a checkpoint of one of these families, or an encoder (bert, roberta, deberta-v2) "
+        "folder/config.json: expected model_type to be one of gemma, gemma2, gemma3_text, gpt2, "
+        "llama, mistral, mixtral, phi3, qwen2, qwen3, got 't5'. "
+        "Use a checkpoint of one of these families, or an encoder (bert, deberta-v2, roberta) "
         "with task: labels.",
     ),
     "no family": (
         {"model_type": None},
-        "gpt2, got None",
+        "qwen3, got None",
     ),
     "attention to the future": (
         {"model_type": "gemma", "use_bidirectional_attention": True},
@@ -174,7 +172,7 @@ MESSAGES = {
     ),
     "activation": (
         {"hidden_act": "quick_gelu"},
-        "folder/config.json: expected the activation to be one of silu, gelu, gelu_pytorch_tanh, "
+        "folder/config.json: expected hidden_act to be one of silu, gelu, gelu_pytorch_tanh, "
         "gelu_new, relu, got 'quick_gelu'. This checkpoint cannot be run exactly.",
     ),
     "rope type": (
@@ -226,7 +224,7 @@ def test_weight_names_and_shapes_are_those_of_the_checkpoint(name, tied, tmp_pat
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", framework="np") as file:
         stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    config = registry.decoder_config(model.config.to_dict(), "config.json")
+    config = read_config(model.config.to_dict(), "config.json")
     frozen = structure(config).frozen
     named = {}
     for rule in weight_rules(config):
@@ -236,7 +234,7 @@ def test_weight_names_and_shapes_are_those_of_the_checkpoint(name, tied, tmp_pat
             named[tensor] = one[::-1] if rule.transpose else one
     if tied:
         stored.pop("lm_head.weight", None)
-        assert r"lm_head\.weight" in ignored_weights(config)
+        assert r"lm_head\.weight" in family_of(config).ignored(config)
     assert named == stored
     assert {rule.path for rule in weight_rules(config)} == set(frozen)
 
@@ -260,7 +258,7 @@ def test_gemma3_in_the_older_style():
 
 def test_checkpoints_of_a_bare_model_and_of_old_conversions_are_read():
     """The hub's ``gpt2`` lacks the prefix, and old BERTs call a norm's weight gamma."""
-    rules = weight_rules(registry.decoder_config(GPT2, "config.json"))
+    rules = weight_rules(read_config(GPT2, "config.json"))
     bare = [name.removeprefix("transformer.") for rule in rules for name in rule.names(1)]
     assert stored_names(bare, rules) == {f"transformer.{name}": name for name in bare}
     old = "bert.embeddings.LayerNorm.gamma"

@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from balora_jax.io.hf_weights import load_weights
-from balora_jax.models import decoder, registry
-from balora_jax.models.weight_names import ignored_weights, weight_rules
+from balora_jax.models.families.base import family_of, read_config, weight_rules
+from balora_jax.models.structure import structure
 
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 5e3},
@@ -100,11 +100,11 @@ def randomised(model):
 
 def ours(model, **options):
     """Our structure and float32 weights of a torch model, read from the files it is saved as."""
-    config = registry.decoder_config(model.config.to_dict(), "config.json")
-    skeleton = decoder.structure(config, **options)
+    config = read_config(model.config.to_dict(), "config.json")
+    skeleton = structure(config, **options)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        ignore = ignored_weights(config)
+        ignore = family_of(config).ignored(config)
         weights = load_weights(folder, skeleton.frozen, weight_rules(config), ignore=ignore)
     return skeleton, weights
 

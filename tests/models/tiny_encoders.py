@@ -13,7 +13,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from balora_jax.models import encoder, encoder_registry
+from balora_jax.models.families.base import family_of, read_config, weight_rules
+from balora_jax.models.structure import structure
 
 COMMON = {
     "vocab_size": 61,
@@ -100,22 +101,20 @@ def relative_error(got, want):
 
 def config_of(model):
     labels = model.config.num_labels
-    return encoder_registry.encoder_config(model.config.to_dict(), "config.json", num_labels=labels)
+    return read_config(model.config.to_dict(), "config.json", num_labels=labels)
 
 
 def ours(model, **options):
     """Our structure and float32 weights, head included, of a torch model."""
     config = config_of(model)
-    rules = encoder_registry.encoder_weight_rules(config) + encoder_registry.head_weight_rules(
-        config
-    )
+    rules = weight_rules(config) + family_of(config).head_rules()
     state = {name: value.detach().float().numpy() for name, value in model.state_dict().items()}
     weights = {}
     for rule in rules:
         array = np.stack([state[name] for name in rule.names(config.num_layers)])
         array = array if rule.stacked else array[0]
         weights[rule.path] = jnp.asarray(np.swapaxes(array, -1, -2) if rule.transpose else array)
-    return encoder.encoder_structure(config, **options), weights
+    return structure(config, **options), weights
 
 
 def outputs(skeleton, weights, ids, mask=None, types=None):

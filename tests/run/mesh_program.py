@@ -24,8 +24,7 @@ from safetensors.numpy import save_file
 
 from balora_jax.config import MeshConfig
 from balora_jax.config_file import parse_config
-from balora_jax.models.decoder import structure
-from balora_jax.models.encoder import encoder_structure
+from balora_jax.models.structure import structure
 from balora_jax.parallel import sharding
 from balora_jax.pretrained.checkpoint import open_base, open_encoder
 from balora_jax.tasks.labels import loss as labelled
@@ -209,7 +208,7 @@ def write_checkpoint(folder, raw):
     save_file({}, folder / "model.safetensors")  # to open it, for the shapes
     is_encoder = raw["model_type"] == "bert"
     base = open_encoder(str(folder), num_labels=3) if is_encoder else open_base(str(folder))
-    shapes = (encoder_structure if is_encoder else structure)(base.config).frozen
+    shapes = structure(base.config).frozen
     tensors = {}
     for rule in base.rules:
         value = noise(rule.path, shapes[rule.path].shape)

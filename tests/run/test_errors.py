@@ -211,7 +211,7 @@ def test_an_index_without_its_shard(place):
     [
         (
             {"model_type": "mamba"},
-            ["config.json: expected model_type to be one of llama, mistral", "got 'mamba'"],
+            ["config.json: expected model_type to be one of gemma, gemma2", "got 'mamba'"],
         ),
         ({"hidden_size": None}, ["config.json: expected the key 'hidden_size', got none"]),
         ({"hidden_act": "swoosh"}, ["expected the activation to be one of", "got 'swoosh'"]),

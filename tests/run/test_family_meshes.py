@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 
 from balora_jax.models.adapters import adapter_shapes, plan_adapters
-from balora_jax.models.decoder import structure
-from balora_jax.models.encoder import encoder_structure
-from balora_jax.models.encoder_registry import encoder_config, encoder_weight_rules
+from balora_jax.models.families.base import read_config, weight_rules
 from balora_jax.models.methods import METHODS
-from balora_jax.models.registry import decoder_config
-from balora_jax.models.weight_names import linear_shapes, weight_rules
+from balora_jax.models.structure import structure
+from balora_jax.models.weight_names import linear_shapes
 from balora_jax.parallel import sharding
 from tests.models import tiny_encoders
 from tests.models.tiny_families import FAMILIES
@@ -95,11 +93,11 @@ def family(request):
     name = request.param
     if name in ENCODERS:
         config = ENCODERS[name](**WIDE_ENCODER).config.to_dict()
-        config = encoder_config(config, "config.json", num_labels=3)
-        build, rules = encoder_structure, encoder_weight_rules(config)
+        config = read_config(config, "config.json", num_labels=3)
+        build, rules = structure, weight_rules(config)
     else:
         torch_model = FAMILIES[name](**(WIDE_GPT2 if name == "gpt2" else WIDE))
-        config = decoder_config(torch_model.config.to_dict(), "config.json")
+        config = read_config(torch_model.config.to_dict(), "config.json")
         build, rules = structure, weight_rules(config)
     linears = linear_shapes(rules, build(config).frozen)
 

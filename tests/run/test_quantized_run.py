@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 
 from balora_jax.config import ModelConfig
 from balora_jax.config_file import load_config
-from balora_jax.models.decoder import structure
 from balora_jax.models.quantized import bytes_of
+from balora_jax.models.structure import structure
 from balora_jax.pretrained.checkpoint import open_base
 from balora_jax.tasks.text import run as text_run
 from balora_jax.training.adapters import kernels_of

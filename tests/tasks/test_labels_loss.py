@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from balora_jax.models import encoder_registry
 from balora_jax.models.adapters import adapter_shapes, plan_adapters
-from balora_jax.models.encoder import encoder_structure
+from balora_jax.models.families.base import weight_rules
 from balora_jax.models.starts import STARTS
 from balora_jax.models.starts.stacks import start_adapters
+from balora_jax.models.structure import structure
 from balora_jax.models.weight_names import linear_shapes
 from balora_jax.numerics.objective import Objective
 from balora_jax.tasks.labels import loss as labelled
@@ -61,7 +61,7 @@ def models(family, outputs):
     config = tiny.config_of(model)
     head = {path: value for path, value in weights.items() if path.startswith("head.")}
     frozen = {path: value for path, value in weights.items() if path not in head}
-    linears = linear_shapes(encoder_registry.encoder_weight_rules(config), plain.frozen)
+    linears = linear_shapes(weight_rules(config), plain.frozen)
     modules = plan_adapters(linears, rank=RANK, alpha=ALPHA, target_modules=TARGETS[family])
     begin, origin = start_adapters(modules, frozen, start=STARTS["pissa"], key=jax.random.key(0))
     rng = np.random.default_rng(4)
@@ -69,7 +69,7 @@ def models(family, outputs):
         path: jnp.asarray(value + 0.1 * rng.standard_normal(value.shape), jnp.float32)
         for path, value in {**begin, **head}.items()
     }
-    student = encoder_structure(config, adapters=adapter_shapes(modules, origin=True))
+    student = structure(config, adapters=adapter_shapes(modules, origin=True))
     return model.double(), modules, plain, student, trainable, Constants(frozen, origin, head)
 
 

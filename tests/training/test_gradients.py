@@ -15,10 +15,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from balora_jax.models.adapters import adapter_shapes, plan_adapters
-from balora_jax.models.decoder import structure
+from balora_jax.models.families.base import weight_rules
 from balora_jax.models.starts import STARTS
 from balora_jax.models.starts.stacks import start_adapters
-from balora_jax.models.weight_names import linear_shapes, weight_rules
+from balora_jax.models.structure import structure
+from balora_jax.models.weight_names import linear_shapes
 from balora_jax.numerics import linalg
 from balora_jax.numerics.objective import Objective
 from balora_jax.tasks.text import loss as causal

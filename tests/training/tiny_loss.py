@@ -8,11 +8,13 @@ import numpy as np
 
 from balora_jax.config import TrainingConfig
 from balora_jax.models.adapters import adapter_shapes, plan_adapters
-from balora_jax.models.decoder import DecoderConfig, structure
+from balora_jax.models.decoder_config import DecoderConfig
+from balora_jax.models.families.base import weight_rules
 from balora_jax.models.rotary import RopeConfig
 from balora_jax.models.starts import STARTS
 from balora_jax.models.starts.stacks import start_adapters
-from balora_jax.models.weight_names import linear_shapes, weight_rules
+from balora_jax.models.structure import structure
+from balora_jax.models.weight_names import linear_shapes
 from balora_jax.numerics import linalg
 from balora_jax.numerics.objective import Objective, weights
 from balora_jax.tasks.text import loss as causal

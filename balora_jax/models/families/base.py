@@ -5,7 +5,7 @@ A user's own file may register more.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 from flax import nnx
@@ -171,10 +171,9 @@ class EncoderFamily:
 
     def ignored(self, config: EncoderConfig) -> tuple[str, ...]:
         """Patterns of checkpoint names that may be left over."""
-        found = (*self.leftovers, *(rule.pattern for rule in self.head_rules()))
         if config.absolute_positions:
-            return found
-        return (*found, rf"{self.prefix}\.embeddings\.position_embeddings\..*")
+            return self.leftovers
+        return (*self.leftovers, rf"{self.prefix}\.embeddings\.position_embeddings\..*")
 
 
 FAMILIES: Registry[Family] = Registry("family", "config.json: model_type")
@@ -185,13 +184,26 @@ def family_of(config: Config) -> Family:
     return FAMILIES[config.model_type]
 
 
-def read_config(values: Mapping[str, Any], where: str, kind: Kind | None = None) -> Any:
+def weight_rules(config: Config) -> Rules:
+    """The weight-name table of what stays frozen of a model."""
+    return family_of(config).rules(config)
+
+
+def read_config(
+    values: Mapping[str, Any],
+    where: str,
+    *,
+    kind: Kind | None = None,
+    num_labels: int | None = None,
+) -> Any:
     """The model that a Hugging Face ``config.json`` describes.
 
     Args:
         values: the parsed file.
         where: its path, for messages.
         kind: ``decoder`` or ``encoder`` where only one will do.
+        num_labels: classes of an encoder's head, 1 for a regression; the file's own where not
+            given.
 
     Returns:
         A ``DecoderConfig`` or an ``EncoderConfig``.
@@ -203,7 +215,8 @@ def read_config(values: Mapping[str, Any], where: str, kind: Kind | None = None)
     name = values.get("model_type")
     named = {family.name: family for family in FAMILIES.values() if kind in (None, family.kind)}
     if name in named:
-        return named[name].read(RawConfig(values, where))
+        config = named[name].read(RawConfig(values, where))
+        return config if num_labels is None else replace(config, num_labels=num_labels)
     raise InputError(
         f"{where}: expected model_type to be one of {', '.join(named)}, got {name!r}. "
         f"Use a checkpoint of one of these families{_other_task(kind)}."
@@ -212,9 +225,9 @@ def read_config(values: Mapping[str, Any], where: str, kind: Kind | None = None)
 
 def _other_task(kind: Kind | None) -> str:
     """Where the other kind of model is welcome."""
-    tasks: dict[Kind, str] = {"decoder": "text", "encoder": "labels"}
     if kind is None:
         return ""
-    other: Kind = "encoder" if kind == "decoder" else "decoder"
-    names = ", ".join(family.name for family in FAMILIES.values() if family.kind == other)
-    return f", or of another ({names}) with task: {tasks[other]}"
+    others = [family for family in FAMILIES.values() if family.kind != kind]
+    names = ", ".join(family.name for family in others)
+    other, task = ("an encoder", "labels") if kind == "decoder" else ("a decoder", "text")
+    return f", or {other} ({names}) with task: {task}"

@@ -39,8 +39,8 @@ def read_decoder(
     if heads % kv_heads or head_dim < 1:
         raise InputError(
             f"{raw.where}: expected num_attention_heads to be a multiple of num_key_value_heads "
-            f"and at most hidden_size, got {heads}, {kv_heads} and {width}. Use the config.json that "
-            "was saved with the weights."
+            f"and at most hidden_size, got {heads}, {kv_heads} and {width}. Use the config.json "
+            "that was saved with the weights."
         )
     found: dict[str, Any] = {
         "model_type": raw.values["model_type"],

@@ -8,8 +8,7 @@ from jax.sharding import Mesh
 
 from balora_jax.config import RunConfig
 from balora_jax.errors import InputError
-from balora_jax.models.encoder import encoder_structure
-from balora_jax.models.structure import Structure
+from balora_jax.models.structure import Structure, structure
 from balora_jax.numerics.objective import Objective
 from balora_jax.parallel import sharding
 from balora_jax.pretrained.checkpoint import EncoderBase, check_head
@@ -107,12 +106,12 @@ def labels_program(config: RunConfig, base: EncoderBase, mesh: Mesh | None = Non
         "remat": config.model.remat,
         "quantization": config.model.quantization,
     }
-    plain = encoder_structure(base.config, **options)
+    plain = structure(base.config, **options)
     adapters = adapters_of(config.adapter, base.linears(plain.parameters))
     saved, teacher_head = adapters.start.saved, config.regularizers.teacher_head
     check_head(base, saved, config.adapter.start, teacher_head)
     sharding.Layout(plain.axes, mesh).attached(plain.frozen)  # raises where an axis does not divide
-    student = encoder_structure(base.config, adapters=adapters.shapes, **options)
+    student = structure(base.config, adapters=adapters.shapes, **options)
     return LabelsProgram(config, plain, student, adapters, objective, mesh, outputs)
 
 

@@ -12,11 +12,11 @@ from balora_jax.array_types import Array, Float
 from balora_jax.config import ModelConfig, RunConfig
 from balora_jax.errors import InputError
 from balora_jax.models.adapters import AdapterShape
-from balora_jax.models.decoder import structure
 from balora_jax.models.decoder_config import DecoderConfig
+from balora_jax.models.families.base import weight_rules
 from balora_jax.models.methods.method import Method
-from balora_jax.models.structure import Structure
-from balora_jax.models.weight_names import linear_shapes, weight_rules
+from balora_jax.models.structure import Structure, structure
+from balora_jax.models.weight_names import linear_shapes
 from balora_jax.numerics import head, linalg
 from balora_jax.numerics.objective import Objective
 from balora_jax.parallel import hosts, sharding
