@@ -6,7 +6,7 @@ A user's own file may register more.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from flax import nnx
 
@@ -26,6 +26,7 @@ Config = DecoderConfig | EncoderConfig
 Rules = tuple[WeightRule, ...]
 
 
+@runtime_checkable
 class Family(Protocol):
     """What the rest of the package asks of a family; the two classes below answer it."""
 
