@@ -73,7 +73,7 @@ from 1 to 8192, got '12'. Use the config.json that was saved with the weights.
             )
         return value
 
-    def section(self, key: str) -> Mapping[str, Any]:
+    def section(self, key: str) -> Mapping[Any, Any]:
         """An object, empty where it is ``null`` or not there."""
         value = self.values.get(key)
         if value is not None and not isinstance(value, Mapping):

@@ -258,7 +258,7 @@ def test_gradient_of_adapters_and_head_equals_torch_under_full_remat(adapted):
 
 def test_dropout_of_the_adapters_follows_its_key(adapted):
     model, skeleton, weights, _, factors, scales = adapted
-    ids, mask = padded(model, ids_of(model, length=21))
+    ids, mask = map(jnp.asarray, padded(model, ids_of(model, length=21)))
 
     @jax.jit
     def forward(key):
