@@ -8,7 +8,9 @@ from flax import nnx
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from balora_jax.models import layers, rope_settings, rotary
 from balora_jax.models.adapters import AdapterShape
@@ -22,20 +24,27 @@ def random(*shape, seed=0, size=1.0):
     return np.float32(size * np.random.default_rng(seed).standard_normal(shape))
 
 
+NORMS = {"rms": LlamaRMSNorm, "rms_float32": Olmo2RMSNorm, "rms_plus_one": GemmaRMSNorm}
+
+
+@pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rms_norm_equals_transformers(dtype):
+def test_rms_norm_equals_transformers(dtype, kind):
     x, weight = random(3, 24, size=5.0), random(24, seed=1)
-    norm = layers.RMSNorm(24, layers=None, eps=0.3, dtype=jnp.dtype(dtype))
+    norm = layers.RMSNorm(24, layers=None, eps=0.3, dtype=jnp.dtype(dtype), kind=kind)
     norm.scale[...] = jnp.asarray(weight, dtype)
     got = norm(jnp.asarray(x, dtype))
-    theirs = LlamaRMSNorm(24, eps=0.3).to(getattr(torch, dtype))
+    theirs = NORMS[kind](24, eps=0.3).to(getattr(torch, dtype))
     with torch.no_grad():
         theirs.weight.copy_(torch.tensor(weight))
         want = theirs(torch.tensor(x).to(getattr(torch, dtype))).float().numpy()
     assert got.dtype == jnp.dtype(dtype)
     tolerance = 1e-6 if dtype == "float32" else 2**-7
     np.testing.assert_allclose(np.float32(got), want, rtol=tolerance, atol=tolerance)
-    bare = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 0.3) * weight
+    if dtype == "bfloat16":  # where it is rounded tells the kinds apart
+        assert np.mean(np.float32(got) == want) > 0.95
+    scale = 1 + weight if kind == "rms_plus_one" else weight
+    bare = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 0.3) * scale
     np.testing.assert_allclose(np.float32(got), bare, rtol=4 * tolerance, atol=4 * tolerance)
 
 
