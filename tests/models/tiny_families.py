@@ -77,6 +77,11 @@ def phi3(**changes):
     return build(hf.Phi3Config, hf.Phi3ForCausalLM, options | changes)
 
 
+def olmo2(**changes):
+    options = {"attention_bias": True, "hidden_act": "gelu", "tie_word_embeddings": False}
+    return build(hf.Olmo2Config, hf.Olmo2ForCausalLM, ROPE | options | changes)
+
+
 def mixtral(**changes):
     options = {
         "head_dim": 10,
@@ -120,5 +125,6 @@ FAMILIES = {
     "gemma2": gemma2,
     "gemma3_text": gemma3,
     "phi3": phi3,
+    "olmo2": olmo2,
     "gpt2": gpt2,
 }
