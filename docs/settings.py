@@ -1,5 +1,6 @@
 """Write ``settings.md``, every key of a config, from the schema: ``python docs/settings.py``."""
 
+import inspect
 import re
 import types
 import typing
@@ -33,9 +34,9 @@ def page() -> str:
 
 def explained(section: type[BaseModel]) -> dict[str, str]:
     """What the docstring of a section says of each of its keys."""
-    text = (section.__doc__ or "").partition("Attributes:\n")[2]
+    text = inspect.cleandoc(section.__doc__ or "").partition("Attributes:\n")[2]
     found = {}
-    for entry in re.split(r"^ {8}(?=\w)", text, flags=re.MULTILINE)[1:]:
+    for entry in re.split(r"^ {4}(?=\w)", text, flags=re.MULTILINE)[1:]:
         names, _, says = entry.partition(":")
         for name in names.split(","):
             found[name.strip()] = _prose(says)
