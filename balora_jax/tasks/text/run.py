@@ -20,6 +20,7 @@ from balora_jax.pretrained.load import sampling_for
 from balora_jax.tasks import assemble
 from balora_jax.tasks.flops import model_flops
 from balora_jax.tasks.text.loss import Constants
+from balora_jax.tasks.text.moments import RowMoments
 from balora_jax.tasks.text.program import TextProgram, text_program
 from balora_jax.tasks.text.score import (
     Answerer,
@@ -71,8 +72,13 @@ class TextRun(TextProgram):
     def load(self) -> Loaded:
         """The frozen weights and the adapters' start."""
         frozen = self.base.load_for(self.plain, self.mesh)
+        moments = RowMoments(self, frozen, self.data.examples, self.length)
         trainable, origin = self.adapters.begin(
-            frozen, self.config.model, self.layout, seed=self.config.training.seed
+            frozen,
+            self.config.model,
+            self.layout,
+            seed=self.config.training.seed,
+            moments=moments,
         )
         return Loaded(frozen, origin, trainable)
 
