@@ -27,6 +27,9 @@ class PeftStart:
     has_origin = False
     """It is measured from zero, as it was when it was saved."""
 
+    rows = 0
+    """It reads no rows of data."""
+
     @property
     def saved(self) -> Mapping[str, np.ndarray]:
         """Whole tensors that it brings along, by checkpoint name."""

@@ -22,7 +22,7 @@ class Aware(Start):
             weight = kernel.astype(jnp.float32)
             u, s, vt = jnp.linalg.svd(roots[:, None] * (vectors.T @ weight), full_matrices=False)
             root = jnp.sqrt(s[:rank] / scale)
-            a = vectors @ (u[:, :rank] / roots[:, None]) * root
+            a = vectors @ (u[:, :rank] / roots[:, None]) * root[None]
             return a, root[:, None] * vt[:rank]
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
@@ -95,8 +95,13 @@ class Method(Protocol):
         a, b = (jnp.array(stack, jnp.float32, copy=True) for stack in (down, up))
         return {"lora_a": a, "lora_b": b, "origin_a": down, "origin_b": up}
 
-    def given(self, kernel: Float[Array, "L D F"], values: Mapping[str, Array]) -> dict[str, Array]:
-        """What a stack lacks whose factors and scale, measured from zero, were saved before."""
+    def given(self, kernel: Any, values: Mapping[str, Array]) -> dict[str, Array]:
+        """What a stack lacks whose factors and scale, measured from zero, were saved before.
+
+        Args:
+            kernel: [L, D, F], or its shape alone where the method reads no more.
+            values: A, B, the scale of every layer, and what else was saved.
+        """
         del kernel, values
         return {}
 
