@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -172,7 +173,7 @@ def factor_of(table: Float[Array, "V D"], mesh: Mesh, *, center: bool) -> Float[
     whole = sharding.replicated(mesh)
 
     @partial(jax.jit, static_argnums=2, out_shardings=whole)
-    def rows(table: Array, first: int, count: int) -> Array:
+    def rows(table: Array, first: Any, count: int) -> Array:
         return jax.lax.dynamic_slice_in_dim(table, first, count)
 
     def block(first: int, count: int) -> np.ndarray:
