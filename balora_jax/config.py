@@ -6,12 +6,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from balora_jax.models.methods import METHODS
 from balora_jax.models.starts import STARTS
+from balora_jax.numerics.objective import MaskAlignment
+from balora_jax.numerics.schedules import WARMUP_FRACTION
+from balora_jax.numerics.terms.term import Variant
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Dtype = Literal["float32", "bfloat16"]
-WarmupSchedule = Literal["constant", "two_phase", "linear_warmup", "quadratic_warmup"]
 
 
 class Section(BaseModel):
@@ -98,22 +100,16 @@ class AdapterConfig(Section):
 
 
 class RegularizersConfig(Section):
-    """The three terms on the outputs; each weight λ stands under its term's name.
+    """The terms on the outputs; each weight λ stands under its term's name.
+
+    The keys of the terms themselves come from their registry: see
+    :func:`balora_jax.config_schema.run_schema`.
 
     Attributes:
         variant: published form of the terms: ``iclr2026`` or ``arxiv_v1`` (no temperature, entropy
             of the full vocabulary, nuclear ratio).
-        consistency, diversity, spectral: λ1, λ2, λ3; 0 leaves the term out of the program.
-        temperature: T of the consistency term.
-        top_k: entries whose entropy the diversity term raises; 0 for the full vocabulary.
-        k: singular values in the spectral term.
-        norm: denominator of the spectral ratio.
-        consistency_schedule: of λ1 over the run.
-        diversity_schedule, spectral_schedule: of λ2 and λ3.
         warmup_fraction: share of the steps that ``linear_warmup`` and ``quadratic_warmup`` take.
-        adaptive_min, adaptive_max: range of an ``adaptive`` λ1 (0.1 λ1 and λ1 by default).
         mask_alignment: ``shifted`` as the cross-entropy, or ``official`` as the authors' code.
-        center_rows: subtract each logit row's mean before the spectral term.
         teacher_head: of ``task: labels``, the frozen head behind the frozen encoder:
             ``student_init``, the student's own first head, or ``probe``, a head fitted on the
             frozen features before the run; the student begins with the same head either way.
@@ -121,24 +117,15 @@ class RegularizersConfig(Section):
             the first step, instead of in each step.
     """
 
-    variant: Literal["iclr2026", "arxiv_v1"] = "iclr2026"
-    consistency: NonNegative = 0.025
-    diversity: NonNegative = 0.005
-    spectral: NonNegative = 0.005
-    temperature: Annotated[float, Field(gt=0)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    k: Positive = 10
-    norm: Literal["frobenius", "nuclear"] | None = None
-    consistency_schedule: Literal["constant", "cosine", "adaptive"] = "cosine"
-    diversity_schedule: WarmupSchedule = "two_phase"
-    spectral_schedule: WarmupSchedule = "two_phase"
-    warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
-    adaptive_min: NonNegative | None = None
-    adaptive_max: NonNegative | None = None
-    mask_alignment: Literal["shifted", "official"] = "shifted"
-    center_rows: bool = False
+    variant: Variant = "iclr2026"
+    warmup_fraction: Annotated[float, Field(ge=0, le=1)] = WARMUP_FRACTION
+    mask_alignment: MaskAlignment = "shifted"
     teacher_head: Literal["student_init", "probe"] = "student_init"
     teacher_cache: bool = True
+
+    def of_the_terms(self) -> dict[str, Any]:
+        """What :func:`balora_jax.numerics.objective.objective_of` reads."""
+        return self.model_dump(exclude={"teacher_head", "teacher_cache"})
 
 
 class DataConfig(Section):

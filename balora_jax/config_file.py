@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from balora_jax.config import RunConfig
+from balora_jax.config_schema import run_schema
 from balora_jax.errors import InputError
 from balora_jax.extensions import load_extensions
 
@@ -56,7 +57,7 @@ def _texts(value: Any, where: str) -> list[str]:
 def parse_config(tree: Mapping[str, Any], where: str) -> RunConfig:
     """Validate a nested mapping; ``where`` opens every message."""
     try:
-        return RunConfig.model_validate(tree)
+        return run_schema().model_validate(tree)
     except ValidationError as error:
         raise InputError(f"{where}: {_describe(error)}") from error
 
@@ -105,7 +106,7 @@ def _is_type_tag(part: Any) -> bool:
 
 
 def _unknown_key(location: list[str]) -> str:
-    section: type[BaseModel] = RunConfig
+    section: type[BaseModel] = run_schema()
     for part in location[:-1]:
         section = section.model_fields[part].annotation  # type: ignore[assignment]
     known = list(section.model_fields)

@@ -2,9 +2,16 @@
 
 import difflib
 from collections.abc import Iterator
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from typing import ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 from balora_jax.errors import InputError
+
+
+@runtime_checkable
+class NamedByClass(Protocol):
+    """What can be registered: its class says its name."""
+
+    name: ClassVar[str]
 
 
 @runtime_checkable
@@ -17,7 +24,7 @@ class Named(Protocol):
         ...
 
 
-Item = TypeVar("Item", bound=Named)
+Item = TypeVar("Item", bound=Named | NamedByClass)
 
 
 class Registry(Generic[Item]):

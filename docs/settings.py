@@ -10,8 +10,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from balora_jax.config import RunConfig
+from balora_jax.config_schema import run_schema
 
+SCHEMA = run_schema()
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# Settings
 
@@ -21,9 +22,9 @@ Every key of a config, with its type, default and meaning. This page is written 
 
 def page() -> str:
     """The whole page."""
-    top = [f for f in RunConfig.model_fields.items() if not _is_section(f[1])]
-    sections = [f for f in RunConfig.model_fields.items() if _is_section(f[1])]
-    parts = [HEAD, _table(dict(top), explained(RunConfig))]
+    top = [f for f in SCHEMA.model_fields.items() if not _is_section(f[1])]
+    sections = [f for f in SCHEMA.model_fields.items() if _is_section(f[1])]
+    parts = [HEAD, _table(dict(top), explained(SCHEMA))]
     for name, field in sections:
         section: Any = field.annotation
         first = (section.__doc__ or "").partition("\n\n")[0]

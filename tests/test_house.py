@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import balora_jax
-from balora_jax.config import RunConfig
+from balora_jax.config_schema import run_schema
 from balora_jax.io.checkpoint import FREE_KEYS
-from balora_jax.numerics.objective import Objective
+from balora_jax.numerics.objective import objective_of
 from balora_jax.parallel.axes import AXES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +35,7 @@ LAYERS = (
     ("parallel.token_split",),
     ("models",),
     ("config",),
+    ("config_schema",),
     ("config_file",),
     ("parallel",),
     ("io",),
@@ -293,7 +294,8 @@ def test_no_boolean_argument_is_positional_in_public_functions():
     assert not wrong, places(wrong)
 
 
-SECTIONS = {name: field.annotation for name, field in RunConfig.model_fields.items()}
+SCHEMA = run_schema()
+SECTIONS = {name: field.annotation for name, field in SCHEMA.model_fields.items()}
 SECTIONS = {name: kind for name, kind in SECTIONS.items() if hasattr(kind, "model_fields")}
 
 
@@ -318,18 +320,48 @@ def attributes_read():
 READ = attributes_read()
 
 
+OF_THE_TEACHER = {"teacher_head", "teacher_cache"}  # say how the teacher is made
+# Another value of each key that the objective reads, and what else it then takes.
+OTHER = {
+    "variant": ("arxiv_v1", {}),
+    "consistency": (0.5, {}),
+    "diversity": (0.5, {}),
+    "spectral": (0.5, {}),
+    "temperature": (3.0, {}),
+    "top_k": (7, {}),
+    "k": (3, {}),
+    "norm": ("nuclear", {}),
+    "consistency_schedule": ("constant", {}),
+    "diversity_schedule": ("constant", {}),
+    "spectral_schedule": ("constant", {}),
+    "warmup_fraction": (0.3, {"spectral_schedule": "linear_warmup"}),
+    "adaptive_min": (0.01, {"consistency_schedule": "adaptive"}),
+    "adaptive_max": (0.3, {"consistency_schedule": "adaptive"}),
+    "mask_alignment": ("official", {}),
+    "center_rows": (True, {}),
+}
+
+
 # Two sections are read as a whole: the tests after this one.
 @pytest.mark.parametrize(
-    ("section", "name"), [key for key in config_keys() if key[0] not in ("regularizers", "mesh")]
+    ("section", "name"),
+    [
+        key
+        for key in config_keys()
+        if key[0] not in ("regularizers", "mesh") or key[1] in OF_THE_TEACHER
+    ],
 )
 def test_every_setting_is_read(section, name):
     assert {(section, name), ("config", name)} & READ
 
 
-def test_regularizers_are_the_fields_of_the_objective():
-    """But for the two that say how the teacher is made."""
-    ours = set(SECTIONS["regularizers"].model_fields) - {"teacher_head", "teacher_cache"}
-    assert ours == set(Objective.__dataclass_fields__)
+def test_every_key_of_the_regularizers_changes_the_objective():
+    section = SECTIONS["regularizers"]
+    assert set(section.model_fields) - OF_THE_TEACHER == set(OTHER)
+    for key, (value, beside) in OTHER.items():
+        before, after = section(**beside), section(**beside, **{key: value})
+        found = [objective_of(settings.of_the_terms()) for settings in (before, after)]
+        assert found[0] != found[1], key
 
 
 def test_the_sizes_of_a_mesh_are_those_of_its_axes():
@@ -337,7 +369,7 @@ def test_the_sizes_of_a_mesh_are_those_of_its_axes():
 
 
 def test_settings_that_may_change_on_resume_exist():
-    known = {f"{section}.{name}" for section, name in config_keys()} | set(RunConfig.model_fields)
+    known = {f"{section}.{name}" for section, name in config_keys()} | set(SCHEMA.model_fields)
     assert set(FREE_KEYS) <= known
 
 

@@ -1,5 +1,6 @@
 """How does the torch reference compare: same weights, batch and start, in a process beside ours?"""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -95,8 +96,7 @@ def write_model(folder: Path, base: Base, weights: Weights) -> None:
 
 def spec_of(program: TextProgram, model: Path, folder: Path, threads: int) -> dict[str, Any]:
     """What the reference reads: the settings of the step under their names."""
-    config, terms = program.config, program.objective.term_spec
-    training = config.training
+    config, training = program.config, program.config.training
     ranks = {(module.rank, module.alpha) for module in program.adapters.modules}
     if len(ranks) > 1 or training.optimizer != "adamw" or training.lora_plus_ratio != 1.0:
         raise InputError(
@@ -122,13 +122,11 @@ def spec_of(program: TextProgram, model: Path, folder: Path, threads: int) -> di
         "target_modules": sorted(
             {module.name.rsplit(".", 1)[-1] for module in program.adapters.modules}
         ),
-        "consistency": program.objective.consistency,
-        "diversity": program.objective.diversity,
-        "spectral": program.objective.spectral,
-        "temperature": terms.temperature,
-        "top_k": terms.top_k,
-        "k": terms.k,
-        "norm": terms.norm,
+        "teacher": program.objective.needs_teacher,
+        "terms": {
+            one.term.name: {"weight": one.weight, **dataclasses.asdict(one.term)}
+            for one in program.objective.active
+        },
         "learning_rate": training.learning_rate,
         "betas": [training.beta1, training.beta2],
         "epsilon": training.epsilon,

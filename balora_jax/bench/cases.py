@@ -7,12 +7,10 @@ from typing import Any
 from balora_jax.config import RunConfig
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
+from balora_jax.numerics.schedules import WARMUP_FRACTION
+from balora_jax.numerics.terms import TERMS
 from balora_jax.plan import ahead
 from balora_jax.plan.targets import Target
-
-TERMS = ("consistency", "diversity", "spectral")
-PUBLISHED = {"consistency": 0.025, "diversity": 0.005, "spectral": 0.005}
-"""Weights of a term that the config switches off; the time of a step does not depend on them."""
 
 
 @dataclass(frozen=True)
@@ -32,28 +30,38 @@ class Case:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-FUSED, PLAIN = {"training.head": "fused"}, {"training.head": "plain"}
-TEXT_CASES = (
-    Case("LoRA", "lora", (), FUSED),
-    Case("PiSSA", None, (), FUSED),
-    *(Case(f"+ {term}", None, (term,), FUSED) for term in TERMS),
-    Case("BA-LoRA", None, TERMS, FUSED),
-    Case("LoRA, plain head", "lora", (), PLAIN),
-    Case("BA-LoRA, plain head", None, TERMS, PLAIN),
-)
-"""What the terms, the teacher and the head cost a causal language model."""
+def published() -> tuple[str, ...]:
+    """The terms of the paper, which are on where a config says nothing of them."""
+    return tuple(term.name for term in TERMS.values() if term.weight > 0)
 
-AHEAD, EACH_STEP = {"regularizers.teacher_cache": True}, {"regularizers.teacher_cache": False}
-LABEL_CASES = (
-    Case("LoRA", "lora", (), AHEAD),
-    Case("PiSSA", None, (), AHEAD),
-    Case("BA-LoRA", None, TERMS, AHEAD),
-    Case("BA-LoRA, teacher in each step", None, TERMS, EACH_STEP),
-)
-"""What the terms and the teacher cost an encoder."""
 
-CASES = {"decoder": TEXT_CASES, "encoder": LABEL_CASES}
-"""By the kind of model that a task trains."""
+def text_cases() -> tuple[Case, ...]:
+    """What the terms, the teacher and the head cost a causal language model."""
+    fused, plain = {"training.head": "fused"}, {"training.head": "plain"}
+    return (
+        Case("LoRA", "lora", (), fused),
+        Case("PiSSA", None, (), fused),
+        *(Case(f"+ {term}", None, (term,), fused) for term in TERMS),
+        Case("BA-LoRA", None, published(), fused),
+        Case("LoRA, plain head", "lora", (), plain),
+        Case("BA-LoRA, plain head", None, published(), plain),
+    )
+
+
+def label_cases() -> tuple[Case, ...]:
+    """What the terms and the teacher cost an encoder."""
+    ahead, each = {"regularizers.teacher_cache": True}, {"regularizers.teacher_cache": False}
+    return (
+        Case("LoRA", "lora", (), ahead),
+        Case("PiSSA", None, (), ahead),
+        Case("BA-LoRA", None, published(), ahead),
+        Case("BA-LoRA, teacher in each step", None, published(), each),
+    )
+
+
+def cases_of(model: str) -> tuple[Case, ...]:
+    """The cases of a kind of model."""
+    return {"decoder": text_cases, "encoder": label_cases}[model]()
 
 
 def chosen(cases: Sequence[Case], names: Sequence[str]) -> tuple[Case, ...]:
@@ -74,11 +82,13 @@ def chosen(cases: Sequence[Case], names: Sequence[str]) -> tuple[Case, ...]:
 def configured(config: RunConfig, case: Case) -> RunConfig:
     """The config of a case; schedules are constant, so that every term is at work in every step."""
     tree = config.model_dump(mode="json")
-    for term in TERMS:
-        weight = tree["regularizers"][term] or PUBLISHED[term]
-        tree["regularizers"][term] = weight if term in case.terms else 0.0
-        tree["regularizers"][f"{term}_schedule"] = "constant"
-    tree["regularizers"] |= {"adaptive_min": None, "adaptive_max": None}
+    terms = tree["regularizers"]
+    for term in TERMS.values():
+        # The time of a step does not depend on the weight of a term that the config has off.
+        weight = terms[term.name] or term.weight or 1.0
+        terms[term.name] = weight if term.name in case.terms else 0.0
+        terms[f"{term.name}_schedule"] = "constant"
+    terms |= {"adaptive_min": None, "adaptive_max": None, "warmup_fraction": WARMUP_FRACTION}
     if case.start is not None:
         tree["adapter"]["start"] = case.start
     elif tree["adapter"]["start"] == "lora":

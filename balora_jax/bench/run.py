@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from balora_jax import hardware
 from balora_jax.bench import label_steps, measure, report
-from balora_jax.bench.cases import CASES, TEXT_CASES, Case, chosen, compiled_for, configured
+from balora_jax.bench.cases import Case, cases_of, chosen, compiled_for, configured, text_cases
 from balora_jax.bench.label_steps import LabelCase
 from balora_jax.bench.measure import Measured
 from balora_jax.bench.weights import Weights, loaded_for, weights_of
@@ -56,7 +56,7 @@ def bench(
     if rounds < 1:
         raise InputError(f"--rounds: expected at least 1, got {rounds}. Raise it.")
     kind = TASKS[config.task].model
-    todo = chosen(CASES[kind], cases)
+    todo = chosen(cases_of(kind), cases)
     if kind == "encoder" and (against_torch or topology is not None):
         raise InputError(
             f"bench: expected task text with --against or --topology, got {config.task}. Leave "
@@ -84,7 +84,7 @@ def _measured(
 ) -> dict[str, Any]:
     if against_torch:
         names = [*(case.name for case in cases), *TORCH_CASES]
-        cases = [case for case in TEXT_CASES if case.name in names]
+        cases = [case for case in text_cases() if case.name in names]
         rounds = max(rounds, COMPARED_STEPS - 2)
     base, weights = weights_of(config)
     programs = {case.name: _program(config, case, base) for case in cases}

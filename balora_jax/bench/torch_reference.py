@@ -91,10 +91,13 @@ class Trainer:
         import numpy as np
         import torch
 
+        unknown = set(spec["terms"]) - set(TERMS)
+        if unknown:
+            raise ValueError(f"no reference for the terms {', '.join(sorted(unknown))}")
         self.spec, self.device = spec, torch.device(spec["device"])
         torch.manual_seed(0)  # of the randomized decomposition
         self.student = self.load_student()
-        self.teacher = self.load_base().eval() if spec["consistency"] else None
+        self.teacher = self.load_base().eval() if spec["teacher"] else None
         batch = np.load(spec["batch"])
         self.ids = torch.tensor(batch["input_ids"], dtype=torch.long, device=self.device)
         segments = torch.tensor(batch["segment_ids"], device=self.device)
@@ -176,18 +179,14 @@ class Trainer:
         spec = self.spec
         logits = self.rows(self.student)
         loss = torch.nn.functional.cross_entropy(logits, self.labels)
-        zero = loss.new_zeros(())
-        parts = {"task_loss": loss, "consistency": zero, "diversity": zero, "spectral": zero}
+        parts = {"task_loss": loss} | dict.fromkeys(TERMS, loss.new_zeros(()))
+        teacher = None
         if self.teacher is not None:
             with torch.no_grad():
                 teacher = self.rows(self.teacher)
-            parts["consistency"] = consistency(logits, teacher, spec["temperature"])
-        if spec["diversity"]:
-            parts["diversity"] = negative_entropy(logits, spec["top_k"])
-        if spec["spectral"]:
-            parts["spectral"] = negative_ratio(logits, spec["k"], spec["norm"])
-        for name in ("consistency", "diversity", "spectral"):
-            loss = loss + spec[name] * parts[name]
+        for name, settings in spec["terms"].items():
+            parts[name] = TERMS[name](logits, teacher, settings)
+            loss = loss + settings["weight"] * parts[name]
         return loss, parts
 
     def rows(self, model: Any) -> Any:
@@ -209,35 +208,43 @@ class Trainer:
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
 
 
-def consistency(student: Any, teacher: Any, temperature: float) -> Any:
+def consistency(student: Any, teacher: Any, settings: dict[str, Any]) -> Any:
     """``T² · mean KL(softmax(z_T/T) ‖ softmax(z_S/T))``."""
     from torch.nn.functional import kl_div, log_softmax
 
+    temperature = settings["temperature"]
     return temperature**2 * kl_div(
         log_softmax(student / temperature, -1), log_softmax(teacher / temperature, -1),
         reduction="batchmean", log_target=True,
     )  # fmt: skip
 
 
-def negative_entropy(logits: Any, top_k: int) -> Any:
+def negative_entropy(student: Any, teacher: Any, settings: dict[str, Any]) -> Any:
     """Minus the mean entropy of the renormalised top-K softmax; 0 is the entire vocabulary."""
     from torch.nn.functional import log_softmax
 
-    kept = logits.topk(top_k, -1).values if top_k else logits
-    log_p = log_softmax(kept, -1)
+    del teacher
+    top_k = settings["top_k"]
+    log_p = log_softmax(student.topk(top_k, -1).values if top_k else student, -1)
     return (log_p.exp() * log_p).sum(-1).mean()
 
 
-def negative_ratio(logits: Any, k: int, norm: str) -> Any:
+def negative_ratio(student: Any, teacher: Any, settings: dict[str, Any]) -> Any:
     """Minus the share of the k leading singular values; estimated as published where V > 4096."""
     import torch
 
-    if norm == "nuclear" or logits.shape[1] <= 4096:
-        values = torch.linalg.svdvals(logits)
+    del teacher
+    k, norm = settings["k"], settings["norm"]
+    if norm == "nuclear" or student.shape[1] <= 4096:
+        values = torch.linalg.svdvals(student)
     else:
-        values = torch.svd_lowrank(logits, q=k + 5, niter=2)[1]
-    size = values.sum() if norm == "nuclear" else torch.linalg.matrix_norm(logits)
+        values = torch.svd_lowrank(student, q=k + 5, niter=2)[1]
+    size = values.sum() if norm == "nuclear" else torch.linalg.matrix_norm(student)
     return -values[:k].sum() / size
+
+
+TERMS = {"consistency": consistency, "diversity": negative_entropy, "spectral": negative_ratio}
+"""The published terms by name, ``(student, teacher, settings) -> value``."""
 
 
 if __name__ == "__main__":

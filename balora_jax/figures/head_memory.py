@@ -5,7 +5,6 @@ machine or for a TPU that is not here (extra ``plan``).
 """
 
 import argparse
-import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -73,29 +72,31 @@ def temporaries(
     import jax.numpy as jnp
 
     from balora_jax.numerics import head
-    from balora_jax.numerics.logit_terms import TermScales, TermSpec
+    from balora_jax.numerics.head_types import Rows, head_products
+    from balora_jax.numerics.objective import TASK, TermSet, objective_of
+    from balora_jax.numerics.terms import TERMS
     from balora_jax.plan.compiled import memory_of
 
     on = form != "plain LoRA"
-    spec = TermSpec(on, on, on, 2.0, 20, 10, "frobenius", False, False)
+    chosen = objective_of(dict.fromkeys(TERMS, 1.0) if on else {}).term_set
     one = _device(topology)
 
     def shape(*dimensions: int, kind: Any = dtype) -> Any:
         return jax.ShapeDtypeStruct(dimensions, kind, sharding=one)
 
-    def loss(student: Any, rest: head.Rows, embedding: Any, factor: Any) -> Any:
-        scales = TermScales(*(jnp.float32(0.01),) * 4)
+    def loss(student: Any, rest: Any, embedding: Any, factor: Any) -> Any:
+        scales: Any = dict.fromkeys((TASK, *TERMS), jnp.float32(0.01))
         parts = rest._replace(student=student, teacher=rest.teacher if on else None)
         if form == "published":
-            rest_spec = dataclasses.replace(spec, spectral=False)
-            others = head.plain_head_loss(parts, embedding, scales, rest_spec)[0]
-            return others + 0.01 * _published_spectral(head.head_products(student, embedding))
+            others = TermSet(tuple(term for term in chosen.terms if not term.couples_rows))
+            others = head.plain_head_loss(parts, embedding, scales, others)[0]
+            return others + 0.01 * _published_spectral(head_products(student, embedding))
         if form.startswith("plain"):
-            return head.plain_head_loss(parts, embedding, scales, spec)[0]
-        return head.head_loss(parts, embedding, scales, spec, chunk=chunk, factor=factor)[0]
+            return head.plain_head_loss(parts, embedding, scales, chosen)[0]
+        return head.head_loss(parts, embedding, scales, chosen, chunk=chunk, factor=factor)[0]
 
     hidden, mask = shape(rows, width), shape(rows, kind=jnp.bool_)
-    rest = head.Rows(hidden, hidden, shape(rows, kind=jnp.int32), mask, mask)
+    rest = Rows(hidden, hidden, shape(rows, kind=jnp.int32), mask, mask)
     arguments = (
         hidden,
         rest,

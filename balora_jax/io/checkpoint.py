@@ -14,6 +14,7 @@ from absl import logging
 
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.io import seals
+from balora_jax.numerics.objective import depends_on_length
 from balora_jax.parallel import hosts
 
 # What fails in a thread of orbax is raised again where it was asked for.
@@ -265,16 +266,10 @@ def check_same_run(saved: Identity, now: Identity, where: str) -> None:
 
 def _extends(config: Mapping[str, Any], before: Any, after: Any) -> bool:
     """A run may be lengthened where nothing depends on its length."""
-    training, terms = config["training"], config["regularizers"]
-    schedules = [
-        training["schedule"] if training["warmup"] == 0.0 else "warm-up",
-        *(
-            terms[f"{name}_schedule"] if terms[name] > 0.0 else "constant"
-            for name in ("consistency", "diversity", "spectral")
-        ),
-    ]
+    training = config["training"]
+    steady = training["schedule"] == "constant" and training["warmup"] == 0.0
     longer = before is not None and after is not None and after > before
-    return longer and all(schedule in ("constant", "adaptive") for schedule in schedules)
+    return longer and steady and not depends_on_length(config["regularizers"])
 
 
 def differences(

@@ -4,15 +4,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PANELS = (
-    ("task loss (nats per token)", ("task_loss", "loss")),
-    ("consistency: T² KL to the teacher", ("consistency",)),
-    ("diversity: minus entropy (nats)", ("diversity",)),
-    ("spectral: minus ratio of singular values", ("spectral",)),
-    ("weights λ", ("lambda1", "lambda2", "lambda3")),
-    ("gradient norm", ("grad_norm",)),
-)
-"""Title and columns of each picture of the curves."""
+from balora_jax.numerics.terms import TERMS
+
+ACROSS = 3
+"""Panels of the curves beside each other."""
+
+
+def panels() -> list[tuple[str, tuple[str, ...]]]:
+    """Title and columns of each picture of the curves."""
+    weights = tuple(f"lambda{i}" for i, _ in enumerate(TERMS, start=1))
+    return [
+        ("task loss (nats per token)", ("task_loss", "loss")),
+        *((term.title, (term.name,)) for term in TERMS.values()),
+        ("weights λ", weights),
+        ("gradient norm", ("grad_norm",)),
+    ]
 
 
 def save_picture(path: Path, paint: Callable[[Any], Any]) -> bool:
@@ -43,8 +49,13 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
 
     def paint(pyplot: Any) -> Any:
         steps = [row["step"] for row in rows]
-        figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), constrained_layout=True)
-        for axis, (title, names) in zip(axes.flat, PANELS, strict=True):
+        shown = panels()
+        down = -(-len(shown) // ACROSS)
+        size = (4 * ACROSS, 3 * down)
+        figure, axes = pyplot.subplots(down, ACROSS, figsize=size, constrained_layout=True)
+        for axis in axes.flat[len(shown) :]:
+            axis.set_visible(False)
+        for axis, (title, names) in zip(axes.flat, shown, strict=False):
             for name in names:
                 axis.plot(steps, [row[name] for row in rows], label=name, linewidth=1.2)
             axis.set_title(title, fontsize=10)

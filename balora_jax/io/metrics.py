@@ -6,22 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from balora_jax.io.folders import write_atomically
+from balora_jax.numerics.objective import TASK
+from balora_jax.numerics.terms import TERMS
 
-COLUMNS = (
-    "step",
-    "loss",
-    "task_loss",
-    "consistency",
-    "diversity",
-    "spectral",
-    "lambda1",
-    "lambda2",
-    "lambda3",
-    "learning_rate",
-    "grad_norm",
-    "tokens",
-    "tokens_per_second",
-)
+
+def columns() -> list[str]:
+    """The columns of a row that come first, in order; what else a run measures follows them."""
+    return [
+        *("step", "loss", TASK),
+        *TERMS,
+        *(f"lambda{i}" for i, _ in enumerate(TERMS, start=1)),
+        *("learning_rate", "grad_norm", "tokens", "tokens_per_second"),
+    ]
 
 
 class MetricsLog:
@@ -34,7 +30,7 @@ class MetricsLog:
 
     def write(self, row: Mapping[str, float | None]) -> None:
         """Add one row, flushed: a killed run keeps every row it logged."""
-        ordered = {name: row[name] for name in COLUMNS} | dict(row)
+        ordered = {name: row[name] for name in columns()} | dict(row)
         self._file.write(json.dumps(ordered) + "\n")
         self._file.flush()
 

@@ -29,7 +29,7 @@ from balora_jax.models.layers import (
 from balora_jax.models.options import Options, Remat
 from balora_jax.models.rotary import RopeConfig, rotary_tables
 from balora_jax.models.variables import declared
-from balora_jax.numerics.head import LogitMap
+from balora_jax.numerics.head_types import LogitMap
 
 Cache = dict[str, Array]
 

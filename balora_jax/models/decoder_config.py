@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from balora_jax.models.rotary import RopeConfig
-from balora_jax.numerics.head import LINEAR, LogitMap
+from balora_jax.numerics.head_types import LINEAR, LogitMap
 
 NormKind = Literal["rms", "rms_float32", "rms_plus_one", "layer"]
 NormPlace = Literal["before", "both", "after"]
@@ -47,7 +47,7 @@ class DecoderConfig:
         attention_soft_cap: largest size of an attention score (Gemma 2).
         experts: MLPs of a layer, of which a router takes some; 0 for one that always runs.
         experts_per_token: how many it takes (Mixtral).
-        logit_map: from ``hidden · head`` to logits: a scale, a soft cap.
+        logit_map: from ``hidden · head`` to logits: a soft cap.
     """
 
     model_type: str

@@ -1,8 +1,8 @@
-"""What are the task loss and the regularizers of a batch, and their gradient by hidden states?
+"""The task loss and the regularizers of a batch, and their gradient by hidden states.
 
 :func:`head_loss` runs the pass of :mod:`balora_jax.numerics.head_pass`, which never holds all
-logits; :func:`plain_head_loss` is the same from all ``[N, V]`` logits by automatic derivatives.
-The head is frozen and gets no gradient.
+logits; :func:`plain_head_loss` calls each term's own function on all ``[N, V]`` logits and is
+differentiated automatically. The head is frozen and gets no gradient.
 """
 
 from collections.abc import Callable
@@ -13,20 +13,22 @@ import jax.numpy as jnp
 
 from balora_jax.array_types import Array, Float, Scalar
 from balora_jax.errors import InputError
-from balora_jax.numerics import head_pass, losses, regularizers
-from balora_jax.numerics.head_pass import (
-    Adapt,
+from balora_jax.numerics import head_pass, losses
+from balora_jax.numerics.arithmetic import ratio
+from balora_jax.numerics.head_pass import Adapt, Scales
+from balora_jax.numerics.head_types import (
+    LINEAR,
+    ONE_DEVICE,
     Head,
     HeadAxes,
-    HeadTerms,
+    HeadSums,
     LogitMap,
     Rows,
     head_products,
-    mean_of,
 )
-from balora_jax.numerics.logit_terms import TermScales, TermSpec
-
-LINEAR, ONE_DEVICE = LogitMap(), HeadAxes()
+from balora_jax.numerics.objective import TASK, TermSet
+from balora_jax.numerics.softmax import entropy_rows
+from balora_jax.numerics.terms.term import Term
 
 
 def unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,8 +39,8 @@ def unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
 def head_loss(
     rows: Rows,
     embedding: Float[Array, "V D"],
-    scales: TermScales,
-    spec: TermSpec,
+    scales: Scales,
+    chosen: TermSet,
     *,
     chunk: int,
     factor: Float[Array, "D D"] | None = None,
@@ -46,8 +48,8 @@ def head_loss(
     adapt: Adapt | None = None,
     axes: HeadAxes = ONE_DEVICE,
     across: Callable[[Callable[..., Any]], Callable[..., Any]] = unwrapped,
-) -> tuple[Scalar, HeadTerms]:
-    """Return ``Σ scale · term`` with its gradient by ``rows.student``, and the terms.
+) -> tuple[Scalar, HeadSums]:
+    """Return ``Σ scale · sum`` with its gradient by ``rows.student``, and the sums.
 
     At most one chunk of student and teacher logits exists at a time. Logits are products in the
     dtype of the hidden states with float32 accumulation, float32 hidden states at the highest
@@ -55,24 +57,24 @@ def head_loss(
     Only the first result carries a gradient, and only by ``rows.student``. Where a row of student
     and teacher agrees bit for bit, its divergence is exactly 0 with gradient 0.
 
-    The spectral term couples the rows of this call: with several micro-batches it is a statistic of
-    each one, over all devices.
+    A term that couples rows couples those of this call: with several micro-batches it is a
+    statistic of each one, over all devices.
 
     Args:
         rows: The micro-batch.
         embedding: Frozen head, ``[V, D]``, rows are vocabulary entries.
-        scales: Factor of each term in the loss.
-        spec: Which terms, and their settings.
+        scales: Factor of each sum in the loss, by the terms' names and ``task_loss``.
+        chosen: Which terms, with their settings.
         chunk: Rows per chunk on a device, at least 1. N need not be a multiple.
-        factor: Factor R of the head for the spectral term, with ``spec.center_rows`` that of the
+        factor: Factor R of the head for the spectral term, with its ``center_rows`` that of the
             *centred* head (``linalg.head_factor(W, center=True)``): centring is linear in H too.
-            Not read, and may be None, where the term is off or logits have a soft cap.
+            Not read, and may be None, where no term needs it or logits have a soft cap.
         logit_map: From products to logits.
         adapt: Gives the scales of this micro-batch by its teacher's entropy; read and needed where
-            ``spec.teacher_entropy``.
+            a weight follows it.
         axes: Mesh axes that ``across`` makes manual.
         across: Wraps the computation, such as in ``jax.shard_map``; it takes and returns
-            ``(rows, embedding, scales, factor) -> (terms, gradient [N, D])``.
+            ``(rows, embedding, scales, factor) -> (sums, gradient [N, D])``.
 
     Raises:
         InputError: If shapes do not match, the teacher or the factor is missing, or a setting is
@@ -81,38 +83,39 @@ def head_loss(
     **Source:** the paper's NLG terms; the official code forms ``[B, T, V]`` logits of both models
     several times instead. Gradient in the forward pass: an idea of fused cross-entropy kernels.
 
-    >>> import jax.numpy as jnp
-    >>> spec = TermSpec(False, True, False, 2.0, 0, 10, "frobenius", False, False)
+    >>> from balora_jax.numerics.terms.diversity import Diversity
     >>> yes, one = jnp.array([True]), jnp.float32(1)
     >>> rows = Rows(jnp.zeros((1, 3)), None, jnp.array([5]), yes, yes)
-    >>> scales = TermScales(one, one, one, one)
-    >>> loss, terms = head_loss(rows, jnp.ones((8, 3)), scales, spec, chunk=4)
-    >>> round(float(terms.task_sum), 4), round(float(terms.diversity_sum), 4), abs(loss) < 1e-5
+    >>> scales, chosen = {"task_loss": one, "diversity": one}, TermSet((Diversity(top_k=0),))
+    >>> loss, sums = head_loss(rows, jnp.ones((8, 3)), scales, chosen, chunk=4)
+    >>> round(float(sums.task_sum), 4), round(float(sums.terms["diversity"]), 4), abs(loss) < 1e-5
     (2.0794, -2.0794, Array(True, dtype=bool))
     """
-    check(rows, embedding, spec, chunk, factor, logit_map)
+    check(rows, embedding, chosen, chunk, factor, logit_map)
     student = rows.student
     # Constants from here on: the gradient is formed by hand and attached at the end.
     rows, embedding, scales, factor = jax.lax.stop_gradient((rows, embedding, scales, factor))
-    if not spec.needs_teacher:
+    if not chosen.needs_teacher:
         rows = rows._replace(teacher=None)
 
     def compute(
-        rows: Rows, embedding: Array, scales: TermScales, factor: Array | None
-    ) -> tuple[HeadTerms, Array]:
+        rows: Rows, embedding: Array, scales: Scales, factor: Array | None
+    ) -> tuple[HeadSums, Array]:
         head = Head(embedding, factor, logit_map, chunk, axes)
-        return head_pass.terms_and_gradient(rows, head, scales, spec, adapt)
+        return head_pass.terms_and_gradient(rows, head, scales, chosen, adapt)
 
-    terms, gradient = across(compute)(rows, embedding, scales, factor)
-    return _with_gradient(_weighted(scales, terms, spec, adapt), student, gradient), terms
+    sums, gradient = across(compute)(rows, embedding, scales, factor)
+    return _with_gradient(_weighted(scales, sums, chosen, adapt), student, gradient), sums
 
 
-def _weighted(scales: TermScales, terms: HeadTerms, spec: TermSpec, adapt: Adapt | None) -> Scalar:
-    if spec.teacher_entropy and adapt is not None:
-        mean = mean_of(terms.teacher_entropy_sum, terms.term_count)
-        scales = adapt(scales, jax.lax.stop_gradient(mean))
-    sums = (terms.task_sum, terms.consistency_sum, terms.diversity_sum, terms.spectral)
-    return sum((a * b for a, b in zip(scales, sums, strict=True)), jnp.zeros((), sums[0].dtype))
+def _weighted(scales: Scales, sums: HeadSums, chosen: TermSet, adapt: Adapt | None) -> Scalar:
+    if chosen.by_confidence and adapt is not None:
+        means = {name: ratio(e, sums.term_count) for name, e in sums.teacher_entropy.items()}
+        scales = adapt(scales, jax.lax.stop_gradient(means))
+    loss = scales[TASK] * sums.task_sum
+    for term in chosen.terms:
+        loss = loss + scales[term.name] * sums.terms[term.name]
+    return loss
 
 
 @jax.custom_vjp
@@ -163,56 +166,65 @@ def chunk_rows(vocabulary: int, memory: int) -> int:
 def plain_head_loss(
     rows: Rows,
     embedding: Float[Array, "V D"],
-    scales: TermScales,
-    spec: TermSpec,
+    scales: Scales,
+    chosen: TermSet,
     *,
     logit_map: LogitMap = LINEAR,
     adapt: Adapt | None = None,
-) -> tuple[Scalar, HeadTerms]:
-    """Return what :func:`head_loss` returns from all ``[N, V]`` logits, by automatic derivatives.
+) -> tuple[Scalar, HeadSums]:
+    """Return what :func:`head_loss` returns, by each term's own function of all logits.
 
     The readable reference, and ``training.head: plain``: large, and exact term by term.
 
     Raises:
         InputError: As :func:`head_loss`.
     """
-    check(rows, embedding, spec, 1, None, None)
+    check(rows, embedding, chosen, 1, None, None)
     embedding = jax.lax.stop_gradient(embedding)
     used = (rows.label_mask | rows.term_mask)[:, None]
     logits = logit_map(head_products(jnp.where(used, rows.student, 0), embedding))
     zero = jnp.zeros((), logits.dtype)
     task, count = losses.cross_entropy(logits, rows.labels, rows.label_mask)
-    consistency = diversity = entropy = ratio = zero
-
-    def total(values: Array) -> Array:
-        return jnp.sum(jnp.where(rows.term_mask, values, 0))
-
-    if spec.needs_teacher and rows.teacher is not None:
-        teacher = jax.lax.stop_gradient(jnp.where(used, rows.teacher, 0))
-        teacher_logits = logit_map(head_products(teacher, embedding))
+    term_count = jnp.sum(rows.term_mask, dtype=zero.dtype)
+    teacher, entropies = None, {}
+    if chosen.needs_teacher and rows.teacher is not None:
+        hidden = jax.lax.stop_gradient(jnp.where(used, rows.teacher, 0))
+        teacher = logit_map(head_products(hidden, embedding))
+        entropies = {
+            term.name: _masked_sum(
+                entropy_rows(teacher, 0, term.confidence_temperature), rows.term_mask
+            )
+            for term in chosen.terms
+            if term.name in chosen.by_confidence
+        }
         # Equal hidden states have equal logits in exact arithmetic; two compiled products need not
         # agree in the last bit.
-        equal = jnp.all(rows.student == rows.teacher, axis=-1)
-        if spec.consistency:
-            divergence = regularizers.kl_rows(logits, teacher_logits, spec.temperature)
-            consistency = spec.temperature**2 * total(jnp.where(equal, 0, divergence))
-        if spec.teacher_entropy:
-            entropy = total(regularizers.entropy_rows(teacher_logits, 0, spec.temperature))
-    if spec.diversity:
-        diversity = -total(regularizers.entropy_rows(logits, spec.top_k))
-    if spec.spectral:
-        matrix = regularizers.center_rows(logits) if spec.center_rows else logits
-        matrix = jnp.where(rows.term_mask[:, None], matrix, 0)
-        ratio = -regularizers.spectral_ratio(matrix, spec.k, spec.norm)
-    term_count = jnp.sum(rows.term_mask, dtype=zero.dtype)
-    terms = HeadTerms(task, count, consistency, diversity, term_count, entropy, ratio, zero)
-    return _weighted(scales, terms, spec, adapt), terms
+        equal = jnp.all(rows.student == rows.teacher, axis=-1, keepdims=True)
+        teacher = jax.lax.stop_gradient(jnp.where(equal, logits, teacher))
+    terms = {term.name: _plain_sum(term, rows, logits, teacher) for term in chosen.terms}
+    statistics = {name: zero for term in chosen.terms for name in term.statistics}
+    sums = HeadSums(task, count, term_count, terms, entropies, statistics)
+    return _weighted(scales, sums, chosen, adapt), sums
+
+
+def _plain_sum(term: Term, rows: Rows, logits: Array, teacher: Array | None) -> Scalar:
+    """The sum of a term over the rows that count, or the value of one that couples rows."""
+    if term.reads == "hidden":
+        return head_pass.hidden_sum(
+            jax.lax.stop_gradient(rows)._replace(student=rows.student), term
+        )
+    value = term.on_tokens(logits, teacher, rows.term_mask)
+    return value if term.couples_rows else value * jnp.sum(rows.term_mask, dtype=value.dtype)
+
+
+def _masked_sum(values: Array, mask: Array) -> Scalar:
+    return jnp.sum(jnp.where(mask, values, 0))
 
 
 def check(
     rows: Rows,
     embedding: Array,
-    spec: TermSpec,
+    chosen: TermSet,
     chunk: int,
     factor: Array | None,
     logit_map: LogitMap | None,
@@ -231,30 +243,27 @@ def check(
             f"head_loss: expected labels, label_mask and term_mask of shape {flat}, got "
             f"{masks[0]}, {masks[1]} and {masks[2]}. Flatten them alike."
         )
-    if spec.needs_teacher and (rows.teacher is None or rows.teacher.shape != student.shape):
-        raise InputError(
-            f"head_loss: expected teacher hidden states of shape {student.shape} for the "
-            f"consistency term, got {None if rows.teacher is None else rows.teacher.shape}. Run "
-            "the teacher or set consistency to 0."
-        )
     if chunk < 1:
         raise InputError(f"head_loss: expected chunk of at least 1, got {chunk}. Use 512 or more.")
-    if spec.spectral and logit_map is not None:
-        _check_factor(spec, factor, width, logit_map)
-    regularizers.check_temperature("head_loss", spec.temperature)
-    regularizers.check_top_k("head_loss", spec.top_k if spec.diversity else 0, embedding.shape[0])
-    regularizers.check_spectral("head_loss", spec.k, spec.norm)
+    for term in chosen.terms:
+        _check_term(term, rows, embedding, factor, logit_map)
 
 
-def _check_factor(spec: TermSpec, factor: Array | None, width: int, logit_map: LogitMap) -> None:
-    if logit_map.soft_cap is not None and spec.norm == "nuclear":
+def _check_term(
+    term: Term, rows: Rows, embedding: Array, factor: Array | None, logit_map: LogitMap | None
+) -> None:
+    shape, (columns, width) = rows.student.shape, embedding.shape
+    if term.needs_teacher and (rows.teacher is None or rows.teacher.shape != shape):
         raise InputError(
-            "head_loss: expected norm frobenius where logits have a soft cap, got nuclear, which "
-            "needs all singular values of [N, V]. Change the norm, or set training.head to plain."
+            f"head_loss: expected teacher hidden states of shape {shape} for the {term.name} term, "
+            f"got {None if rows.teacher is None else rows.teacher.shape}. Run the teacher or set "
+            f"{term.name} to 0."
         )
+    term.check_head("head_loss", columns, logit_map)
+    linear = logit_map is not None and logit_map.soft_cap is None
     got = None if factor is None else factor.shape
-    if logit_map.soft_cap is None and got != (width, width):
+    if term.needs_factor and linear and got != (width, width):
         raise InputError(
-            f"head_loss: expected a factor of shape {(width, width)} for the spectral term, got "
+            f"head_loss: expected a factor of shape {(width, width)} for the {term.name} term, got "
             f"{got}. Make it with linalg.head_factor from the same head."
         )

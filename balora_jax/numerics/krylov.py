@@ -6,7 +6,7 @@ the others in float32 (iterating with ``A^T A`` would square the range of the sp
 either side may be split over named mesh axes inside ``jax.shard_map``.
 
 Nothing here is meant to be differentiated: the derivative of a sum of singular values is known in
-closed form (:mod:`balora_jax.numerics.linalg`, :mod:`balora_jax.numerics.spectral`).
+closed form (:mod:`balora_jax.numerics.linalg`, :mod:`balora_jax.numerics.ratio`).
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from balora_jax.array_types import Array, Float, Scalar
+from balora_jax.numerics.arithmetic import product, sum_over
 
 EXTRA_COLUMNS = 6
 """Columns of a block beyond the wanted k: 16 for the published k = 10."""
@@ -28,8 +29,6 @@ CYCLES = 8
 
 TOLERANCE = 3e-4
 """Wanted residual in units of the gap behind the k-th value: about the error of the gradient."""
-
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Operator(NamedTuple):
@@ -71,9 +70,9 @@ def operator_of(matrix: Float[Array, "I J"], image_axes: tuple[str, ...] = ()) -
     """The products with a matrix in memory, rows of which may be split over devices."""
 
     def transpose(y: Array) -> Array:
-        return _sum_over(_product(matrix.T, y), image_axes)
+        return sum_over(product(matrix.T, y), image_axes)
 
-    return Operator(lambda x: _product(matrix, x), transpose, image_axes)
+    return Operator(lambda x: product(matrix, x), transpose, image_axes)
 
 
 def leading_triplets(
@@ -83,7 +82,6 @@ def leading_triplets(
     *,
     blocks: int = BLOCKS,
     cycles: int = CYCLES,
-    tolerance: float = TOLERANCE,
 ) -> Triplets:
     """Return w leading triplets, of which the first k have converged or ``cycles`` were spent.
 
@@ -94,11 +92,11 @@ def leading_triplets(
         blocks: Products with A, and with its transpose, in one cycle. ``w · blocks`` must be at
             most the number of rows of the basis over all devices.
         cycles: Cycles at most.
-        tolerance: The iteration ends when the residual is below ``tolerance·(s_k - s_{k+1})``, or
-            at the rounding of ``s_1``, where float32 holds no more.
 
     Returns:
-        The triplets. If ``s_k = s_{k+1}`` the subspace of the first k is not unique; any is right.
+        The triplets. The iteration ends when the residual is below ``TOLERANCE·(s_k - s_{k+1})``,
+        or at the rounding of ``s_1``, where float32 holds no more. If ``s_k = s_{k+1}`` the
+        subspace of the first k is not unique; any is right.
 
     >>> import jax, jax.numpy as jnp
     >>> matrix = jnp.diag(jnp.arange(40.0))
@@ -114,7 +112,7 @@ def leading_triplets(
 
     def unfinished(found: Triplets) -> Array:
         gap = found.s[k - 1] - found.s[k]
-        open_ = (found.residual > tolerance * gap) & (found.residual > floor * found.s[0])
+        open_ = (found.residual > TOLERANCE * gap) & (found.residual > floor * found.s[0])
         return (found.cycles < cycles) & open_
 
     def cycle(found: Triplets) -> Triplets:
@@ -133,8 +131,8 @@ def _cycle(operator: Operator, start: Array, k: int, blocks: int) -> Triplets:
         image, _ = tsqr(operator.apply(block), operator.image_axes)
         new = operator.transpose(image)
         for _ in range(2):  # once loses orthogonality to rounding, twice is enough
-            inner = _sum_over(_product(basis.T, new), operator.basis_axes)
-            new = new - _product(basis, inner)
+            inner = sum_over(product(basis.T, new), operator.basis_axes)
+            new = new - product(basis, inner)
         return basis, tsqr(new, operator.basis_axes)[0]
 
     basis = jnp.zeros((rows, width * blocks), start.dtype)
@@ -144,9 +142,9 @@ def _cycle(operator: Operator, start: Array, k: int, blocks: int) -> Triplets:
     basis, _ = tsqr(basis, operator.basis_axes)
     image, small = tsqr(operator.apply(basis), operator.image_axes)
     left, s, right = jnp.linalg.svd(small, full_matrices=False)
-    u, s, v = _product(image, left[:, :width]), s[:width], _product(basis, right[:width].T)
+    u, s, v = product(image, left[:, :width]), s[:width], product(basis, right[:width].T)
     gap = operator.transpose(u[:, :k]) - v[:, :k] * s[None, :k]
-    squares = _sum_over(jnp.sum(gap * gap), operator.basis_axes)
+    squares = sum_over(jnp.sum(gap * gap), operator.basis_axes)
     return Triplets(u, s, v, jnp.sqrt(squares), jnp.int32(0))
 
 
@@ -171,12 +169,4 @@ def tsqr(
     stacked = jax.lax.all_gather(r, axes, tiled=True)
     outer, r_all = jnp.linalg.qr(stacked)
     own = jax.lax.dynamic_slice_in_dim(outer, jax.lax.axis_index(axes) * r.shape[0], r.shape[0])
-    return _product(q, own), r_all
-
-
-def _sum_over(array: Array, axes: tuple[str, ...]) -> Array:
-    return jax.lax.psum(array, axes) if axes else array
-
-
-def _product(left: Array, right: Array) -> Array:
-    return jnp.matmul(left, right, precision=_HIGHEST)
+    return product(q, own), r_all

@@ -19,6 +19,7 @@ import numpy as np
 from balora_jax.array_types import Array, Float, PRNGKeyArray, Scalar
 from balora_jax.errors import InputError
 from balora_jax.numerics import krylov
+from balora_jax.numerics.arithmetic import as_float, product
 
 SvdMethod = Literal["auto", "exact", "iterative"]
 
@@ -40,11 +41,6 @@ class LeadingTriplets(NamedTuple):
     u: Float[Array, "N k"]
     s: Float[Array, "k"]
     v: Float[Array, "M k"]
-
-
-def as_float(array: Array) -> Array:
-    """Widen to float32; float64 stays float64 (only possible with JAX's x64 mode)."""
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def singular_values(
@@ -163,24 +159,6 @@ def top_k_singular_sum(
     return jnp.sum(singular_values(matrix, k, method=method))
 
 
-def nuclear_norm(matrix: Float[Array, "N M"]) -> Scalar:
-    """Return the sum of all singular values; its gradient is ``U V^T`` over the non-zero ones.
-
-    Always exact: an iteration cannot see the tail that this norm adds up.
-
-    Returns:
-        Float32 scalar, 0 for a matrix without rows.
-
-    Raises:
-        InputError: If the matrix is not two-dimensional.
-
-    >>> import jax.numpy as jnp
-    >>> float(nuclear_norm(jnp.diag(jnp.array([1.0, -2.0]))))
-    3.0
-    """
-    return jnp.sum(singular_values(matrix, max(1, min(matrix.shape)), method="exact"))
-
-
 def frobenius_norm(matrix: Float[Array, "N M"]) -> Scalar:
     """Return the square root of the sum of squares; its gradient at the zero matrix is 0, not NaN.
 
@@ -204,7 +182,7 @@ def top_k_svd(
     """Return the k leading singular triplets, iteratively and from a fixed start.
 
     See :mod:`balora_jax.numerics.krylov`. A matrix whose thin side fits one basis (128 for k = 10)
-    is decomposed exactly instead. :func:`ritz_residual` tells how far the result has converged.
+    is decomposed exactly instead.
     Nothing here is meant to be differentiated; use :func:`singular_values`.
 
     Args:
@@ -242,23 +220,6 @@ def top_k_svd(
     return LeadingTriplets(found.image[:, :k], found.s[:k], found.basis[:, :k])
 
 
-def ritz_residual(matrix: Float[Array, "N M"], triplets: LeadingTriplets) -> Scalar:
-    """Return ``||K^T U - V S||_F / ||S||``: how far computed triplets are from being singular.
-
-    0 for exact triplets; near the square root of machine precision or below when the iteration has
-    converged. 0 for the zero matrix.
-
-    >>> import jax.numpy as jnp
-    >>> matrix = jnp.diag(jnp.arange(200.0))
-    >>> bool(ritz_residual(matrix, top_k_svd(matrix, 2)) < 1e-3)
-    True
-    """
-    u, s, v = triplets
-    gap = frobenius_norm(_product(as_float(matrix).T, u) - v * s[None, :])
-    size = jnp.sqrt(jnp.sum(s * s))
-    return jnp.where(size > 0, gap / jnp.where(size > 0, size, 1.0), 0.0)
-
-
 def truncated_svd(
     matrix: Float[Array, "N M"], rank: int
 ) -> tuple[Float[Array, "N r"], Float[Array, "r"], Float[Array, "r M"]]:
@@ -290,7 +251,7 @@ def truncated_svd(
     if tall.shape[0] > tall.shape[1]:
         basis, tall = jnp.linalg.qr(tall)
         u, s, vt = jnp.linalg.svd(tall, full_matrices=False)
-        return _product(basis, u[:, :rank]), s[:rank], vt[:rank]
+        return product(basis, u[:, :rank]), s[:rank], vt[:rank]
     u, s, vt = jnp.linalg.svd(tall, full_matrices=False)
     return u[:, :rank], s[:rank], vt[:rank]
 
@@ -300,8 +261,6 @@ def randomized_svd(
     rank: int,
     n_iter: int,
     key: PRNGKeyArray,
-    *,
-    oversampling: int = 0,
 ) -> tuple[Float[Array, "N r"], Float[Array, "r"], Float[Array, "r M"]]:
     """Return approximate leading singular triplets from a random sketch and power iterations.
 
@@ -311,17 +270,15 @@ def randomized_svd(
         n_iter: Power iterations after the first sketch, each two products with a QR after both;
             0 is allowed.
         key: Random key of the sketch. Another key gives slightly other triplets.
-        oversampling: Extra columns of the sketch, cut off at the end.
 
     Returns:
         ``(u, s, vt)`` with shapes ``[N, rank]``, ``[rank]``, ``[rank, M]``, s descending, float32.
 
     Raises:
-        InputError: If rank is outside ``1..min(N, M)``, or n_iter or oversampling is negative.
+        InputError: If rank is outside ``1..min(N, M)``, or n_iter is negative.
 
     **Source:** Halko, Martinsson and Tropp (2009), algorithms 4.4 and 5.1; the start
-    ``pissa_niter_N``. peft sketches with exactly ``rank`` columns, hence no oversampling by
-    default.
+    ``pissa_niter_N``. As in peft the sketch has exactly ``rank`` columns, no oversampling.
 
     >>> import jax, jax.numpy as jnp
     >>> u, s, vt = randomized_svd(jnp.diag(jnp.array([4.0, 2.0, 0.0])), 2, 4, jax.random.key(1))
@@ -329,28 +286,24 @@ def randomized_svd(
     [4.0, 2.0]
     """
     _check_rank("randomized_svd", matrix, rank)
-    if n_iter < 0 or oversampling < 0:
-        raise InputError(
-            "randomized_svd: expected n_iter and oversampling of at least 0, "
-            f"got {n_iter} and {oversampling}. Raise them."
-        )
+    if n_iter < 0:
+        raise InputError(f"randomized_svd: expected n_iter of at least 0, got {n_iter}. Raise it.")
     if matrix.shape[0] < matrix.shape[1]:
-        u, s, vt = randomized_svd(matrix.T, rank, n_iter, key, oversampling=oversampling)
+        u, s, vt = randomized_svd(matrix.T, rank, n_iter, key)
         return vt.T, s, u.T
     tall = as_float(matrix)
-    width = min(rank + oversampling, tall.shape[1])
-    sketch = _product(tall, jax.random.normal(key, (tall.shape[1], width), tall.dtype))
+    sketch = product(tall, jax.random.normal(key, (tall.shape[1], rank), tall.dtype))
 
     def one_pass(_: Array, basis: Array) -> Array:
-        right, _r = jnp.linalg.qr(_product(tall.T, basis))
-        left, _r = jnp.linalg.qr(_product(tall, right))
+        right, _r = jnp.linalg.qr(product(tall.T, basis))
+        left, _r = jnp.linalg.qr(product(tall, right))
         return left
 
     basis, _r = jnp.linalg.qr(sketch)
     basis = jax.lax.fori_loop(0, n_iter, one_pass, basis)
     # The restriction Q^T A is short and wide: decompose it from its tall side.
-    u, s, vt = truncated_svd(_product(basis.T, tall), rank)
-    return _product(basis, u), s, vt
+    u, s, vt = truncated_svd(product(basis.T, tall), rank)
+    return product(basis, u), s, vt
 
 
 def head_factor(embedding: Float[Array, "V D"] | np.ndarray, *, center: bool = False) -> np.ndarray:
@@ -423,10 +376,6 @@ def head_factor_of_rows(
         )
     signs = np.where(np.diagonal(factor) < 0, -1.0, 1.0)
     return (signs[:, None] * factor).astype(np.float32)
-
-
-def _product(left: Array, right: Array) -> Array:
-    return jnp.matmul(left, right, precision=_HIGHEST)
 
 
 def _check_rank(where: str, matrix: Array, rank: int) -> None:

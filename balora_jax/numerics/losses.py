@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from balora_jax.array_types import Array, Bool, Float, Int, Scalar
 from balora_jax.errors import InputError
-from balora_jax.numerics.linalg import as_float
+from balora_jax.numerics.arithmetic import as_float
 
 
 def cross_entropy(

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 from balora_jax.array_types import Array, Axes
 from balora_jax.config import MeshConfig
 from balora_jax.errors import InputError
-from balora_jax.numerics.head import HeadAxes, unwrapped
+from balora_jax.numerics.head import unwrapped
+from balora_jax.numerics.head_types import HeadAxes
 from balora_jax.parallel import hosts
 from balora_jax.parallel.axes import AXES, MESH_AXES, ROWS, TOKENS, VOCABULARY
 

@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 from balora_jax.config import RunConfig
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.numerics import head
-from balora_jax.numerics.logit_terms import TermScales
+from balora_jax.numerics.head_types import Rows
+from balora_jax.numerics.objective import TASK
 from balora_jax.parallel import sharding
 from balora_jax.plan import arguments, hlo
 from balora_jax.tasks import flops
@@ -214,7 +215,7 @@ def head_temporaries(program: TextProgram) -> int | None:
     None where it does not fit alone.
     """
     mesh, width = program.mesh, program.decoder.hidden_size
-    plan, spec = program.head_plan, program.objective.term_spec
+    plan, chosen = program.head_plan, program.objective.term_set
     _, rows, length = batch_shape(program.config)
     placed = NamedSharding(mesh, P(*sharding.batch_sharding(mesh).spec[1:]))
 
@@ -230,9 +231,9 @@ def head_temporaries(program: TextProgram) -> int | None:
     factor = None
     if program.needs_factor:
         factor = shape(width, width, dtype=jnp.float32, at=whole)
-    given: Any = head.Rows(hidden, hidden, labels, mask, mask)
+    given: Any = Rows(hidden, hidden, labels, mask, mask)
     one = jnp.float32(1)
-    scales = TermScales(one, one, one, one)
+    scales: Any = dict.fromkeys((TASK, *(term.name for term in chosen.terms)), one)
     options: Any = {"logit_map": program.decoder.logit_map, "adapt": lambda scales, _: scales}
 
     def loss(student: Any, given: Any, table: Any, factor: Any) -> Any:
@@ -240,9 +241,9 @@ def head_temporaries(program: TextProgram) -> int | None:
         given = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), given)
         if plan.kind == "plain":
             given, table = plan.layout(given, table)
-            return head.plain_head_loss(given, table, scales, spec, **options)[0]
+            return head.plain_head_loss(given, table, scales, chosen, **options)[0]
         return head.head_loss(
-            given, table, scales, spec, chunk=plan.chunk, factor=factor,
+            given, table, scales, chosen, chunk=plan.chunk, factor=factor,
             axes=plan.axes, across=plan.across, **options,
         )[0]  # fmt: skip
 

@@ -8,6 +8,7 @@ from typing import Any
 from balora_jax.config import RunConfig
 from balora_jax.io.drawing import save_picture
 from balora_jax.io.tables import markdown
+from balora_jax.tasks import assemble
 
 KINDS = {
     "frozen": "frozen weights",
@@ -138,10 +139,12 @@ def _remarks(figures: Mapping[str, Any], config: RunConfig) -> list[str]:
         return [*lines, "", "none of the compiled plans fits."]
     lines += ["", f"best: --set {figures['best']}"]
     chosen = figures["rows"][0]["accumulation"]
-    if config.regularizers.spectral and chosen != config.training.accumulation:
+    active = assemble.objective_of(config.regularizers).active
+    coupled = [one.term.name for one in active if one.term.couples_rows]
+    if coupled and chosen != config.training.accumulation:
         lines.append(
-            "note: the spectral term is a statistic of each micro-batch; another accumulation is "
-            "another term."
+            f"note: the {' and the '.join(coupled)} term is a statistic of each micro-batch; "
+            "another accumulation is another term."
         )
     return lines
 

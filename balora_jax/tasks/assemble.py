@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from balora_jax.config import RegularizersConfig, RunConfig
 from balora_jax.errors import InputError
+from balora_jax.numerics import objective as objectives
 from balora_jax.numerics.objective import Objective, weights
 from balora_jax.parallel import sharding
 from balora_jax.training import optim, steps
@@ -37,8 +38,8 @@ def checked_mesh(config: RunConfig, mesh: Mesh | None = None) -> Mesh:
 
 
 def objective_of(config: RegularizersConfig) -> Objective:
-    """The objective that a config section describes; its fields have the same names."""
-    return Objective(**config.model_dump(exclude={"teacher_head", "teacher_cache"}))
+    """The objective that a config section describes."""
+    return objectives.objective_of(config.of_the_terms())
 
 
 def parts_of(

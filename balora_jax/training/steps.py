@@ -9,7 +9,8 @@ import optax
 from jax.sharding import Mesh
 
 from balora_jax.array_types import Array, PRNGKeyArray, Scalar
-from balora_jax.numerics.logit_terms import TermScales
+from balora_jax.numerics.objective import TASK, columns_of
+from balora_jax.numerics.terms import TERMS
 from balora_jax.parallel import hosts
 from balora_jax.parallel.sharding import batch_sharding, replicated
 from balora_jax.training import guard
@@ -39,9 +40,10 @@ class StepParts(NamedTuple):
 
     Attributes:
         loss: ``(adapters, constants, micro_batch, counts, weights, dropout_key, emphasis)`` →
-            (loss, parts); ``emphasis`` multiplies each term's place in the loss, None for all 1.
+            (loss, parts); ``emphasis`` multiplies the task and each term in the loss by name, None
+            for all 1.
         counts: batch → the divisors of every mean.
-        weights: step → (λ1, λ2, λ3).
+        weights: step → λ of every term by name.
         optimizer: the optax chain.
         learning_rate: step → its learning rate.
         dropout: whether the loss wants a key.
@@ -50,7 +52,7 @@ class StepParts(NamedTuple):
 
     loss: Callable[..., tuple[Scalar, Metrics]]
     counts: Callable[[dict[str, Array]], Any]
-    weights: Callable[[Scalar], tuple[Scalar, Scalar, Scalar]]
+    weights: Callable[[Scalar], dict[str, Scalar]]
     optimizer: optax.GradientTransformation
     learning_rate: Callable[[Scalar], Any]
     dropout: bool
@@ -108,9 +110,8 @@ def train_step(
     rate = parts.learning_rate(state.step - state.guard.skipped)
     metrics = {
         "loss": loss,
+        **columns_of(weights),
         **values,
-        "lambda2": weights[1],
-        "lambda3": weights[2],
         "learning_rate": jnp.asarray(rate, jnp.float32),
         "grad_norm": norm,
         "tokens": jnp.asarray(counts.tokens, jnp.float32),
@@ -177,7 +178,7 @@ def gradient_shares(parts: StepParts) -> Callable[..., Metrics]:
 
     Measured on the first micro-batch, with the weights of the step.
     """
-    names = ("task_loss", "consistency", "diversity", "spectral")
+    names = (TASK, *TERMS)
 
     def measure(state: TrainState, constants: Any, batch: dict, key: PRNGKeyArray) -> Metrics:
         counts = parts.counts(jax.tree.map(lambda x: x[:1], batch))
@@ -186,7 +187,7 @@ def gradient_shares(parts: StepParts) -> Callable[..., Metrics]:
         micro_batch = jax.tree.map(lambda x: x[0], batch)
 
         def norm(one_hot: Array) -> Scalar:
-            emphasis = TermScales(*one_hot)
+            emphasis = dict(zip(names, one_hot, strict=True))
             rest = (constants, micro_batch, counts, weights, dropout_key, emphasis)
             return optax.global_norm(jax.grad(parts.loss, has_aux=True)(state.adapters, *rest)[0])
 

@@ -12,6 +12,7 @@ from balora_jax.bench import cases, measure, report
 from balora_jax.bench.run import bench
 from balora_jax.bench.weights import weights_of
 from balora_jax.config_file import parse_config
+from balora_jax.numerics.terms import TERMS
 from balora_jax.plan import arguments
 from balora_jax.tasks import flops
 from balora_jax.tasks.text.program import text_program
@@ -83,15 +84,15 @@ def test_the_table_has_a_line_for_each_case(figures):
 
 def test_cases_change_what_they_say(tree):
     config = parse_config(tree, "here")
-    found = {case.name: cases.configured(config, case) for case in cases.TEXT_CASES}
+    found = {case.name: cases.configured(config, case) for case in cases.text_cases()}
     terms = {
-        name: [term for term in cases.TERMS if getattr(case.regularizers, term)]
+        name: [term for term in TERMS if getattr(case.regularizers, term)]
         for name, case in found.items()
     }
     assert terms["LoRA"] == terms["PiSSA"] == terms["LoRA, plain head"] == []
-    for term in cases.TERMS:
+    for term in TERMS:
         assert terms[f"+ {term}"] == [term]
-    assert terms["BA-LoRA"] == terms["BA-LoRA, plain head"] == list(cases.TERMS)
+    assert terms["BA-LoRA"] == terms["BA-LoRA, plain head"] == list(TERMS)
     assert found["LoRA"].adapter.start == "lora"
     assert found["BA-LoRA"].adapter.start == "pissa"
     assert found["BA-LoRA"].regularizers.consistency_schedule == "constant"
@@ -103,7 +104,7 @@ def test_cases_change_what_they_say(tree):
 
 def test_model_flops_by_hand(tree):
     config = parse_config(tree, "here")
-    by_name = {case.name: case for case in cases.TEXT_CASES}
+    by_name = {case.name: case for case in cases.text_cases()}
     decoder = arguments.shapes_only(config.model.name_or_path).config
     tokens, counted = 48, 45
     linear = 2 * (24 * 24 * 2 + 2 * 24 * 12 + 3 * 24 * 40)

@@ -144,11 +144,11 @@ def spectral(z, dz, factors, spec):
 
 def mapped(products, logit_map):
     """Logits and their errors in units of u: the products are exact, the map's steps are not."""
-    z, cap = logit_map.scale * products, logit_map.soft_cap
+    z, cap = products, logit_map.soft_cap
     if cap is None:
-        return z, abs(z) * (logit_map.scale != 1)
+        return z, np.zeros_like(z)
     z = cap * np.tanh(z / cap)
-    return z, abs(z) * (TANH + 3)
+    return z, abs(z) * (TANH + 2)
 
 
 class Case:
@@ -213,16 +213,14 @@ class Case:
         for part, error in (self._task(), self._consistency(), self._diversity(), self._spectral()):
             # One product by its scale, and three sums with the other parts.
             size, full = size + abs(part), full + error + 4 * abs(part)
-        slope = np.full_like(self.z, self.map.scale)
+        slope = np.ones_like(self.z)
         if self.map.soft_cap:
             share = (self.z / self.map.soft_cap) ** 2
             slope *= 1 - share
-            full = full * slope + size * 2 * share * (TANH + 4) * self.map.scale
+            full = full * slope + size * 2 * share * (TANH + 4)
         size, full = size * slope, full + 3 * size * slope
         full = (full + SIGMAS * np.sqrt(len(self.w)) * size) @ abs(self.w)
-        low = (
-            self.ratio.gradient * self.scales.spectral * self.map.scale * np.linalg.norm(self.w, 2)
-        )
+        low = self.ratio.gradient * self.scales.spectral * np.linalg.norm(self.w, 2)
         return U * np.linalg.norm(full) + low
 
     # Each term's ``d loss / d logits`` and its error in units of u, [N, V].

@@ -6,6 +6,7 @@ the number of devices is fixed when JAX starts.
 
 import json
 import os
+from dataclasses import replace
 
 from tests import compiler
 
@@ -18,35 +19,33 @@ import numpy as np
 
 from balora_jax.config import MeshConfig
 from balora_jax.numerics import linalg
-from balora_jax.numerics.head import (
-    LINEAR,
-    ONE_DEVICE,
-    HeadTerms,
-    LogitMap,
-    Rows,
-    head_loss,
-    unwrapped,
-)
-from balora_jax.numerics.logit_terms import TermScales, TermSpec
+from balora_jax.numerics.head import head_loss, unwrapped
+from balora_jax.numerics.head_types import LINEAR, ONE_DEVICE, LogitMap, Rows
 from balora_jax.parallel import sharding
+from tests.numerics.head_settings import SUMS, Scales, Settings, flat
 
 N, D, V, CHUNK = 512, 160, 1200, 24
-CAPPED = LogitMap(scale=0.8, soft_cap=4.0)
+CAPPED = LogitMap(soft_cap=4.0)
+PUBLISHED = Settings(teacher_entropy=False, temperature=2.0, top_k=20, k=10)
 CASES = {
-    "published": (TermSpec(True, True, True, 2.0, 20, 10, "frobenius", False, False), LINEAR),
-    "nuclear, full entropy": (TermSpec(True, True, True, 1.0, 0, 3, "nuclear", False, False), LINEAR),
-    "centred, adaptive": (TermSpec(True, True, True, 2.0, 7, 10, "frobenius", True, True), LINEAR),
-    "soft cap": (TermSpec(True, True, True, 2.0, 20, 10, "frobenius", True, False), CAPPED),
+    "published": (PUBLISHED, LINEAR),
+    "nuclear, full entropy": (
+        replace(PUBLISHED, temperature=1.0, top_k=0, k=3, norm="nuclear"), LINEAR,
+    ),
+    "centred, adaptive": (
+        replace(PUBLISHED, top_k=7, center_rows=True, teacher_entropy=True), LINEAR,
+    ),
+    "soft cap": (replace(PUBLISHED, center_rows=True), CAPPED),
 }  # fmt: skip
-NAMES = ("loss", *HeadTerms._fields)
-SCALES = (0.3, 0.7, 1.1, 25.0)
+NAMES = ("loss", *SUMS)
+SCALES = Scales(0.3, 0.7, 1.1, 25.0)
 ADAPTIVE = 0.01
 # Sizes of data, fsdp, sequence and tensor.
 MESHES = {"data": (8, 1, 1, 1), "fsdp and tensor": (2, 2, 1, 2), "tensor": (1, 1, 1, 8)}
 
 
 def adapt(scales, mean_entropy):
-    return scales._replace(consistency=ADAPTIVE * mean_entropy)
+    return scales | {"consistency": ADAPTIVE * mean_entropy["consistency"]}
 
 
 def arrays():
@@ -83,7 +82,6 @@ def arrays():
 
 def run(rows, embedding, spec, logit_map, mesh):
     factor = jnp.asarray(linalg.head_factor(np.asarray(embedding), center=spec.center_rows))
-    scales = TermScales(*(jnp.float32(s) for s in SCALES))
     axes, across = ONE_DEVICE, unwrapped
     if mesh is not None:
         axes, across = sharding.head_axes(mesh), sharding.across_devices(mesh)
@@ -92,14 +90,14 @@ def run(rows, embedding, spec, logit_map, mesh):
     def value_and_gradient(rows, embedding, factor):
         def loss(student):
             return head_loss(
-                rows._replace(student=student), embedding, scales, spec, chunk=CHUNK,
+                rows._replace(student=student), embedding, SCALES.by_name, spec.chosen, chunk=CHUNK,
                 factor=factor, logit_map=logit_map, adapt=adapt, axes=axes, across=across,
             )  # fmt: skip
 
         return jax.value_and_grad(loss, has_aux=True)(rows.student)
 
-    (loss, terms), gradient = value_and_gradient(rows, embedding, factor)
-    return np.float64([loss, *terms]), np.float64(gradient)
+    (loss, sums), gradient = value_and_gradient(rows, embedding, factor)
+    return np.float64([loss, *flat(sums)]), np.float64(gradient)
 
 
 def main():

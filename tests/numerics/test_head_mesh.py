@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from balora_jax.numerics.logit_terms import TermScales
 from tests.numerics import head_bounds, sharded_head
 
 
@@ -26,9 +25,8 @@ def found():
 @functools.cache
 def computation(case):
     rows, embedding = sharded_head.arrays()
-    scales = TermScales(*sharded_head.SCALES)
     return head_bounds.Case(
-        rows, embedding, scales, sharded_head.ADAPTIVE, *sharded_head.CASES[case]
+        rows, embedding, sharded_head.SCALES, sharded_head.ADAPTIVE, *sharded_head.CASES[case]
     )
 
 

@@ -10,14 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from balora_jax.figures.head_memory import temporaries
-from balora_jax.numerics.head import Rows, head_loss
-from balora_jax.numerics.head_pass import Chunks
-from balora_jax.numerics.logit_terms import TermScales, TermSpec
+from balora_jax.numerics.head import head_loss
+from balora_jax.numerics.head_types import Chunks, Rows
+from balora_jax.numerics.objective import TermSet
+from balora_jax.numerics.terms.consistency import Consistency
+from balora_jax.numerics.terms.diversity import Diversity
 
-SCALES = (0.4, 0.9, 0.6, 0.0)
+SCALES = (0.4, 0.9, 0.6)
 
 
-def float64_loss_and_gradient(rows, head, spec):
+def float64_loss_and_gradient(rows, head, t, top_k):
     """Closed form in NumPy, from full logits."""
     h_s, h_t, labels, label_mask, term_mask = (np.asarray(part) for part in rows)
     z_s, z_t = np.float64(h_s) @ np.float64(head).T, np.float64(h_t) @ np.float64(head).T
@@ -26,13 +28,13 @@ def float64_loss_and_gradient(rows, head, spec):
         e = np.exp(z - z.max(1, keepdims=True))
         return e / e.sum(1, keepdims=True)
 
-    p, t = softmax(z_s), spec.temperature
+    p = softmax(z_s)
     ps, pt = softmax(z_s / t), softmax(z_t / t)
     picked = p[np.arange(len(labels)), labels]
     one_hot = np.eye(head.shape[0])[labels]
     order = np.argsort(-z_s, axis=1, kind="stable")
     kept = np.zeros_like(z_s, bool)
-    np.put_along_axis(kept, order[:, : spec.top_k or head.shape[0]], True, 1)
+    np.put_along_axis(kept, order[:, : top_k or head.shape[0]], True, 1)
     q = np.where(kept, p, 0) / np.where(kept, p, 0).sum(1, keepdims=True)
     log_q = np.log(np.where(kept, q, 1))
     entropy = -(q * log_q).sum(1)
@@ -50,7 +52,8 @@ def float64_loss_and_gradient(rows, head, spec):
 @functools.partial(jax.jit, static_argnames=("spec", "chunk"))
 def ours(rows, head, spec, chunk):
     def loss(student):
-        scales = TermScales(*map(jnp.float32, SCALES))
+        names = ("task_loss", "consistency", "diversity")
+        scales = dict(zip(names, map(jnp.float32, SCALES), strict=True))
         return head_loss(rows._replace(student=student), head, scales, spec, chunk=chunk)[0]
 
     return jax.value_and_grad(loss)(rows.student)
@@ -68,9 +71,7 @@ def ours(rows, head, spec, chunk):
 def test_values_and_gradients_over_shapes(shape, chunk, temperature, top_k, share, seed):
     n, d, v = shape
     rng = np.random.default_rng(seed)
-    spec = TermSpec(
-        True, True, False, temperature, min(top_k, v), 10, "frobenius", False, False
-    )  # fmt: skip
+    spec = TermSet((Consistency(temperature=temperature), Diversity(top_k=min(top_k, v))))
     rows = Rows(
         jnp.asarray(3 * rng.standard_normal((n, d)), jnp.float32),
         jnp.asarray(3 * rng.standard_normal((n, d)), jnp.float32),
@@ -80,7 +81,7 @@ def test_values_and_gradients_over_shapes(shape, chunk, temperature, top_k, shar
     )
     head = jnp.asarray(rng.standard_normal((v, d)) / np.sqrt(d), jnp.float32)
     value, gradient = ours(rows, head, spec, chunk)
-    expected, by_hidden = float64_loss_and_gradient(rows, head, spec)
+    expected, by_hidden = float64_loss_and_gradient(rows, head, temperature, min(top_k, v))
     # Terms of both signs may cancel; the error is of the size of what was added up.
     size = max(abs(expected), n * share * np.log(v), 1e-30)
     assert abs(float(value) - expected) <= 1e-6 * size

@@ -36,7 +36,7 @@ def test_gradients_match_finite_differences(x64, rng):
     check_grads(
         jax.jit(lambda z: linalg.top_k_singular_sum(z, 2)), (matrix,), 1, ["rev"], rtol=1e-6
     )
-    check_grads(jax.jit(linalg.nuclear_norm), (matrix,), 1, ["rev"], rtol=1e-6)
+    check_grads(jax.jit(nuclear_norm), (matrix,), 1, ["rev"], rtol=1e-6)
     check_grads(jax.jit(linalg.frobenius_norm), (matrix,), 1, ["rev"], rtol=1e-6)
     weights = jnp.arange(3.0)
     check_grads(
@@ -48,12 +48,23 @@ def test_gradients_match_finite_differences(x64, rng):
     )
 
 
+def nuclear_norm(matrix):
+    """The sum of all singular values."""
+    return jnp.sum(linalg.singular_values(matrix, min(matrix.shape), method="exact"))
+
+
+def residual(matrix, triplets):
+    """How far computed triplets are from being singular, in float64."""
+    u, s, v = (np.asarray(part, np.float64) for part in triplets)
+    return np.linalg.norm(np.asarray(matrix, np.float64).T @ u - v * s) / np.linalg.norm(s)
+
+
 @pytest.mark.parametrize("method", ["exact", "iterative"])
 def test_zero_matrix_has_zero_value_and_gradient(method):
     zero = jnp.zeros((6, 4))
     for function in (
         lambda z: linalg.top_k_singular_sum(z, 2, method=method),
-        linalg.nuclear_norm,
+        nuclear_norm,
         linalg.frobenius_norm,
     ):
         value, gradient = jax.jit(jax.value_and_grad(function))(zero)
@@ -64,7 +75,6 @@ def test_zero_matrix_has_zero_value_and_gradient(method):
 def test_no_rows():
     empty = jnp.zeros((0, 4))
     assert linalg.top_k_singular_sum(empty, 3) == 0
-    assert linalg.nuclear_norm(empty) == 0
     assert linalg.frobenius_norm(empty) == 0
     assert jax.grad(linalg.frobenius_norm)(empty).shape == (0, 4)
 
@@ -102,7 +112,7 @@ def test_duplicated_and_zero_rows_are_finite_and_exact(rng, method):
 
 def test_nuclear_gradient_leaves_out_zero_singular_values(rng):
     matrix, u, v = with_spectrum(rng, 30, 20, np.array([100.0, 3.0, 0.5]))
-    value, gradient = jax.value_and_grad(linalg.nuclear_norm)(jnp.asarray(matrix, jnp.float32))
+    value, gradient = jax.value_and_grad(nuclear_norm)(jnp.asarray(matrix, jnp.float32))
     np.testing.assert_allclose(value, 103.5, rtol=1e-5)
     np.testing.assert_allclose(gradient, u @ v.T, atol=3e-5)
 
@@ -133,16 +143,16 @@ def test_auto_is_exact_up_to_the_limit_and_iterative_above(monkeypatch, rng):
     assert "while" in program("auto")
 
 
-def test_iteration_is_deterministic_and_the_residual_tells_convergence(rng):
+def test_iteration_is_deterministic_and_converges(rng):
     steep = jnp.asarray(with_spectrum(rng, 190, 170, 2.0 ** -np.arange(30))[0], jnp.float32)
     flat = jnp.asarray(rng.standard_normal((690, 670)), jnp.float32)
     run = jax.jit(lambda z: linalg.top_k_svd(z, 5))
     first, second = run(steep), run(steep)
     np.testing.assert_array_equal(first.u, second.u)
-    assert linalg.ritz_residual(steep, first) < 1e-5
-    assert linalg.ritz_residual(flat, linalg.top_k_svd(flat, 5, cycles=1)) > 1e-3
-    assert linalg.ritz_residual(flat, run(flat)) < 1e-5
-    assert linalg.ritz_residual(0 * flat, run(0 * flat)) == 0
+    assert residual(steep, first) < 1e-5
+    assert residual(flat, linalg.top_k_svd(flat, 5, cycles=1)) > 1e-3
+    assert residual(flat, run(flat)) < 1e-5
+    assert not np.any(run(0 * flat).s)
 
 
 @pytest.mark.parametrize("shape", [(190, 160), (160, 190)])
@@ -169,13 +179,10 @@ def test_truncated_svd_is_the_best_approximation(rng, shape):
 
 
 @pytest.mark.parametrize("shape", [(80, 50), (50, 80)])
-@pytest.mark.parametrize("oversampling", [0, 10])
-def test_randomized_svd_finds_a_decaying_spectrum(rng, shape, oversampling):
+def test_randomized_svd_finds_a_decaying_spectrum(rng, shape):
     values = 2.0 ** -np.arange(20)
     matrix, u, v = with_spectrum(rng, *shape, values)
-    got_u, s, vt = linalg.randomized_svd(
-        jnp.asarray(matrix, jnp.float32), 6, 16, jax.random.key(3), oversampling=oversampling
-    )
+    got_u, s, vt = linalg.randomized_svd(jnp.asarray(matrix, jnp.float32), 6, 16, jax.random.key(3))
     assert (got_u.shape, s.shape, vt.shape) == ((shape[0], 6), (6,), (6, shape[1]))
     np.testing.assert_allclose(s, values[:6], rtol=1e-5)
     np.testing.assert_allclose(
@@ -225,7 +232,7 @@ def test_ky_fan_properties(shape, k, seed):
     matrix = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
     ky_fan = jax.jit(linalg.top_k_singular_sum, static_argnums=1)
     top = float(ky_fan(jnp.asarray(matrix), k))
-    nuclear = float(jax.jit(linalg.nuclear_norm)(jnp.asarray(matrix)))
+    nuclear = float(jax.jit(nuclear_norm)(jnp.asarray(matrix)))
     frobenius = float(jax.jit(linalg.frobenius_norm)(jnp.asarray(matrix)))
     assert top <= nuclear * (1 + 1e-5)
     assert top <= np.sqrt(k) * frobenius * (1 + 1e-5)
@@ -253,7 +260,7 @@ def test_messages(type_checks_off):
         "(3, 3) and rank 4. Lower the rank."
     )
     assert message(lambda: linalg.randomized_svd(square, 2, -1, jax.random.key(0))) == (
-        "randomized_svd: expected n_iter and oversampling of at least 0, got -1 and 0. Raise them."
+        "randomized_svd: expected n_iter of at least 0, got -1. Raise it."
     )
     assert message(lambda: linalg.randomized_svd(square, 0, 1, jax.random.key(0))).startswith(
         "randomized_svd: expected a matrix and a rank between 1"

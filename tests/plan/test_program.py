@@ -36,7 +36,7 @@ def config_of(folder, **model):
 
 def program_of(folder, name, **model):
     config = config_of(folder, **model)
-    case = next(case for case in cases.TEXT_CASES if case.name == name)
+    case = next(case for case in cases.text_cases() if case.name == name)
     decoder = arguments.shapes_only(str(folder)).config
     return text_program(cases.configured(config, case), decoder)
 

@@ -231,7 +231,8 @@ def test_a_regression(tmp_path, inputs):
     outcome = train(config, tmp_path / "run")
     assert (
         "note: with one output the diversity and the spectral term are constants; they are left "
-        "out. Consistency is the mean squared difference of the scores.\n"
+        "out.\n"
+        "note: consistency with one output is the mean squared difference of the scores.\n"
     ) in outcome.err
     assert "warning" not in outcome.err
     rows, summary = metrics_of(tmp_path / "run"), summary_of(tmp_path / "run")

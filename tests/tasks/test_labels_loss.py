@@ -19,7 +19,8 @@ from balora_jax.models.starts import STARTS
 from balora_jax.models.starts.stacks import start_adapters
 from balora_jax.models.structure import structure
 from balora_jax.models.weight_names import linear_shapes
-from balora_jax.numerics.objective import Objective
+from balora_jax.numerics.objective import objective_of
+from balora_jax.numerics.terms.consistency import consistency_form
 from balora_jax.tasks.labels import loss as labelled
 from balora_jax.tasks.labels.loss import TEACHER, Constants, LabelsLoss
 from tests.models import tiny_encoders as tiny
@@ -174,13 +175,14 @@ def our_loss(family, outputs, settings):
     """The same by two calls whose results add up."""
     _, _, plain, student, trainable, constants = models(family, outputs)
     on = LAMBDAS if outputs > 1 else (LAMBDAS[0], 0.0, 0.0)
-    objective = Objective(consistency=on[0], diversity=on[1], spectral=on[2], **settings)
+    names = ("consistency", "diversity", "spectral")
+    objective = objective_of(dict(zip(names, on, strict=True)) | settings, labels=True)
     loss_of = LabelsLoss(student, plain, objective, outputs)
     counts = labelled.counts_of({k: jnp.asarray(v) for k, v in batches(outputs).items()})
     assert (float(counts.task), float(counts.tokens), counts.micro_batches) == (
         10, LENGTHS.sum(), 2,
     )  # fmt: skip
-    weights = tuple(jnp.float32(value) for value in LAMBDAS)
+    weights = {n: jnp.float32(value) for n, value in zip(names, LAMBDAS, strict=True)}
 
     @jax.jit
     def measure(trainable, constants, batch):
@@ -199,7 +201,10 @@ def test_loss_parts_and_every_gradient(family, case):
     want, want_parts, leaves = torch_loss(family, outputs, settings)
     (loss, parts), grads = our_loss(family, outputs, settings)
     assert float(loss) == pytest.approx(want, rel=2e-5)
+    if "lambda1" not in parts:  # it is the plain weight, which the step logs
+        assert want_parts.pop("lambda1") == pytest.approx(LAMBDAS[0])
     assert parts.keys() == want_parts.keys()
+    assert ("lambda1" in parts) == (settings.get("consistency_schedule") == "adaptive")
     for name, value in want_parts.items():
         off = outputs == 1 and name in ("diversity", "spectral")
         assert (abs(value) > 1e-3) != off, name
@@ -217,14 +222,14 @@ def test_loss_parts_and_every_gradient(family, case):
 def test_logits_that_a_batch_brings_take_the_teachers_place():
     """With other logits the terms are those of other logits, and the encoder of the teacher idles."""
     _, _, plain, student, trainable, constants = models("bert", 3)
-    objective = Objective(consistency=1.0, **SETTINGS["adaptive"])
+    objective = objective_of({"consistency": 1.0} | SETTINGS["adaptive"], labels=True)
     loss_of = LabelsLoss(student, plain, objective, 3)
     rng, batch = np.random.default_rng(8), micro_batch(3, 0)
     brought = rng.standard_normal((5, 3))
     batch[TEACHER] = jnp.asarray(brought, jnp.float32)
     nothing = constants._replace(teacher_head={})
     counts = labelled.Counts(jnp.float32(5), jnp.float32(30), 1)
-    weights = (jnp.float32(1.0),) * 3
+    weights = dict.fromkeys(("consistency", "diversity", "spectral"), jnp.float32(1.0))
     measure = jax.jit(lambda *arrays: loss_of(*arrays, counts, weights, None)[1])
     parts = measure(trainable, nothing, batch)
     with torch.no_grad():
@@ -236,15 +241,16 @@ def test_logits_that_a_batch_brings_take_the_teachers_place():
 
 def test_the_teacher_is_absent_without_its_term():
     _, _, plain, student, trainable, constants = models("bert", 3)
-    objective = Objective(diversity=1.0, spectral=1.0, k=1, norm="nuclear")
+    objective = objective_of({"diversity": 1.0, "spectral": 1.0, "k": 1}, labels=True)
     loss_of = LabelsLoss(student, plain, objective, 3)
     counts = labelled.Counts(jnp.float32(5), jnp.float32(30), 1)
-    weights, nothing = (jnp.float32(0.5),) * 3, constants._replace(teacher_head={})
+    weights = dict.fromkeys(("consistency", "diversity", "spectral"), jnp.float32(0.5))
+    nothing = constants._replace(teacher_head={})
     _, parts = jax.eval_shape(
         lambda trainable: loss_of(trainable, nothing, micro_batch(3, 0), counts, weights, None),
         trainable,
     )
-    assert set(parts) == {"task_loss", "consistency", "diversity", "spectral", "lambda1"}
+    assert set(parts) == {"task_loss", "consistency", "diversity", "spectral"}
 
 
 @pytest.mark.parametrize(
@@ -257,4 +263,4 @@ def test_the_teacher_is_absent_without_its_term():
     ],
 )
 def test_the_form_of_consistency(variant, outputs, form):
-    assert labelled.consistency_form(variant, outputs) == form
+    assert consistency_form(variant, outputs) == form

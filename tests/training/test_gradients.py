@@ -21,7 +21,7 @@ from balora_jax.models.starts.stacks import start_adapters
 from balora_jax.models.structure import structure
 from balora_jax.models.weight_names import linear_shapes
 from balora_jax.numerics import linalg
-from balora_jax.numerics.objective import Objective
+from balora_jax.numerics.objective import objective_of
 from balora_jax.tasks.text import loss as causal
 from tests.models import tiny
 from tests.models.tiny_families import FAMILIES
@@ -166,14 +166,9 @@ def test_loss_and_gradient_of_every_factor(variant, ours, torch_models, ids):
     case, k = CASES[variant], 4
     if case["norm"] == "nuclear" and constants.head_factor is None:
         pytest.skip("a nuclear ratio of capped logits is refused")
-    objective = Objective(
-        variant=variant,
-        consistency=LAMBDAS[0],
-        diversity=LAMBDAS[1],
-        spectral=LAMBDAS[2],
-        k=k,
-        mask_alignment=case["alignment"],
-    )
+    weights = dict(zip(("consistency", "diversity", "spectral"), LAMBDAS, strict=True))
+    how = {"variant": variant, "k": k, "mask_alignment": case["alignment"]}
+    objective = objective_of(weights | how)
     loss_of = causal.TextLoss(student, plain, objective, causal.HeadPlan("fused", 5))
     batch = {
         "input_ids": ids,
@@ -183,7 +178,7 @@ def test_loss_and_gradient_of_every_factor(variant, ours, torch_models, ids):
     }
     batch = {name: jnp.asarray(value, jnp.int32) for name, value in batch.items()}
     counts = causal.counts_of({n: v[None] for n, v in batch.items()}, case["alignment"])
-    weights = tuple(jnp.float32(value) for value in LAMBDAS)
+    weights = {name: jnp.float32(value) for name, value in weights.items()}
 
     @jax.jit
     def measure(adapters, constants, batch):

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from balora_jax.io import metrics
 from balora_jax.training import reporting
 
-ROW = dict.fromkeys(metrics.COLUMNS[1:12], 1.0) | {"skipped": 0.0, "skipped_in_a_row": 0.0}
+ROW = dict.fromkeys(metrics.columns()[1:12], 1.0) | {"skipped": 0.0, "skipped_in_a_row": 0.0}
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from balora_jax.models.starts.stacks import start_adapters
 from balora_jax.models.structure import structure
 from balora_jax.models.weight_names import linear_shapes
 from balora_jax.numerics import linalg
-from balora_jax.numerics.objective import Objective, weights
+from balora_jax.numerics.objective import objective_of, weights
 from balora_jax.tasks.text import loss as causal
 from balora_jax.training import guard, optim, steps
 
@@ -97,7 +97,7 @@ class Tiny:
         head="fused",
         **objective,
     ):
-        self.objective = Objective(**objective)
+        self.objective = objective_of(objective)
         self.plain = structure(MODEL)
         shapes = adapter_shapes(_modules(), origin=start != "lora", dropout=dropout)
         self.student = structure(MODEL, adapters=shapes)

@@ -5,7 +5,7 @@ from balora_jax.models.families.base import FAMILIES, DecoderFamily
 from balora_jax.models.families.gemma import later_attention, read_gemma, soft_cap
 from balora_jax.models.raw_config import LAYERS, RawConfig
 from balora_jax.models.rope_settings import rope_by_layer
-from balora_jax.numerics.head import LogitMap
+from balora_jax.numerics.head_types import LogitMap
 
 
 def read(raw: RawConfig) -> DecoderConfig:

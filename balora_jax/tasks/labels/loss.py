@@ -1,4 +1,4 @@
-"""The loss of one micro-batch of labelled rows: task, teacher and the three terms."""
+"""The loss of one micro-batch of labelled rows: task, teacher and terms."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from balora_jax.array_types import Array, Float, PRNGKeyArray, Scalar
 from balora_jax.models.structure import Structure
-from balora_jax.numerics import losses, regularizers
-from balora_jax.numerics.logit_terms import TermScales, TermSpec
-from balora_jax.numerics.objective import Objective, adaptive_weight
-from balora_jax.numerics.regularizers import ConsistencyForm
+from balora_jax.numerics import losses, objective
+from balora_jax.numerics.objective import TASK, Objective
+from balora_jax.numerics.softmax import entropy_rows
+from balora_jax.numerics.terms import TERMS
 
 Arrays = dict[str, Array]
 Batch = Mapping[str, Array]
@@ -51,32 +51,6 @@ def counts_of(batch: Batch) -> Counts:
     return Counts(jnp.float32(labels.size), tokens, labels.shape[0])
 
 
-def consistency_form(variant: str, outputs: int) -> ConsistencyForm:
-    """The published form of the consistency term; with one output plain squared differences.
-
-    A softmax over one column is 1 whatever the logit, and a row of one number scaled to length 1
-    keeps its sign only, so for a regression both published forms say nothing.
-    """
-    if outputs == 1:
-        return "mse"
-    return "normalized_mse" if variant == "arxiv_v1" else "kl"
-
-
-def spectral_remarks(spec: TermSpec, rows: int, outputs: int) -> list[str]:
-    """A warning where the nuclear ratio takes in every singular value of a batch."""
-    # Rows less their mean lie in a space of one dimension less.
-    most = min(rows, outputs - 1 if spec.center_rows else outputs)
-    if not spec.spectral or spec.norm != "nuclear" or spec.k < most:
-        return []
-    advice = {1: "Set regularizers.spectral to 0.", 2: "Use k = 1."}
-    centred = " with regularizers.center_rows" if spec.center_rows else ""
-    return [
-        f"warning: regularizers.k = {spec.k} takes all {most} singular values of a batch of "
-        f"{rows} rows and {outputs} classes{centred}: the spectral term is the constant -1 and "
-        f"has no gradient. {advice.get(most, f'Use k below {most}.')}"
-    ]
-
-
 @dataclass(frozen=True)
 class LabelsLoss:
     """The objective on one micro-batch (a pure function of arrays).
@@ -100,9 +74,9 @@ class LabelsLoss:
         constants: Constants,
         batch: Batch,
         counts: Counts,
-        weights: tuple[Scalar, Scalar, Scalar],
+        weights: dict[str, Scalar],
         dropout_key: PRNGKeyArray | None,
-        emphasis: TermScales | None = None,
+        emphasis: dict[str, Scalar] | None = None,
     ) -> tuple[Scalar, Parts]:
         """This micro-batch's share of the step's loss, and its named parts.
 
@@ -116,14 +90,15 @@ class LabelsLoss:
         student = self.student.bind(constants.frozen, constants.origin, trainable)
         logits = student(*arrays, dropout_key=dropout_key)
         share = 1.0 / counts.micro_batches
-        values = {"task_loss": self.task_sum(logits, batch["labels"]) / counts.task}
+        values = {TASK: self.task_sum(logits, batch["labels"]) / counts.task}
         values |= {name: share * value for name, value in self._terms(logits, teacher).items()}
-        lambda1 = self._lambda1(weights[0], teacher)
-        factors = TermScales(jnp.float32(1), lambda1, *weights[1:])
+        confident = self._confident(teacher)
+        factors = {TASK: jnp.float32(1), **weights, **confident}
         if emphasis is not None:
-            factors = jax.tree.map(jnp.multiply, factors, emphasis)
-        loss = sum(factor * value for factor, value in zip(factors, values.values(), strict=True))
-        return jnp.asarray(loss), values | {"lambda1": share * lambda1}
+            factors = {name: factor * emphasis[name] for name, factor in factors.items()}
+        loss = sum(factors[name] * value for name, value in values.items())
+        columns = objective.columns_of({k: share * v for k, v in confident.items()})
+        return jnp.asarray(loss), values | columns
 
     def task_sum(self, logits: Float[Array, "B C"], labels: Array) -> Scalar:
         """Summed cross-entropy of the classes, or squared error of the scores."""
@@ -142,24 +117,17 @@ class LabelsLoss:
         return jax.lax.stop_gradient(module(*arrays))
 
     def _terms(self, logits: Float[Array, "B C"], teacher: Array | None) -> Parts:
-        """The three terms of this micro-batch, unweighted; 0 where a term is off."""
-        spec, zero = self.objective.term_spec, jnp.zeros((), jnp.float32)
-        consistency = diversity = spectral = zero
-        if teacher is not None:
-            form = consistency_form(self.objective.variant, self.outputs)
-            consistency = regularizers.consistency_nlu(
-                logits, teacher, temperature=spec.temperature, form=form
-            )
-        if spec.diversity:
-            diversity = regularizers.diversity_nlu(logits)
-        if spec.spectral:
-            rows = regularizers.center_rows(logits) if spec.center_rows else logits
-            spectral = regularizers.spectral_nlu(rows, k=spec.k, norm=spec.norm)
-        return {"consistency": consistency, "diversity": diversity, "spectral": spectral}
+        """Every term of this micro-batch, unweighted; 0 where a term is off."""
+        found = dict.fromkeys(TERMS, jnp.zeros((), jnp.float32))
+        for term in self.objective.term_set.terms:
+            found[term.name] = term.on_classes(logits, teacher)
+        return found
 
-    def _lambda1(self, lambda1: Scalar, teacher: Array | None) -> Scalar:
-        spec = self.objective.term_spec
-        if teacher is None or not spec.teacher_entropy:
-            return lambda1
-        entropy = regularizers.entropy_rows(teacher, 0, spec.temperature)
-        return adaptive_weight(self.objective, jnp.mean(entropy), self.outputs)
+    def _confident(self, teacher: Array | None) -> Parts:
+        """The weights that follow the teacher's confidence on this micro-batch, by name."""
+        means = {}
+        for term in self.objective.term_set.terms:
+            if term.name in self.objective.term_set.by_confidence and teacher is not None:
+                entropy = entropy_rows(teacher, 0, term.confidence_temperature)
+                means[term.name] = jnp.mean(entropy)
+        return objective.confident(self.objective, means, self.outputs)

@@ -1,19 +1,18 @@
 """The computation of a step of an encoder on labels, from a config and the model's shape alone."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from balora_jax.config import RunConfig
-from balora_jax.errors import InputError
 from balora_jax.models.structure import Structure, structure
-from balora_jax.numerics.objective import Objective
+from balora_jax.numerics.objective import Objective, for_labels, label_remarks, objective_of
 from balora_jax.parallel import sharding
 from balora_jax.pretrained.checkpoint import EncoderBase, check_head
 from balora_jax.tasks import assemble
-from balora_jax.tasks.labels.loss import Constants, LabelsLoss, counts_of, spectral_remarks
+from balora_jax.tasks.labels.loss import Constants, LabelsLoss, counts_of
 from balora_jax.training import steps
 from balora_jax.training.adapters import Adapters, adapters_of, check_base
 from balora_jax.training.run import Loaded
@@ -73,22 +72,12 @@ class LabelsProgram:
 
 
 def labels_objective(config: RunConfig, outputs: int) -> Objective:
-    """The objective for labels: the nuclear ratio where none is named, undefined terms off.
+    """The objective for labels: terms that the outputs leave undefined are off."""
+    return for_labels(_asked(config), outputs)
 
-    With one output the covariance has no other column, and the only singular value is its own
-    sum: both terms are constants, so they are left out.
-    """
-    objective = assemble.objective_of(config.regularizers)
-    if config.regularizers.norm is None:
-        objective = replace(objective, norm="nuclear")
-    if outputs > 1:
-        return objective
-    if objective.consistency_schedule == "adaptive":
-        raise InputError(
-            "regularizers.consistency_schedule: expected constant or cosine for a regression, got "
-            "adaptive: a single output has no entropy. Choose one of them."
-        )
-    return replace(objective, diversity=0.0, spectral=0.0)
+
+def _asked(config: RunConfig) -> Objective:
+    return objective_of(config.regularizers.of_the_terms(), labels=True)
 
 
 def labels_program(config: RunConfig, base: EncoderBase, mesh: Mesh | None = None) -> LabelsProgram:
@@ -117,12 +106,6 @@ def labels_program(config: RunConfig, base: EncoderBase, mesh: Mesh | None = Non
 
 def remarks(program: LabelsProgram) -> list[str]:
     """What a reader should know of the terms before they trust a comparison."""
-    terms, spec = program.config.regularizers, program.objective.term_spec
-    lines = []
-    if program.outputs == 1 and (terms.diversity > 0 or terms.spectral > 0):
-        lines.append(
-            "note: with one output the diversity and the spectral term are constants; they are "
-            "left out. Consistency is the mean squared difference of the scores."
-        )
-    rows = program.config.training.batch_size // program.config.training.accumulation
-    return lines + spectral_remarks(spec, rows, program.outputs)
+    training = program.config.training
+    rows = training.batch_size // training.accumulation
+    return label_remarks(_asked(program.config), rows, program.outputs)

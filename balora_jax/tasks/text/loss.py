@@ -1,4 +1,4 @@
-"""The loss of one micro-batch of a causal language model: task, teacher and the three terms."""
+"""The loss of one micro-batch of a causal language model: task, teacher and terms."""
 
 import functools
 from collections.abc import Callable
@@ -12,9 +12,10 @@ from balora_jax.array_types import Array, Bool, Float, Int, PRNGKeyArray, Scalar
 from balora_jax.models.decoder import Decoder
 from balora_jax.models.structure import Structure
 from balora_jax.numerics import head, objective
-from balora_jax.numerics.head import Adapt, HeadAxes, HeadTerms, Rows
-from balora_jax.numerics.logit_terms import TermScales
-from balora_jax.numerics.objective import Objective, adaptive_weight
+from balora_jax.numerics.arithmetic import ratio
+from balora_jax.numerics.head_pass import Adapt, Scales
+from balora_jax.numerics.head_types import ONE_DEVICE, HeadAxes, HeadSums, Rows
+from balora_jax.numerics.objective import Objective
 
 Arrays = dict[str, Array]
 Batch = dict[str, Array]
@@ -27,7 +28,7 @@ class Constants(NamedTuple):
     Attributes:
         frozen: the checkpoint's weights by path; they are the teacher.
         origin: scales and frozen starts of the adapters.
-        head_factor: R [D, D] with σ(H Wᵀ) = σ(H Rᵀ); None where no spectral term is on.
+        head_factor: R [D, D] with σ(H Wᵀ) = σ(H Rᵀ); None where no term reads it.
     """
 
     frozen: Arrays
@@ -111,7 +112,7 @@ class HeadPlan:
 
     kind: Literal["fused", "plain"]
     chunk: int
-    axes: HeadAxes = head.ONE_DEVICE
+    axes: HeadAxes = ONE_DEVICE
     across: Callable[[Callable[..., Any]], Callable[..., Any]] = head.unwrapped
     layout: Callable[[Rows, Array], tuple[Rows, Array]] = lambda rows, table: (rows, table)
     flatten: Callable[[Array], Array] = merged
@@ -139,9 +140,9 @@ class TextLoss:
         constants: Constants,
         batch: Batch,
         counts: Counts,
-        weights: tuple[Scalar, Scalar, Scalar],
+        weights: dict[str, Scalar],
         dropout_key: PRNGKeyArray | None,
-        emphasis: TermScales | None = None,
+        emphasis: Scales | None = None,
     ) -> tuple[Scalar, Parts]:
         """This micro-batch's share of the step's loss, and its named parts.
 
@@ -157,14 +158,18 @@ class TextLoss:
             "term_count": counts.term,
             "micro_batches": counts.micro_batches,
         }
-        scales = objective.scales(weights, **divisors)
-        adapt = functools.partial(self._adapt, counts, module.head.shape[0])
-        loss, terms = self._head_loss(rows, module, constants, scales, emphasis, adapt)
-        lambda1 = weights[0]
-        if self.objective.term_spec.teacher_entropy:
-            mean = head.mean_of(terms.teacher_entropy_sum, terms.term_count)
-            lambda1 = adaptive_weight(self.objective, mean, module.head.shape[0])
-        return loss, objective.parts(terms, lambda1, **divisors)
+        scaled = functools.partial(objective.scales, self.objective, **divisors)
+        confident = functools.partial(
+            objective.confident, self.objective, columns=module.head.shape[0]
+        )
+
+        def adapt(scales: Scales, mean_entropy: dict[str, Scalar]) -> Scales:
+            return scales | scaled(confident(mean_entropy)) if mean_entropy else scales
+
+        loss, sums = self._head_loss(rows, module, constants, scaled(weights), emphasis, adapt)
+        means = {name: ratio(e, sums.term_count) for name, e in sums.teacher_entropy.items()}
+        found = {k: v / counts.micro_batches for k, v in confident(means).items()}
+        return loss, objective.parts(self.objective, sums, **divisors) | objective.columns_of(found)
 
     def _hidden(
         self, adapters: Arrays, constants: Constants, batch: Batch, key: PRNGKeyArray | None
@@ -184,27 +189,29 @@ class TextLoss:
         rows: Rows,
         module: Decoder,
         constants: Constants,
-        scales: TermScales,
-        emphasis: TermScales | None,
+        scales: Scales,
+        emphasis: Scales | None,
         adapt: Adapt,
-    ) -> tuple[Scalar, HeadTerms]:
-        def emphasised(scales: TermScales, mean_entropy: Scalar | None = None) -> TermScales:
-            if mean_entropy is not None:
-                scales = adapt(scales, mean_entropy)
-            return scales if emphasis is None else jax.tree.map(jnp.multiply, scales, emphasis)
+    ) -> tuple[Scalar, HeadSums]:
+        def emphasised(scales: Scales, mean_entropy: dict[str, Scalar]) -> Scales:
+            scales = adapt(scales, mean_entropy)
+            if emphasis is None:
+                return scales
+            return {name: scale * emphasis[name] for name, scale in scales.items()}
 
-        spec = self.objective.term_spec
-        scales = scales if spec.teacher_entropy else emphasised(scales)
+        chosen = self.objective.term_set
+        if not chosen.by_confidence:
+            scales = emphasised(scales, {})
         if self.head.kind == "plain":
             rows, table = self.head.layout(rows, module.head)
             return head.plain_head_loss(
-                rows, table, scales, spec, logit_map=module.logit_map, adapt=emphasised
+                rows, table, scales, chosen, logit_map=module.logit_map, adapt=emphasised
             )
         return head.head_loss(
             rows,
             module.head,
             scales,
-            spec,
+            chosen,
             chunk=self.head.chunk,
             factor=constants.head_factor,
             logit_map=module.logit_map,
@@ -212,9 +219,3 @@ class TextLoss:
             axes=self.head.axes,
             across=self.head.across,
         )
-
-    def _adapt(
-        self, counts: Counts, vocabulary: int, scales: TermScales, mean_entropy: Scalar
-    ) -> TermScales:
-        lambda1 = adaptive_weight(self.objective, mean_entropy, vocabulary)
-        return scales._replace(consistency=head.mean_of(lambda1, counts.term))

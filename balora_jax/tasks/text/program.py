@@ -68,10 +68,10 @@ class TextProgram:
 
     @property
     def needs_factor(self) -> bool:
-        """Whether the spectral term reads the factor of the head."""
+        """Whether a term reads the factor of the head."""
         fused = self.config.training.head == "fused"
         linear = self.decoder.logit_map.soft_cap is None
-        return self.objective.term_spec.spectral and fused and linear
+        return self.objective.term_set.needs_factor and fused and linear
 
     @property
     def head_plan(self) -> HeadPlan:
@@ -96,12 +96,12 @@ class TextProgram:
         return assemble.parts_of(self.config, self.objective, loss, counts, total_steps)
 
     def constants(self, loaded: Loaded) -> Constants:
-        """What a step reads; the head is factorised once if the spectral term is on."""
+        """What a step reads; the head is factorised once if a term reads its factor."""
         factor = None
         if self.needs_factor:
             table = "embed_tokens" if self.decoder.tie_word_embeddings else "lm_head"
             weights = loaded.frozen[f"{table}.embedding"]
-            factor = factor_of(weights, self.mesh, center=self.objective.center_rows)
+            factor = factor_of(weights, self.mesh, center=self.objective.term_set.centers_factor)
         return Constants(loaded.frozen, loaded.origin, factor)
 
 

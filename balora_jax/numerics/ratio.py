@@ -1,4 +1,4 @@
-"""What are the spectral term of ``Z = H Wᵀ`` and its gradient, without the N x V matrix?
+"""The spectral term of ``Z = H Wᵀ`` and its gradient, without the N x V matrix.
 
 Where logits are linear in the hidden states, ``σ(H Wᵀ) = σ(H Rᵀ)`` with the D x D factor R of the
 head, and everything is as wide as the model. Where they are not (a soft cap), the iteration takes
@@ -7,19 +7,19 @@ form ``U diag(c) Vᵀ + b·Z``: no decomposition is differentiated.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from balora_jax.array_types import Array, Float, Scalar
 from balora_jax.numerics import krylov, linalg
-from balora_jax.numerics.regularizers import SpectralNorm
+from balora_jax.numerics.arithmetic import product, sum_over, wide
+
+SpectralNorm = Literal["frobenius", "nuclear"]
 
 IMPLICIT_BLOCKS = 3
 """Blocks of a basis where each product costs a pass over the logits; restarts make up for it."""
-
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class SpectralGradient(NamedTuple):
@@ -69,7 +69,7 @@ def from_width(
     >>> round(float(found.value), 4)
     -0.8
     """
-    factor = factor.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    factor = factor.astype(wide(hidden))
     width = k + krylov.EXTRA_COLUMNS
     rows = hidden.shape[0] * (jax.lax.axis_size(axes) if axes else 1)
     shape = (rows, hidden.shape[1])
@@ -77,20 +77,20 @@ def from_width(
         matrix = _by(hidden, factor.T)
         image, small = krylov.tsqr(matrix, axes)
         left, s, right = jnp.linalg.svd(small, full_matrices=False)
-        u, v, residual = _product(image, left), right.T, jnp.zeros((), s.dtype)
-        squares = _sum_over(jnp.sum(matrix * matrix), axes)
+        u, v, residual = product(image, left), right.T, jnp.zeros((), s.dtype)
+        squares = sum_over(jnp.sum(matrix * matrix), axes)
     else:
         # K itself is never formed: each product goes through H and R in turn.
         operator = krylov.Operator(
-            lambda x: _by(hidden, _product(factor.T, x)),
-            lambda y: _product(factor, _sum_over(_by(hidden.T, y), axes)),
+            lambda x: _by(hidden, product(factor.T, x)),
+            lambda y: product(factor, sum_over(_by(hidden.T, y), axes)),
             axes,
         )
         start = jax.random.normal(jax.random.key(0), (shape[1], width), factor.dtype)
         found = krylov.leading_triplets(operator, start, k)
         u, s, v, residual = found.image, found.s, found.basis, found.residual
-        squares = _sum_over(_squares(hidden, factor), axes)
-    return _gradient(u, s, _product(factor.T, v), squares, residual, k, norm, shape)
+        squares = sum_over(_squares(hidden, factor), axes)
+    return _gradient(u, s, product(factor.T, v), squares, residual, k, norm, shape)
 
 
 def from_products(
@@ -151,7 +151,7 @@ def _all_triplets(
     image, small = krylov.tsqr(transpose(identity.astype(jnp.float32)), column_axes)
     left, s, right = jnp.linalg.svd(small, full_matrices=False)
     own_rows = jax.lax.dynamic_slice_in_dim(right.T, first, own[0])
-    return own_rows, s, _product(image, left)
+    return own_rows, s, product(image, left)
 
 
 def _gradient(
@@ -194,7 +194,7 @@ def _by(hidden: Array, right: Array) -> Array:
     into three bfloat16 parts: one pass of a matrix unit, and no float32 copy of ``hidden``.
     """
     if hidden.dtype != jnp.bfloat16:
-        return _product(hidden.astype(right.dtype), right)
+        return product(hidden.astype(right.dtype), right)
     parts = []
     for _ in range(3):
         parts.append(right.astype(jnp.bfloat16))
@@ -216,11 +216,3 @@ def _squares(hidden: Array, factor: Array) -> Array:
 
     blocks = factor.reshape(width // block, block, width)
     return jax.lax.scan(add, jnp.zeros((), factor.dtype), blocks)[0]
-
-
-def _sum_over(array: Array, axes: tuple[str, ...]) -> Array:
-    return jax.lax.psum(array, axes) if axes else array
-
-
-def _product(left: Array, right: Array) -> Array:
-    return jnp.matmul(left, right, precision=_HIGHEST)

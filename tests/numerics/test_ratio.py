@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from balora_jax.numerics import krylov, linalg, spectral
+from balora_jax.numerics import krylov, linalg, ratio
 
 K = 10
 
@@ -57,7 +57,7 @@ def from_width(hidden, head, norm):
 
     @jax.jit
     def run(hidden, factor):
-        found = spectral.from_width(hidden, factor, K, norm)
+        found = ratio.from_width(hidden, factor, K, norm)
         by_norm = found.shrink * jnp.matmul(
             hidden, jnp.matmul(factor.T, factor, precision="highest"), precision="highest"
         )
@@ -119,7 +119,7 @@ def test_from_products_against_exact_decomposition(rng, shape, dominance):
         def product(a, b):
             return jnp.matmul(a, b, precision="highest")
 
-        return spectral.from_products(
+        return ratio.from_products(
             lambda x: product(z, x), lambda y: product(z.T, y), jnp.sum(z * z), z.shape, K
         )
 

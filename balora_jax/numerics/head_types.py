@@ -1,0 +1,193 @@
+"""What the head's pass is made of: rows of hidden states, the frozen head, chunks of rows."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from balora_jax.array_types import Array, Bool, Float, Int, Scalar
+from balora_jax.numerics.arithmetic import einsum
+from balora_jax.numerics.softmax import Softmax
+
+
+@dataclass(frozen=True)
+class LogitMap:
+    """From ``H Wᵀ`` to logits: ``cap · tanh(H Wᵀ / cap)``. Static.
+
+    Attributes:
+        soft_cap: Largest size of a logit (Gemma 2); None leaves them linear.
+    """
+
+    soft_cap: float | None = None
+
+    def __call__(self, products: Array) -> Array:
+        """Logits, float32."""
+        if self.soft_cap is None:
+            return products
+        return self.soft_cap * jnp.tanh(products / self.soft_cap)
+
+    def pull_back(self, gradient: Array, logits: Array) -> Array:
+        """``d loss / d(H Wᵀ)`` from ``d loss / d logits``."""
+        if self.soft_cap is None:
+            return gradient
+        return gradient * (1 - (logits / self.soft_cap) ** 2)
+
+
+@dataclass(frozen=True)
+class HeadAxes:
+    """Mesh axes inside ``jax.shard_map``: rows are split over ``rows``, W over ``vocabulary``."""
+
+    rows: tuple[str, ...] = ()
+    vocabulary: str | None = None
+
+
+LINEAR, ONE_DEVICE = LogitMap(), HeadAxes()
+
+
+class Rows(NamedTuple):
+    """Hidden states of a micro-batch and what each row counts for.
+
+    Attributes:
+        student: Final hidden states of the model in training, ``[N, D]``.
+        teacher: Those of the frozen model; None where no term reads them.
+        labels: Token to predict, ``[N]``; read where ``label_mask``.
+        label_mask: Rows of the cross-entropy, ``[N]``.
+        term_mask: Rows of the regularizers, ``[N]``.
+    """
+
+    student: Float[Array, "N D"]
+    teacher: Float[Array, "N D"] | None
+    labels: Int[Array, "N"]
+    label_mask: Bool[Array, "N"]
+    term_mask: Bool[Array, "N"]
+
+
+class HeadSums(NamedTuple):
+    """What a micro-batch comes to, over all its devices; float32 scalars.
+
+    Attributes:
+        task_sum: Cross-entropy summed over labelled rows, in nats.
+        task_count: Labelled rows.
+        term_count: Rows of the terms.
+        terms: Of each term at work, by name: its sum over the rows of the terms, or of a term that
+            couples rows its value on this micro-batch.
+        teacher_entropy: Of each term whose weight follows it, by name: entropy of the teacher's
+            softmax at the term's temperature over the full vocabulary, summed over the rows.
+        statistics: What else terms tell of this micro-batch, by name.
+    """
+
+    task_sum: Scalar
+    task_count: Scalar
+    term_count: Scalar
+    terms: dict[str, Scalar]
+    teacher_entropy: dict[str, Scalar]
+    statistics: dict[str, Scalar]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A frozen head and how its pass runs.
+
+    Attributes:
+        embedding: ``[V, D]``; this device's rows if ``axes.vocabulary`` is given.
+        factor: R of the head; None where no term reads it or logits are capped.
+        logit_map: From products to logits.
+        chunk: Rows of a chunk.
+        axes: Mesh axes that are manual here.
+    """
+
+    embedding: Float[Array, "V D"]
+    factor: Float[Array, "D D"] | None
+    logit_map: LogitMap
+    chunk: int
+    axes: HeadAxes
+
+    @property
+    def linear(self) -> bool:
+        """Whether logits are linear in the hidden states."""
+        return self.logit_map.soft_cap is None
+
+    def logits(self, hidden: Float[Array, "N D"]) -> Float[Array, "N V"]:
+        """Logits of a few rows, this device's columns, float32."""
+        return self.logit_map(head_products(hidden, self.embedding))
+
+
+class Chunks(NamedTuple):
+    """Which rows each chunk takes: those that count, closed up, in their order.
+
+    Attributes:
+        order: Row of each place, ``[places]``; places behind the last used row repeat row 0.
+        place: Place of each row, ``[N]``.
+        used: Rows that count.
+        count: Chunks that hold any; the only number of chunks that costs time.
+        size: Rows of a chunk, static.
+    """
+
+    order: Array
+    place: Array
+    used: Array
+    count: Array
+    size: int
+
+    @classmethod
+    def of(cls, used: Array, chunk: int) -> "Chunks":
+        """Close up the rows that are used."""
+        rows = used.shape[0]
+        size = min(chunk, rows)
+        places = size * -(-rows // size)
+        order = jnp.nonzero(used, size=places, fill_value=0)[0]
+        total = jnp.cumsum(used)
+        return cls(order, total - 1, used, -(-total[-1] // size), size)
+
+    def rows(self, index: Array) -> tuple[Array, Array]:
+        """Rows of a chunk, and which of its places are taken."""
+        taken = jax.lax.dynamic_slice_in_dim(self.order, index * self.size, self.size)
+        places = index * self.size + jnp.arange(self.size)
+        return taken, places < jnp.sum(self.used)
+
+    def put_back(self, values: Array) -> Array:
+        """From ``[places, D]`` to ``[N, D]``, zero in rows that were left out."""
+        return jnp.where(self.used[:, None], values[jnp.maximum(self.place, 0)], 0)
+
+
+class Chunk(NamedTuple):
+    """A few rows as a term sees them, the vocabulary perhaps split over devices.
+
+    Attributes:
+        student: Logits in float32, ``[n, V]``; this device's columns if ``axis`` is given.
+        teacher: Those of the frozen model; None where no term reads them.
+        softmax: Of the student's logits at temperature 1.
+        mask: Rows of the terms, ``[n]``.
+        equal: Rows whose hidden states agree bit for bit with the teacher's, ``[n]``.
+        taken: Row of the micro-batch in each place, ``[n]``.
+        axis: Mesh axis inside ``jax.shard_map`` that the vocabulary is split over.
+        linear: Whether logits are linear in the hidden states.
+    """
+
+    student: Float[Array, "n V"]
+    teacher: Float[Array, "n V"] | None
+    softmax: Softmax
+    mask: Bool[Array, "n"]
+    equal: Bool[Array, "n"]
+    taken: Int[Array, "n"]
+    axis: str | None
+    linear: bool
+
+
+def head_products(
+    hidden: Float[Array, "N D"], embedding: Float[Array, "V D"]
+) -> Float[Array, "N V"]:
+    """Return ``H Wᵀ`` in float32, multiplied in the dtype of the hidden states.
+
+    >>> import jax.numpy as jnp
+    >>> head_products(jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 4.0]])).tolist()
+    [[11.0]]
+    """
+    return einsum("nd,vd->nv", hidden, embedding)
+
+
+def take(array: Float[Array, "N w"], taken: Array, counted: Array) -> Float[Array, "n w"]:
+    """Rows of a chunk, zero in places that do not count."""
+    # A row that is left out may hold anything, NaN included, which a product with 0 would keep.
+    return jnp.where(counted[:, None], array[taken], 0)
