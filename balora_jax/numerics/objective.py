@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
-from balora_jax.array_types import Int, Scalar
+from balora_jax.array_types import Array, Int, Scalar
 from balora_jax.errors import InputError
 from balora_jax.numerics.arithmetic import ratio
 from balora_jax.numerics.head_types import HeadSums
@@ -285,7 +285,7 @@ def depends_on_length(settings: Mapping[str, Any]) -> bool:
 
 
 def weights(
-    objective: Objective, step: int | Int[Scalar, ""], total_steps: int
+    objective: Objective, step: int | Int[Array, ""], total_steps: int
 ) -> dict[str, Scalar]:
     """Return λ of every term by name at an optimizer step, as float32 scalars.
 
@@ -319,8 +319,8 @@ def weights(
 def columns_of(weights: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """Return weights under their columns in the metrics: λ1 is that of the first term.
 
-    >>> columns_of({"spectral": 3, "consistency": 1})
-    {'lambda1': 1, 'lambda3': 3}
+    >>> list(columns_of({"spectral": jnp.float32(3), "consistency": jnp.float32(1)}))
+    ['lambda1', 'lambda3']
     """
     return {f"lambda{i}": weights[name] for i, name in enumerate(TERMS, start=1) if name in weights}
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from balora_jax.array_types import Array, Int, Scalar
+from balora_jax.array_types import Array, Scalar
 from balora_jax.errors import InputError
 from balora_jax.registry import Registry
 
@@ -55,7 +55,7 @@ class Schedule:
     by_confidence: Callable[[float, float, Scalar, int], Scalar] | None = None
 
 
-def constant(step: Int[Array, ""] | Array, total_steps: int, warmup_fraction: float) -> Scalar:
+def constant(step: Array, total_steps: int, warmup_fraction: float) -> Scalar:
     """Return 1.
 
     >>> float(constant(jnp.float32(3), 10, 0.1))
