@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from balora_jax.models.methods import METHODS
 from balora_jax.models.starts import STARTS
@@ -14,6 +14,18 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Dtype = Literal["float32", "bfloat16"]
+
+
+PAPER_NAMES = {"nlg": "text", "nlu": "labels"}
+"""The paper's names of the two tasks, which configs may use too."""
+
+
+def task_name(value: Any) -> Any:
+    """The name of a task, from the paper's or from ours."""
+    return PAPER_NAMES.get(value, value) if isinstance(value, str) else value
+
+
+Task = Annotated[Literal["text", "labels"], BeforeValidator(task_name)]
 
 
 class Section(BaseModel):
@@ -279,19 +291,22 @@ class EvalConfig(Section):
     """The score before and after training on ``data.validation``.
 
     Attributes:
-        task: ``exact_match`` compares the number after the marker; ``labels`` scores classes and
-            regressions by their task's own metrics (``task: labels`` always does); ``none`` skips.
+        task: the benchmark, such as ``exact_match``, ``gsm8k``, ``math`` (text) or ``labels``;
+            ``none`` for no score; where not given, ``exact_match`` for text and ``labels`` for
+            labels.
         marker: text before the answer.
         limit: use the first rows only.
         batch_size: prompts decoded together.
         max_new_tokens: longest answer.
         temperature: 0 for greedy decoding.
         top_p: share of the probability that sampling draws from.
-        prompt_column: column of the question; ``data.prompt_column`` where not given.
-        gold_column: column of the right answer; ``data.response_column`` where not given.
+        prompt_column: column of the question; the benchmark's or ``data.prompt_column`` where not
+            given.
+        gold_column: column of the right answer; the benchmark's or ``data.response_column`` where
+            not given.
     """
 
-    task: Literal["exact_match", "labels", "none"] = "exact_match"
+    task: str | None = None
     marker: str = "The answer is:"
     limit: Positive | None = None
     batch_size: Positive = 32
@@ -320,14 +335,14 @@ class RunConfig(Section):
     """One run: one file in ``configs/``.
 
     Attributes:
-        task: ``text`` trains a causal language model on text, ``labels`` an encoder with a head on
-            labels.
+        task: ``text`` trains a decoder on text, ``labels`` an encoder with a head on labels; the
+            paper's ``nlg`` and ``nlu`` are read as these.
         extensions: Python files of your own, relative to this one, that register terms, starts,
             families, benchmarks or trackers.
     """
 
     extensions: tuple[str, ...] = ()
-    task: Literal["text", "labels"] = "text"
+    task: Task = "text"
     model: ModelConfig
     adapter: AdapterConfig = AdapterConfig()
     regularizers: RegularizersConfig = RegularizersConfig()
@@ -336,20 +351,3 @@ class RunConfig(Section):
     mesh: MeshConfig = MeshConfig()
     eval: EvalConfig = EvalConfig()
     study: StudyConfig = StudyConfig()
-
-    @model_validator(mode="after")
-    def _fits_the_task(self) -> "RunConfig":
-        data, labels = self.data, self.task == "labels"
-        if not labels and data.train is None:
-            raise ValueError("data.train: expected a value, got none. Add the key.")
-        if not labels and (data.glue or data.text_columns or data.labels or data.regression):
-            raise ValueError(
-                "task: expected labels with data.glue, data.text_columns, data.labels or "
-                "data.regression, got text. Set task: labels, or remove them."
-            )
-        if labels and data.glue is None and (data.train is None or not data.text_columns):
-            raise ValueError(
-                "data: expected data.glue, or data.train with data.text_columns, for task labels, "
-                "got neither. Name a GLUE task, or the file and its columns."
-            )
-        return self

@@ -12,6 +12,7 @@ from balora_jax.config import RunConfig
 from balora_jax.config_schema import run_schema
 from balora_jax.errors import InputError
 from balora_jax.extensions import load_extensions
+from balora_jax.tasks.settings import check_settings
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -57,9 +58,14 @@ def _texts(value: Any, where: str) -> list[str]:
 def parse_config(tree: Mapping[str, Any], where: str) -> RunConfig:
     """Validate a nested mapping; ``where`` opens every message."""
     try:
-        return run_schema().model_validate(tree)
+        config = run_schema().model_validate(tree)
     except ValidationError as error:
         raise InputError(f"{where}: {_describe(error)}") from error
+    try:
+        check_settings(config)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    return config
 
 
 def dump_config(config: RunConfig) -> str:

@@ -7,8 +7,6 @@ no value here (``3 to 4``, ``2x``, ``1,23``) and is compared as text.
 import re
 from fractions import Fraction
 
-from balora_jax.errors import InputError
-
 ANSWER_MARKER = "The answer is:"
 GSM8K_MARKER = "####"
 
@@ -95,24 +93,6 @@ def extract_answer(text: str, marker: str = ANSWER_MARKER) -> str | None:
     _, found, after = text.rpartition(marker)
     lines = after.strip().splitlines()
     return lines[0].strip() if found and lines else None
-
-
-def gsm8k_gold(answer: str) -> str:
-    r"""The gold answer of a GSM8K row: what follows the last ``####``.
-
-    Raises:
-        InputError: There is no such mark, or nothing after it.
-
-    >>> gsm8k_gold("5 * 2 = <<5*2=10>>10\n#### 1,010")
-    '1,010'
-    """
-    gold = extract_answer(answer, GSM8K_MARKER)
-    if gold is None:
-        raise InputError(
-            f"answer: expected a gold answer after {GSM8K_MARKER!r}, got {answer[-40:]!r}. "
-            "Check that the column holds GSM8K answers."
-        )
-    return gold
 
 
 def parse_number(text: str) -> Fraction | None:

@@ -290,3 +290,12 @@ def _qwix() -> Any:
             "Install balora_jax[quant]."
         ) from error
     return qwix
+
+
+def floating_kernels(
+    frozen: Mapping[str, Array], quantization: Quantization, dtype: str
+) -> Mapping[str, Array]:
+    """The frozen weights in floating point, dequantised one stack at a time when looked up."""
+    if quantization == "none":
+        return frozen
+    return DequantizedKernels(frozen, quantization, dtype)

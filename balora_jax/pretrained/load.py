@@ -1,7 +1,7 @@
 """From a checkpoint's name to a model that computes: open, plan, load, call."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -13,6 +13,8 @@ from balora_jax.errors import InputError
 from balora_jax.io.peft_reader import read_peft
 from balora_jax.models.adapters import adapter_shapes
 from balora_jax.models.generation import Sampling, generate, make_decoder
+from balora_jax.models.layers import AttentionKernel
+from balora_jax.models.quantized import Quantization, floating_kernels
 from balora_jax.models.starts.stacks import start_from_factors
 from balora_jax.models.structure import Structure, structure
 from balora_jax.pretrained.checkpoint import (
@@ -156,30 +158,52 @@ def load_pretrained(
 
 
 def load_decoder(
-    path: str, *, adapter: str | None = None, dtype: str = "float32"
+    path: str,
+    *,
+    adapter: str | None = None,
+    revision: str | None = None,
+    dtype: str = "float32",
+    attention: AttentionKernel = "auto",
+    quantization: Quantization = "none",
 ) -> PretrainedModel:
-    """As :func:`load_pretrained`, for a checkpoint that must be a causal language model."""
+    """As :func:`load_pretrained`, for a checkpoint that must be a decoder.
+
+    Args:
+        path: as there.
+        adapter: as there.
+        revision: of a hub name.
+        dtype: as there.
+        attention: kernel of its attention.
+        quantization: of its linear layers; adapters stand on the quantised base.
+    """
     peft = None if adapter is None else read_peft(adapter)
-    base = open_base(path)
-    plain = structure(base.config, dtype=dtype)
+    base = open_base(path, revision)
+    made = partial(structure, base.config, dtype=dtype, kernel=attention, quantization=quantization)
+    plain = made()
+    frozen = base.load_for(plain)
     if peft is None:
-        return PretrainedModel(base, plain, [base.load(plain.frozen)])
-    modules = peft_modules(peft, base.linears(plain.frozen), str(adapter))
-    skeleton = structure(base.config, adapters=adapter_shapes(modules, origin=False), dtype=dtype)
-    frozen = base.load(plain.frozen)
-    adapters, constants = start_from_factors(modules, frozen, peft.tensors, peft.magnitudes)
+        return PretrainedModel(base, plain, [frozen])
+    modules = peft_modules(peft, base.linears(plain.parameters), str(adapter))
+    skeleton = made(adapters=adapter_shapes(modules, origin=False))
+    kernels = floating_kernels(frozen, quantization, dtype)
+    adapters, constants = start_from_factors(modules, kernels, peft.tensors, peft.magnitudes)
     return PretrainedModel(base, skeleton, [frozen, constants, adapters])
 
 
 def load_encoder(
-    path: str, *, adapter: str | None = None, dtype: str = "float32"
+    path: str,
+    *,
+    adapter: str | None = None,
+    revision: str | None = None,
+    dtype: str = "float32",
+    quantization: Quantization = "none",
 ) -> PretrainedEncoder:
-    """As :func:`load_pretrained`, for a checkpoint that must be an encoder."""
+    """As :func:`load_decoder`, for a checkpoint that must be an encoder."""
     peft = None if adapter is None else read_peft(adapter)
-    base = open_encoder(path)
+    base = open_encoder(path, revision)
     brought = {} if peft is None else head_parts(peft.saved, base.head_rules)
     if "head.out.bias" in brought:
-        base = open_encoder(path, num_labels=len(brought["head.out.bias"]))
+        base = open_encoder(path, revision, num_labels=len(brought["head.out.bias"]))
     missing = {rule.path for rule in base.head_rules} - set(brought) - set(base.stored_head())
     if missing:
         raise InputError(
@@ -187,14 +211,15 @@ def load_encoder(
             f"got none with {', '.join(sorted(missing))}. Fine-tune it first (task: labels)."
         )
     head = base.load_head(jax.random.key(0)) | {k: jnp.asarray(v) for k, v in brought.items()}
-    plain = structure(base.config, dtype=dtype)
-    frozen = base.load(plain.frozen)
+    made = partial(structure, base.config, dtype=dtype, quantization=quantization)
+    plain = made()
+    frozen = base.load_for(plain)
     if peft is None:
         return PretrainedEncoder(base, plain, [frozen, head])
-    modules = peft_modules(peft, base.linears(plain.frozen), str(adapter))
-    shapes = adapter_shapes(modules, origin=False)
-    skeleton = structure(base.config, adapters=shapes, dtype=dtype)
-    adapters, constants = start_from_factors(modules, frozen, peft.tensors, peft.magnitudes)
+    modules = peft_modules(peft, base.linears(plain.parameters), str(adapter))
+    skeleton = made(adapters=adapter_shapes(modules, origin=False))
+    kernels = floating_kernels(frozen, quantization, dtype)
+    adapters, constants = start_from_factors(modules, kernels, peft.tensors, peft.magnitudes)
     return PretrainedEncoder(base, skeleton, [frozen, head, constants, adapters])
 
 

@@ -7,9 +7,7 @@ from typing import Any, Literal
 from balora_jax.config import RunConfig
 from balora_jax.registry import Registry
 from balora_jax.tasks.labels import run as labels_run
-from balora_jax.tasks.labels import score as labels_score
 from balora_jax.tasks.text import run as text_run
-from balora_jax.tasks.text import score as text_score
 from balora_jax.training.run import Run
 
 
@@ -34,7 +32,5 @@ class Task:
 
 TASKS: Registry[Task] = Registry("task", "task")
 
-TASKS.register(
-    Task("text", "decoder", text_run.check, text_score.evaluate, text_score.continue_prompts)
-)
-TASKS.register(Task("labels", "encoder", labels_run.check, labels_score.evaluate))
+TASKS.register(Task("text", "decoder", text_run.check, text_run.evaluate, text_run.generate))
+TASKS.register(Task("labels", "encoder", labels_run.check, labels_run.evaluate))

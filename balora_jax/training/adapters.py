@@ -23,7 +23,7 @@ from balora_jax.models.adapters import (
 )
 from balora_jax.models.methods import METHODS
 from balora_jax.models.methods.method import Method
-from balora_jax.models.quantized import DequantizedKernels
+from balora_jax.models.quantized import floating_kernels
 from balora_jax.models.starts import STARTS
 from balora_jax.models.starts.stacks import Moments, Stacks, start_adapters
 from balora_jax.models.starts.start import Start
@@ -156,9 +156,7 @@ def layer_bar(layers: int) -> Iterator[Callable[[Stacks], None]]:
 
 def kernels_of(frozen: Arrays, config: ModelConfig) -> Mapping[str, Array]:
     """The frozen weights in floating point, dequantised one stack at a time when looked up."""
-    if config.quantization == "none":
-        return frozen
-    return DequantizedKernels(frozen, config.quantization, config.dtype)
+    return floating_kernels(frozen, config.quantization, config.dtype)
 
 
 def check_base(adapter: AdapterConfig, model: ModelConfig) -> None:

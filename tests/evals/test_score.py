@@ -8,11 +8,24 @@ from transformers import AutoTokenizer
 
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
-from balora_jax.evals.score import gold_answer, score_answers
-from balora_jax.tasks.text import score as run
+from balora_jax.evals.benchmark import TextBenchmark
+from balora_jax.evals.tasks import BENCHMARKS
+from balora_jax.evals.tasks.exact_match import gold_answer
+from balora_jax.tasks.settings import benchmark_of
+from balora_jax.tasks.text import run, score
 from tests import tiny_run
 
 MARKER = "The answer is:"
+
+
+def benchmark(name):
+    found = BENCHMARKS[name]
+    assert isinstance(found, TextBenchmark)
+    return found
+
+
+def score_answers(texts, golds, marker):
+    return benchmark("exact_match").score(texts, golds, marker)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +71,48 @@ def test_score_of_nothing():
     assert score_answers([], [], MARKER) == {"exact_match": 0.0, "answered": 0.0, "rows": 0}
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "gold"),
+    [
+        ("gsm8k", {"question": "?", "answer": "7 = <<3+4=7>>7\n#### 1,010"}, "1,010"),
+        (
+            "math",
+            {"problem": "?", "solution": r"\boxed{1} or $\boxed{\frac{1}{2}}$."},
+            r"\frac{1}{2}",
+        ),
+    ],
+)
+def test_the_right_answers_of_benchmarks(name, row, gold):
+    found = benchmark(name)
+    assert found.prompt_column in row
+    assert found.gold(row, found.gold_column, "unused") == gold
+    cell = row[found.gold_column].replace("####", "").replace(r"\boxed", "")
+    with pytest.raises(InputError, match=r"eval\.gold_column: expected an? .*answer.*, got"):
+        found.gold({found.gold_column: cell}, found.gold_column, "unused")
+    with pytest.raises(InputError, match=r"eval\.gold_column: expected the column"):
+        found.gold({"other": "1"}, found.gold_column, "unused")
+
+
+def test_math_reads_what_is_boxed_where_nothing_is_stated():
+    texts = [r"\boxed{3}", r"\boxed{3} The answer is: 4", "3"]
+    assert benchmark("math").score(texts, ["3", "4", "3"], MARKER) == {
+        "exact_match": 2 / 3,
+        "answered": 2 / 3,
+        "rows": 3,
+    }
+
+
+def test_a_benchmark_scores_the_models_of_its_task():
+    with pytest.raises(InputError) as caught:
+        config(eval={"task": "labels"})
+    assert str(caught.value) == (
+        "test: eval.task: expected one of exact_match, gsm8k, math, none with task text, got "
+        "labels, which scores labels. Choose one of them, or leave it out."
+    )
+    with pytest.raises(InputError, match=r"eval\.task: expected a benchmark, one of exact_match, "):
+        config(eval={"task": "exactmatch"})
+
+
 def test_unequal_numbers_of_texts_and_answers():
     with pytest.raises(ValueError, match="argument"):
         score_answers(["a"], [], MARKER)
@@ -100,23 +155,27 @@ def adder(tokenizer):
     return answer
 
 
-def test_rows_are_prompted_answered_and_scored(tokenizer, capsys):
+def scored(tokenizer, rows, config, monkeypatch):
+    """The figures of the adder on rows that stand for those of a file."""
+    monkeypatch.setattr(score, "load_rows", lambda source, split, limit: rows)
+    data = config.data.model_copy(update={"validation": "unread"})
+    exam = score.exam_of(tokenizer, data, config.eval, benchmark_of(config))
+    return exam.score(adder(tokenizer), (), key=jax.random.key(0), title="before")
+
+
+def test_rows_are_prompted_answered_and_scored(tokenizer, capsys, monkeypatch):
     rows = [{"question": f"{a}+{b}", "answer": f"#{a + b}"} for a, b in ((1, 2), (4, 5), (8, 9))]
     rows.append({"question": "2+2", "answer": "#5"})
-    figures = run.score_rows(
-        adder(tokenizer), (), rows, config(), key=jax.random.key(0), title="before"
-    )
+    figures = scored(tokenizer, rows, config(), monkeypatch)
     assert figures == {"exact_match": 0.5, "answered": 0.75, "rows": 4}
     printed = capsys.readouterr().out
     assert printed == ("before: exact match 0.500 on 4 rows; first answer: 'so #3' (right: 3)\n")
 
 
-def test_gold_column_of_its_own(tokenizer, capsys):
+def test_gold_column_of_its_own(tokenizer, capsys, monkeypatch):
     rows = [{"question": "1+1", "answer": "unused", "right": 2}]
     settings = config(eval={"gold_column": "right"})
-    figures = run.score_rows(
-        adder(tokenizer), (), rows, settings, key=jax.random.key(0), title="before"
-    )
+    figures = scored(tokenizer, rows, settings, monkeypatch)
     assert figures["exact_match"] == 1.0
     assert "(right: 2)" in capsys.readouterr().out
 
@@ -136,7 +195,8 @@ def test_limits_of_the_validation_rows(tmp_path):
 
     def count(data, evaluation):
         settings = config(data={"validation": str(file), **data}, eval=evaluation)
-        return [row["question"] for row in run.validation_rows(settings)]
+        rows = score.validation_rows(settings.data, settings.eval, benchmark_of(settings))
+        return [row["question"] for row in rows]
 
     assert count({}, {}) == list("012345")
     assert count({"validation_limit": 4}, {"limit": 2}) == ["0", "1"]

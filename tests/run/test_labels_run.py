@@ -310,16 +310,21 @@ def test_what_does_not_fit_the_task_is_refused(inputs):
     tree = label_config_tree(inputs)
     refused(
         {**tree, "task": "text"},
-        "config: task: expected labels with data.glue, data.text_columns, data.labels or "
-        "data.regression, got text. Set task: labels, or remove them.",
+        "config: data.text_columns: expected [] with task text, got [text]: text does not read it. "
+        "Leave it out.",
     )
     refused(
         {**tree, "data": {**tree["data"], "text_columns": []}},
-        "config: data: expected data.glue, or data.train with data.text_columns, for task labels, got "
-        "neither. Name a GLUE task, or the file and its columns.",
+        "config: data: expected data.glue, or data.train with data.text_columns, for task labels, "
+        "got neither. Name a GLUE task, or the file and its columns.",
     )
     without = {name: value for name, value in tree["data"].items() if name != "train"}
     refused({**tree, "data": without}, "expected data.glue, or data.train with data.text_columns")
+    refused(
+        label_config_tree(inputs, data={"glue": "rte"}),
+        "config: data.text_columns: expected none with data.glue, got one: rte has its own. Leave "
+        "one of them out.",
+    )
     refused(
         {**tree, "task": "text", "data": {}},
         "config: data.train: expected a value, got none. Add the key.",

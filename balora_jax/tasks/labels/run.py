@@ -1,4 +1,4 @@
-"""A run of an encoder on labelled rows: its data, its weights, its teacher and its score."""
+"""A checked run of an encoder on labels, and what ``balora eval`` does with one."""
 
 import sys
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from balora_jax.array_types import Array
-from balora_jax.config import RunConfig
+from balora_jax.config import DataConfig, RunConfig
 from balora_jax.data.glue import LabelsTask
 from balora_jax.data.labels import (
     LabelsBatches,
@@ -21,8 +21,10 @@ from balora_jax.data.labels import (
     encode_labels,
     padded_length,
 )
-from balora_jax.parallel import hosts
+from balora_jax.errors import InputError
+from balora_jax.parallel import hosts, sharding
 from balora_jax.pretrained.checkpoint import EncoderBase, head_parts, open_encoder
+from balora_jax.pretrained.load import load_encoder
 from balora_jax.tasks.flops import encoder_flops
 from balora_jax.tasks.labels import probe
 from balora_jax.tasks.labels.loss import TEACHER, Constants
@@ -37,6 +39,7 @@ from balora_jax.tasks.labels.score import (
     validation_rows,
 )
 from balora_jax.tasks.labels.teacher_cache import TeacherCache
+from balora_jax.tasks.settings import benchmark_of
 from balora_jax.training.run import Loaded
 
 Arrays = dict[str, Array]
@@ -145,14 +148,14 @@ class LabelsRun(LabelsProgram):
             forward,
             parts,
             self.data.examples,
-            batch_size=forward_rows(self.config, self.mesh),
+            batch_size=forward_rows(self.config.eval, self.mesh),
             length=self.length,
             pad_id=self.pad_id,
             mesh=self.mesh,
             title=title,
         )
 
-    def scorer(self) -> "LabelsScorer | None":
+    def scorer(self) -> LabelsScorer | None:
         """What scores the validation rows; None where there are none."""
         if not self.validation:
             return None
@@ -160,10 +163,10 @@ class LabelsRun(LabelsProgram):
             logits_forward(self.student.bind),
             self.validation,
             self.task,
-            self.config,
+            batch_size=forward_rows(self.config.eval, self.mesh),
             pad_id=self.pad_id,
             mesh=self.mesh,
-            max_length=self.base.config.max_length,
+            max_length=longest(self.config.data, self.base),
         )
 
     def describe(self) -> list[str]:
@@ -197,14 +200,10 @@ def _checked(config: RunConfig) -> LabelsRun:
     for line in remarks(program):
         print(line, file=sys.stderr, flush=True)
     tokenizer = base.tokenizer()
-    most = min(config.data.max_length, base.config.max_length)
+    most = longest(config.data, base)
     data = encode_labels(train_rows(config.data, task), tokenizer, task, most)
-    validation = {
-        title: encode_labels(rows, tokenizer, task, most)
-        for title, rows in validation_rows(config, task).items()
-    }
-    for encoded in (data, *validation.values()):
-        base.check_ids(encoded.examples)
+    base.check_ids(data.examples)
+    validation = encoded_validation(config, task, base, tokenizer)
     return LabelsRun(
         **vars(program),
         base=base,
@@ -214,3 +213,61 @@ def _checked(config: RunConfig) -> LabelsRun:
         validation=validation,
         length=padded_length(data.examples, most),
     )
+
+
+def longest(config: DataConfig, base: EncoderBase) -> int:
+    """Most tokens of a row: a position past the last has no embedding, not even under padding."""
+    return min(config.max_length, base.config.max_length)
+
+
+def encoded_validation(
+    config: RunConfig, task: LabelsTask, base: EncoderBase, tokenizer: Any
+) -> dict[str, LabelsSet]:
+    """Title → encoded rows of the score; none where there is no score."""
+    if benchmark_of(config).task is None:
+        return {}
+    found = validation_rows(config.data, config.eval, task)
+    most = longest(config.data, base)
+    encoded = {title: encode_labels(rows, tokenizer, task, most) for title, rows in found.items()}
+    for rows in encoded.values():
+        base.check_ids(rows.examples)
+    return encoded
+
+
+def evaluate(config: RunConfig, *, adapter: str | None) -> dict[str, Any]:
+    """Score a fine-tuned checkpoint, or an adapter on its base, on the validation rows.
+
+    Raises:
+        InputError: no validation rows, a head for another number of labels, or anything that a run
+            would refuse.
+    """
+    task, settings = task_of(config.data), config.model
+    model = load_encoder(
+        settings.name_or_path,
+        adapter=adapter,
+        revision=settings.revision,
+        dtype=settings.dtype,
+        quantization=settings.quantization,
+    )
+    if model.config.num_labels != task.outputs:
+        raise InputError(
+            f"{adapter or settings.name_or_path}: expected a head with {task.outputs} outputs "
+            f"for {task.name}, got {model.config.num_labels}. Name a model of this task."
+        )
+    validation = encoded_validation(config, task, model.base, model.tokenizer)
+    if not validation:
+        raise InputError(
+            "data.validation: expected rows to score, got none. Name a file with --set "
+            "data.validation=FILE."
+        )
+    mesh = sharding.make_mesh(config.mesh)
+    scorer = LabelsScorer(
+        logits_forward(model.bind),
+        validation,
+        task,
+        batch_size=forward_rows(config.eval, mesh),
+        pad_id=int(model.tokenizer.pad_token_id or 0),
+        mesh=mesh,
+        max_length=longest(config.data, model.base),
+    )
+    return scorer.score(model.parts, "score")

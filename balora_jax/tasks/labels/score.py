@@ -9,22 +9,19 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from balora_jax.array_types import Array, PRNGKeyArray
-from balora_jax.config import DataConfig, RunConfig
+from balora_jax.config import DataConfig, EvalConfig
 from balora_jax.data.glue import LabelsTask, custom_task, glue_task
 from balora_jax.data.labels import (
     LabelsExample,
     LabelsSet,
-    encode_labels,
     labels_epoch,
     padded_length,
 )
 from balora_jax.data.sources import load_rows
-from balora_jax.errors import InputError
 from balora_jax.evals.classification import score_labels
 from balora_jax.models.encoder import Encoder
 from balora_jax.parallel import hosts, sharding
 from balora_jax.parallel.sharding import rows_sharding
-from balora_jax.pretrained.load import load_encoder
 from balora_jax.tasks.labels.loss import Constants
 
 Arrays = dict[str, Array]
@@ -42,16 +39,15 @@ class LabelsScorer:
         forward: Any,
         validation: Mapping[str, LabelsSet],
         task: LabelsTask,
-        config: RunConfig,
         *,
+        batch_size: int,
         pad_id: int,
         mesh: Mesh,
         max_length: int,
     ):
-        # A position past the last has no embedding, not even under padding.
-        self.max_length = min(config.data.max_length, max_length)
         self.forward, self.validation, self.task = forward, validation, task
-        self.config, self.pad_id, self.mesh = config, pad_id, mesh
+        self.batch_size, self.max_length = batch_size, max_length
+        self.pad_id, self.mesh = pad_id, mesh
 
     def __call__(
         self, constants: Constants, trainable: Arrays, key: PRNGKeyArray, title: str
@@ -76,7 +72,7 @@ class LabelsScorer:
             self.forward,
             parts,
             rows.examples,
-            batch_size=forward_rows(self.config, self.mesh),
+            batch_size=self.batch_size,
             length=padded_length(rows.examples, self.max_length),
             pad_id=self.pad_id,
             mesh=self.mesh,
@@ -102,48 +98,10 @@ def logits_forward(bind: Callable[..., Encoder]) -> Any:
     return jax.jit(lambda parts, *arrays: bind(*parts)(*arrays))
 
 
-def forward_rows(config: RunConfig, mesh: Mesh) -> int:
+def forward_rows(config: EvalConfig, mesh: Mesh) -> int:
     """Rows of a forward without backward: ``eval.batch_size``, whole over the devices."""
     parts = sharding.row_parts(mesh)
-    return -(-config.eval.batch_size // parts) * parts
-
-
-def evaluate(config: RunConfig, *, adapter: str | None) -> dict[str, Any]:
-    """Score a fine-tuned checkpoint, or an adapter on its base, on the validation rows.
-
-    Raises:
-        InputError: no validation rows, a head for another number of labels, or anything that a run
-            would refuse.
-    """
-    task = task_of(config.data)
-    found = validation_rows(config, task)
-    if not found:
-        raise InputError(
-            "data.validation: expected rows to score, got none. Name a file with --set "
-            "data.validation=FILE."
-        )
-    model = load_encoder(config.model.name_or_path, adapter=adapter, dtype=config.model.dtype)
-    if model.config.num_labels != task.outputs:
-        raise InputError(
-            f"{adapter or config.model.name_or_path}: expected a head with {task.outputs} outputs "
-            f"for {task.name}, got {model.config.num_labels}. Name a model of this task."
-        )
-    most = min(config.data.max_length, model.config.max_length)
-    validation = {
-        title: encode_labels(rows, model.tokenizer, task, most) for title, rows in found.items()
-    }
-    for encoded in validation.values():
-        model.base.check_ids(encoded.examples)
-    scorer = LabelsScorer(
-        logits_forward(model.bind),
-        validation,
-        task,
-        config,
-        pad_id=int(model.tokenizer.pad_token_id or 0),
-        mesh=sharding.make_mesh(config.mesh),
-        max_length=model.config.max_length,
-    )
-    return scorer.score(model.parts, "score")
+    return -(-config.batch_size // parts) * parts
 
 
 def train_rows(config: DataConfig, task: LabelsTask) -> Any:
@@ -155,12 +113,9 @@ def train_rows(config: DataConfig, task: LabelsTask) -> Any:
     return load_rows(task.hub, split=task.train_split, limit=config.train_limit)
 
 
-def validation_rows(config: RunConfig, task: LabelsTask) -> dict[str, Any]:
-    """Title → rows; none where there is no score."""
-    data, evaluation = config.data, config.eval
-    if evaluation.task == "none":
-        return {}
-    limits = [n for n in (evaluation.limit, data.validation_limit) if n is not None]
+def validation_rows(data: DataConfig, config: EvalConfig, task: LabelsTask) -> dict[str, Any]:
+    """Title → rows; none where there are none."""
+    limits = [n for n in (config.limit, data.validation_limit) if n is not None]
     limit = min(limits) if limits else None
     if data.validation is not None:
         file = _named(data.validation, data)

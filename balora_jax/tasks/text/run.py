@@ -1,35 +1,32 @@
-"""A run of a decoder on text: its data, its weights and its score."""
+"""A checked run of a decoder on text, and what ``balora eval`` and ``generate`` do with one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from jax.sharding import Mesh
 
-from balora_jax.array_types import Array, PRNGKeyArray
-from balora_jax.config import DataConfig, RunConfig
+from balora_jax.array_types import PRNGKeyArray
+from balora_jax.config import DataConfig, ModelConfig, RunConfig
 from balora_jax.data.batches import TextBatches, common_length
-from balora_jax.data.examples import EncodedSet, describe_example, encode_rows
+from balora_jax.data.examples import EncodedSet, describe_example, encode_prompt, encode_rows
 from balora_jax.data.sources import Rows, load_rows
 from balora_jax.errors import InputError
+from balora_jax.evals.benchmark import TextBenchmark
 from balora_jax.parallel import hosts, sharding
 from balora_jax.pretrained.checkpoint import Base, open_base
-from balora_jax.pretrained.load import sampling_for
+from balora_jax.pretrained.load import PretrainedModel, load_decoder, sampling_for
 from balora_jax.tasks import assemble
 from balora_jax.tasks.flops import model_flops
+from balora_jax.tasks.settings import benchmark_of
 from balora_jax.tasks.text.loss import Constants
 from balora_jax.tasks.text.moments import RowMoments
 from balora_jax.tasks.text.program import TextProgram, text_program
-from balora_jax.tasks.text.score import (
-    Answerer,
-    example_settings,
-    questions,
-    score_rows,
-    validation_rows,
-)
-from balora_jax.training.run import Loaded
+from balora_jax.tasks.text.score import Answerer, Exam, exam_of, example_settings
+from balora_jax.training.run import Arrays, Loaded, Scorer
 
 
 @dataclass(frozen=True)
@@ -40,14 +37,14 @@ class TextRun(TextProgram):
         base: the pretrained checkpoint.
         tokenizer: its tokenizer.
         data: encoded training rows and what became of them.
-        validation: rows of the score, empty for none.
+        exam: the rows of the score; None for no score.
         length: tokens of every row of a batch.
     """
 
     base: Base
     tokenizer: Any
     data: EncodedSet
-    validation: Sequence[Mapping[str, Any]]
+    exam: Exam | None
     length: int
 
     def batches(self) -> TextBatches:
@@ -91,9 +88,23 @@ class TextRun(TextProgram):
         del teacher
         return batch
 
-    def scorer(self) -> "TextScorer | None":
-        """What scores the validation rows; None where there are none."""
-        return TextScorer(self) if self.validation else None
+    def scorer(self) -> Scorer | None:
+        """What answers the validation rows, with one compiled decoder; None without rows."""
+        if self.exam is None:
+            return None
+        return partial(self._score, Answerer(self.student.bind, self.base, self.config.eval))
+
+    def _score(
+        self,
+        answerer: Answerer,
+        constants: Constants,
+        trainable: Arrays,
+        key: PRNGKeyArray,
+        title: str,
+    ) -> dict[str, Any]:
+        assert self.exam is not None
+        parts = (constants.frozen, constants.origin, trainable)
+        return self.exam.score(answerer, parts, key=key, title=title)
 
     def describe(self) -> list[str]:
         """Lines about the data, for the start of a run."""
@@ -103,27 +114,6 @@ class TextRun(TextProgram):
         ]
 
 
-class TextScorer:
-    """Greedy answers to the validation rows, with one compiled decoder for the whole run."""
-
-    def __init__(self, run: TextRun):
-        self.run = run
-        self.answerer = Answerer(run.student.bind, run.base, run.config.eval)
-
-    def __call__(
-        self,
-        constants: Constants,
-        trainable: dict[str, Array],
-        key: PRNGKeyArray,
-        title: str,
-    ) -> dict[str, Any]:
-        """The figures, printed as well."""
-        parts = (constants.frozen, constants.origin, trainable)
-        return score_rows(
-            self.answerer, parts, self.run.validation, self.run.config, key=key, title=title
-        )
-
-
 class _Opened(NamedTuple):
     """What :class:`TextRun` says, and the training rows as they were read."""
 
@@ -131,7 +121,7 @@ class _Opened(NamedTuple):
     base: Base
     tokenizer: Any
     rows: Rows
-    validation: Sequence[Mapping[str, Any]]
+    exam: Exam | None
 
 
 def check(config: RunConfig) -> TextRun:
@@ -152,7 +142,7 @@ def check(config: RunConfig) -> TextRun:
         base=opened.base,
         tokenizer=opened.tokenizer,
         data=data,
-        validation=opened.validation,
+        exam=opened.exam,
         length=_row_length(config.data, data, opened.base, opened.program.mesh),
     )
 
@@ -164,9 +154,8 @@ def _open(config: RunConfig) -> _Opened:
     tokenizer = base.tokenizer()
     assert config.data.train is not None  # checked with the config
     rows = load_rows(config.data.train, split=config.data.split, limit=config.data.train_limit)
-    validation = validation_rows(config)
-    questions(validation, tokenizer, config)  # raises before anything is written
-    return _Opened(program, base, tokenizer, rows, validation)
+    exam = exam_of(tokenizer, config.data, config.eval, benchmark_of(config))
+    return _Opened(program, base, tokenizer, rows, exam)
 
 
 def _row_length(config: DataConfig, data: EncodedSet, base: Base, mesh: Mesh) -> int:
@@ -188,3 +177,55 @@ def _check_vocabulary(data: EncodedSet, base: Base) -> None:
             f"{base.folder}: expected token ids below vocab_size {base.config.vocab_size}, got "
             f"{highest} from its tokenizer. Use the tokenizer that belongs to the weights."
         )
+
+
+def evaluate(config: RunConfig, *, adapter: str | None) -> dict[str, Any]:
+    """Score a base model, or an adapter on it, on the validation rows.
+
+    Raises:
+        InputError: no validation rows are configured, or anything a run would refuse.
+    """
+    benchmark = benchmark_of(config)
+    if not isinstance(benchmark, TextBenchmark):
+        raise InputError(
+            f"eval.task: expected a task to score, got {benchmark.name!r}. Set it, as with --set "
+            "eval.task=exact_match."
+        )
+    if config.data.validation is None and benchmark.source is None:
+        raise InputError(
+            "data.validation: expected rows to score, got none. Name a file with --set "
+            "data.validation=FILE."
+        )
+    model = opened_model(config.model, adapter)
+    exam = exam_of(model.tokenizer, config.data, config.eval, benchmark)
+    assert exam is not None  # load_rows raises where there is no row
+    answerer = Answerer(model.bind, model.base, config.eval)
+    key = jax.random.key(config.training.seed)
+    return exam.score(answerer, model.parts, key=key, title="score")
+
+
+def generate(
+    config: RunConfig, prompts: Sequence[str], *, adapter: str | None, raw: bool
+) -> list[str]:
+    """Texts after prompts; each is put in ``data.template`` first unless ``raw``."""
+    model = opened_model(config.model, adapter)
+    settings = example_settings(config.data)
+    if raw:
+        ids = [model.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    else:
+        rows = [{config.data.prompt_column: prompt} for prompt in prompts]
+        ids = [encode_prompt(row, model.tokenizer, settings) for row in rows]
+    answerer = Answerer(model.bind, model.base, config.eval)
+    return answerer(model.parts, ids, jax.random.key(config.training.seed), "generate")
+
+
+def opened_model(config: ModelConfig, adapter: str | None) -> PretrainedModel:
+    """The base as training opens it, with an adapter on it if one is named."""
+    return load_decoder(
+        config.name_or_path,
+        adapter=adapter,
+        revision=config.revision,
+        dtype=config.dtype,
+        attention=config.attention,
+        quantization=config.quantization,
+    )

@@ -1,24 +1,22 @@
-"""From prompts to texts to a score, for training, ``balora eval`` and ``balora generate``."""
+"""From prompts to texts, and from the validation rows to a score."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 from tqdm import tqdm
 
 from balora_jax.array_types import Array, PRNGKeyArray
-from balora_jax.config import DataConfig, EvalConfig, RunConfig
+from balora_jax.config import DataConfig, EvalConfig
 from balora_jax.data.examples import encode_prompt
 from balora_jax.data.sources import load_rows
 from balora_jax.data.templates import ExampleSettings
-from balora_jax.errors import InputError
-from balora_jax.evals.score import gold_answer, score_answers
+from balora_jax.evals.benchmark import Benchmark, TextBenchmark
 from balora_jax.models.decoder import Decoder
 from balora_jax.models.generation import Sampling, generate, make_decoder
 from balora_jax.parallel import hosts
 from balora_jax.pretrained.checkpoint import Base
-from balora_jax.pretrained.load import load_decoder, sampling_for
+from balora_jax.pretrained.load import sampling_for
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -72,88 +70,71 @@ def example_settings(config: DataConfig) -> ExampleSettings:
     )
 
 
-def validation_rows(config: RunConfig) -> Rows:
+@dataclass(frozen=True)
+class Exam:
+    """The rows of a score, ready to be asked.
+
+    Attributes:
+        benchmark: how answers are read and judged.
+        prompts: token ids of every question.
+        golds: the right answers.
+        marker: text before a stated answer.
+    """
+
+    benchmark: TextBenchmark
+    prompts: list[list[int]]
+    golds: list[str]
+    marker: str
+
+    def score(
+        self,
+        answerer: Callable[..., list[str]],
+        parts: Sequence[dict[str, Array]],
+        *,
+        key: PRNGKeyArray,
+        title: str,
+    ) -> dict[str, Any]:
+        """Answer every row, print the score and the first answer, return the figures."""
+        texts = answerer(parts, self.prompts, key, title)
+        figures = self.benchmark.score(texts, self.golds, self.marker)
+        name, value = next(iter(figures.items()))
+        shown = " ".join(texts[0].split())[:160]
+        hosts.say(
+            f"{title}: {name.replace('_', ' ')} {value:.3f} on {len(texts)} rows; "
+            f"first answer: {shown!r} (right: {self.golds[0]})"
+        )
+        return figures
+
+
+def validation_rows(data: DataConfig, config: EvalConfig, benchmark: Benchmark) -> Rows:
     """The rows that a run is scored on; none where there is no score."""
-    if config.data.validation is None or config.eval.task == "none":
+    if not isinstance(benchmark, TextBenchmark):
         return ()
-    limits = [n for n in (config.eval.limit, config.data.validation_limit) if n is not None]
-    rows = load_rows(
-        config.data.validation,
-        split=config.data.validation_split,
-        limit=min(limits) if limits else None,
-    )
-    return [dict(row) for row in rows]
+    source, split = data.validation, data.validation_split
+    if source is None:
+        source, split = benchmark.source, benchmark.split
+    if source is None:
+        return ()
+    limits = [n for n in (config.limit, data.validation_limit) if n is not None]
+    return list(map(dict, load_rows(source, split=split, limit=min(limits) if limits else None)))
 
 
-def questions(rows: Rows, tokenizer: Any, config: RunConfig) -> tuple[list[list[int]], list[str]]:
-    """The prompt (token ids) and the right answer of every row.
-
-    Raises:
-        InputError: a row without a named column.
-    """
-    settings = replace(
-        example_settings(config.data),
-        prompt_column=config.eval.prompt_column or config.data.prompt_column,
-    )
-    column = config.eval.gold_column or config.data.response_column
-    golds = [gold_answer(row, column, config.eval.marker) for row in rows]
-    return [encode_prompt(dict(row), tokenizer, settings) for row in rows], golds
-
-
-def score_rows(
-    answerer: Answerer,
-    parts: Sequence[dict[str, Array]],
-    rows: Rows,
-    config: RunConfig,
-    *,
-    key: PRNGKeyArray,
-    title: str,
-) -> dict[str, Any]:
-    """Answer every row, print the score and the first answer, return the figures."""
-    prompts, golds = questions(rows, answerer.tokenizer, config)
-    texts = answerer(parts, prompts, key, title)
-    figures = score_answers(texts, golds, config.eval.marker)
-    shown = " ".join(texts[0].split())[:160]
-    hosts.say(
-        f"{title}: exact match {figures['exact_match']:.3f} on {len(rows)} rows; "
-        f"first answer: {shown!r} (right: {golds[0]})"
-    )
-    return figures
-
-
-def evaluate(config: RunConfig, *, adapter: str | None) -> dict[str, Any]:
-    """Score a base model, or an adapter on it, on ``data.validation``.
+def exam_of(
+    tokenizer: Any, data: DataConfig, config: EvalConfig, benchmark: Benchmark
+) -> Exam | None:
+    """The questions and right answers of the validation rows; None where there is no score.
 
     Raises:
-        InputError: no validation rows are configured, or anything a run would refuse.
+        InputError: a row without a named column, or without a right answer.
     """
-    if config.eval.task == "none":
-        raise InputError(
-            "eval.task: expected a task to score, got 'none'. Set it, as with --set "
-            "eval.task=exact_match."
-        )
-    rows = validation_rows(config)
-    if not rows:
-        raise InputError(
-            "data.validation: expected rows to score, got none. Name a file with --set "
-            "data.validation=FILE."
-        )
-    model = load_decoder(config.model.name_or_path, adapter=adapter, dtype=config.model.dtype)
-    answerer = Answerer(model.bind, model.base, config.eval)
-    key = jax.random.key(config.training.seed)
-    return score_rows(answerer, model.parts, rows, config, key=key, title="score")
-
-
-def continue_prompts(
-    config: RunConfig, prompts: Sequence[str], *, adapter: str | None, raw: bool
-) -> list[str]:
-    """Texts after prompts; each is put in ``data.template`` first unless ``raw``."""
-    model = load_decoder(config.model.name_or_path, adapter=adapter, dtype=config.model.dtype)
-    settings = example_settings(config.data)
-    if raw:
-        ids = [model.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    else:
-        rows = [{config.data.prompt_column: prompt} for prompt in prompts]
-        ids = [encode_prompt(row, model.tokenizer, settings) for row in rows]
-    answerer = Answerer(model.bind, model.base, config.eval)
-    return answerer(model.parts, ids, jax.random.key(config.training.seed), "generate")
+    rows = validation_rows(data, config, benchmark)
+    if not rows or not isinstance(benchmark, TextBenchmark):
+        return None
+    prompt = config.prompt_column or benchmark.prompt_column or data.prompt_column
+    gold = config.gold_column or benchmark.gold_column or data.response_column
+    golds = [benchmark.gold(row, gold, config.marker) for row in rows]
+    if benchmark.question is not None:
+        rows = [{**row, prompt: benchmark.question(row)} for row in rows]
+    settings = replace(example_settings(data), prompt_column=prompt)
+    prompts = [encode_prompt(row, tokenizer, settings) for row in rows]
+    return Exam(benchmark, prompts, golds, config.marker)

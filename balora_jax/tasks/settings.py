@@ -1,0 +1,90 @@
+"""Whether a config asks for anything that its task does not read, or leaves out what it needs."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from balora_jax.config import RunConfig
+from balora_jax.errors import InputError
+from balora_jax.evals.benchmark import Benchmark
+from balora_jax.evals.tasks import BENCHMARKS
+from balora_jax.tasks.labels import settings as labels
+from balora_jax.tasks.text import settings as text
+
+
+class TaskSettings(NamedTuple):
+    """What a task says of the settings.
+
+    Attributes:
+        benchmark: that it is scored on where ``eval.task`` is not given.
+        unread: keys that must be left at their default.
+        ignores: how a message says that it does not read a key.
+        check: raises InputError where what it needs is missing.
+    """
+
+    benchmark: str
+    unread: tuple[str, ...]
+    ignores: str
+    check: Callable[[RunConfig], None]
+
+
+SETTINGS: Mapping[str, TaskSettings] = {
+    "text": TaskSettings("exact_match", text.UNREAD, "text does not read it", text.check),
+    "labels": TaskSettings("labels", labels.UNREAD, "labels do not read it", labels.check),
+}
+
+
+def check_settings(config: RunConfig) -> None:
+    """Refuse what the task of a config does not read, and what does not fit it.
+
+    A key at its default is no request, so that a dumped config loads again.
+
+    Raises:
+        InputError: the first such key, by name.
+    """
+    task = SETTINGS[config.task]
+    for key in task.unread:
+        section, name = key.split(".")
+        got, default = setting(config, section, name)
+        if got != default:
+            raise InputError(
+                f"{key}: expected {shown(default)} with task {config.task}, got {shown(got)}: "
+                f"{task.ignores}. Leave it out."
+            )
+    benchmark_of(config)
+    task.check(config)
+
+
+def setting(config: RunConfig, section: str, name: str) -> tuple[Any, Any]:
+    """The value of a key and its default."""
+    values = getattr(config, section)
+    default = type(values).model_fields[name].get_default(call_default_factory=True)
+    return getattr(values, name), default
+
+
+def shown(value: Any) -> str:
+    """A value as YAML writes it.
+
+    >>> shown(True), shown(None), shown("truncate"), shown(("a", "b"))
+    ('true', 'null', 'truncate', '[a, b]')
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(shown, value))}]"
+    return "null" if value is None else str(value)
+
+
+def benchmark_of(config: RunConfig) -> Benchmark:
+    """What a run is scored on: ``eval.task``, or what its task is scored on without it.
+
+    Raises:
+        InputError: no such benchmark, or one for another task.
+    """
+    benchmark = BENCHMARKS[config.eval.task or SETTINGS[config.task].benchmark]
+    if benchmark.task not in (None, config.task):
+        known = [b.name for b in BENCHMARKS.values() if b.task in (None, config.task)]
+        raise InputError(
+            f"eval.task: expected one of {', '.join(known)} with task {config.task}, got "
+            f"{benchmark.name}, which scores {benchmark.task}. Choose one of them, or leave it out."
+        )
+    return benchmark
