@@ -246,7 +246,7 @@ def test_no_folder_is_most_of_the_package():
 # Rooms of the verbs, and what a task's run is built of: they are given a run's settings as a whole.
 TAKE_ALL_SETTINGS = (
     *("finetune", "verbs", "plan", "bench", "study", "figures", "pretrained.export"),
-    *("config", "config_file", "tasks.text", "tasks.labels", "tasks.assemble", "tasks.registry"),
+    *("config", "config_file", "tasks.text", "tasks"),
 )
 
 

@@ -3,17 +3,17 @@
 import pytest
 
 from balora_jax import config as schema
+from balora_jax.config_schema import run_schema
 from balora_jax.config_file import dump_config, parse_config
 from balora_jax.errors import InputError
 from balora_jax.finetune import fit
-from balora_jax.numerics.objective import Objective
 from balora_jax.tasks.settings import SETTINGS
 from tests.tiny_labels_run import label_config_tree, write_label_inputs
 from tests.tiny_run import config_tree, write_inputs
 
 SECTIONS = {
     name: field.annotation
-    for name, field in schema.RunConfig.model_fields.items()
+    for name, field in run_schema().model_fields.items()
     if hasattr(field.annotation, "model_fields")
 }
 KEYS = {f"{section}.{name}" for section, kind in SECTIONS.items() for name in kind.model_fields}
@@ -130,9 +130,9 @@ def test_every_setting_is_read_by_a_task_or_refused(task, tmp_path, monkeypatch)
         return get
 
     monkeypatch.setattr(schema.Section, "__getattribute__", remembered(names), raising=False)
-    # The section of the terms becomes the fields of the objective, which have the same names.
-    objective = remembered({Objective: "regularizers"})
-    monkeypatch.setattr(Objective, "__getattribute__", objective, raising=False)
+    # The terms get their section as a whole.
+    given = config.regularizers.of_the_terms()
+    seen |= {f"regularizers.{name}" for name in given}
     fit(config, workdir=tmp_path / "run")
     of_all = {key for key in KEYS if key.startswith("study.")}  # read by balora study alone
     assert KEYS - of_all - seen == set(SETTINGS[task].unread) - HANDED_ON
