@@ -13,7 +13,7 @@ from balora_jax.errors import InputError
 from balora_jax.io.peft_reader import read_peft
 from balora_jax.models.adapters import adapter_shapes
 from balora_jax.models.generation import Sampling, generate, make_decoder
-from balora_jax.models.layers import AttentionKernel
+from balora_jax.models.options import AttentionKernel
 from balora_jax.models.quantized import Quantization, floating_kernels
 from balora_jax.models.starts.stacks import start_from_factors
 from balora_jax.models.structure import Structure, structure
