@@ -3,8 +3,8 @@
 import pytest
 
 from balora_jax import config as schema
-from balora_jax.config_schema import run_schema
 from balora_jax.config_file import dump_config, parse_config
+from balora_jax.config_schema import run_schema
 from balora_jax.errors import InputError
 from balora_jax.finetune import fit
 from balora_jax.tasks.settings import SETTINGS

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from balora_jax.array_types import Array, Float, Int
+from balora_jax.array_types import Array, Float
 from balora_jax.config import ModelConfig, RunConfig
 from balora_jax.errors import InputError
 from balora_jax.models.adapters import AdapterShape
