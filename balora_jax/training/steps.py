@@ -100,7 +100,7 @@ def train_step(
     (loss, values), grads = like
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (loss, values, grads))
     (loss, values, grads), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(micro_batches), batch))
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     good = guard.accepts(state.guard, loss, norm, parts.spike_sigmas)
     seen = guard.record(state.guard, good, loss, norm)
     updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.adapters)
@@ -189,7 +189,7 @@ def gradient_shares(parts: StepParts) -> Callable[..., Metrics]:
         def norm(one_hot: Array) -> Scalar:
             emphasis = dict(zip(names, one_hot, strict=True))
             rest = (constants, micro_batch, counts, weights, dropout_key, emphasis)
-            return optax.global_norm(jax.grad(parts.loss, has_aux=True)(state.adapters, *rest)[0])
+            return optax.tree.norm(jax.grad(parts.loss, has_aux=True)(state.adapters, *rest)[0])
 
         norms = jax.lax.map(norm, jnp.eye(len(names)))
         total = jnp.sum(norms)
