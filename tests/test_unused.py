@@ -20,10 +20,10 @@ PUBLIC = {
 TO_GO = {
     *("epoch_batches", "hub_spec", "gsm8k_gold", "recall_per_class", "nuclear_norm"),
     *("ritz_residual", "encode_labels(unlabelled)", "export_merged(max_shard_bytes)"),
-    *("export_peft(dtype)", "quantize_kernel(block)", "quantized_shapes(block)"),
+    *("quantize_kernel(block)", "quantized_shapes(block)"),
     *("operator_of(image_axes)", "leading_triplets(tolerance)", "top_k_singular_sum(method)"),
-    *("head_factor(center)", "is_encoder(revision)", "write_adapter(rank)", "task_rows(seed)"),
-    *("labels_program(mesh)", "begin(moments)"),
+    *("head_factor(center)", "is_encoder(revision)", "task_rows(seed)"),
+    "labels_program(mesh)",
 }
 
 SOURCES = [*FILES, ROOT / "train.py"]

@@ -25,7 +25,6 @@ from balora_jax.io.peft_reader import (
 from balora_jax.models.adapters import AdaptedModule
 
 _ADAPTER_FILES = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md"}
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,6 @@ def export_peft(
     fan_in_fan_out: bool = False,
     saved: Mapping[str, np.ndarray] = MappingProxyType({}),
     modules_to_save: Sequence[str] = (),
-    dtype: str = "float32",
     overwrite: bool = False,
 ) -> ExportReport:
     """Write a folder that ``peft`` loads onto the untouched base model.
@@ -184,14 +182,13 @@ def export_peft(
         fan_in_fan_out: the base stores its weights [in, out], as GPT-2 does.
         saved: whole tensors that trained, by checkpoint name (``classifier.weight``).
         modules_to_save: names (or their ends) of the modules that ``saved`` belongs to.
-        dtype: of the tensors, ``float32``, ``bfloat16`` or ``float16``.
         overwrite: replace an adapter folder that is already there.
 
     Raises:
-        InputError: nothing to export, a rank below 1, an unknown dtype, a saved tensor outside
+        InputError: nothing to export, a rank below 1, a saved tensor outside
             ``modules_to_save``, or a folder that may not be written.
     """
-    _check_export(folder, modules, rank, dtype, saved, modules_to_save)
+    _check_export(folder, modules, rank, saved, modules_to_save)
     target = Path(folder)
     with replaced_folder(target, may_replace=lambda old: overwrite and _is_adapter(old)) as draft:
         pairs = [_pair(module, adapters, origin, rank) for module in modules]
@@ -214,7 +211,7 @@ def export_peft(
             "init_lora_weights": True,
         }
         (draft / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        numbers = _save(draft / ADAPTER_WEIGHTS, pairs, saved, np.dtype(dtype))
+        numbers = _save(draft / ADAPTER_WEIGHTS, pairs, saved)
     return _report(target, pairs, numbers, recompressed=rank is not None)
 
 
@@ -222,7 +219,6 @@ def _check_export(
     folder: str | Path,
     modules: Sequence[AdaptedModule],
     rank: int | None,
-    dtype: str,
     saved: Mapping[str, np.ndarray],
     modules_to_save: Sequence[str],
 ) -> None:
@@ -230,10 +226,6 @@ def _check_export(
         raise InputError(f"{folder}: expected adapted layers to export, got none. Train some.")
     if rank is not None and rank < 1:
         raise InputError(f"rank: expected at least 1, got {rank}. Choose a rank to recompress to.")
-    if dtype not in _DTYPES:
-        raise InputError(
-            f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}. Choose one of them."
-        )
     strange = [name for name in saved if not belongs_to(name, modules_to_save)]
     if strange:
         raise InputError(
@@ -279,10 +271,8 @@ def _report(folder: Path, pairs: Sequence[_Pair], numbers: int, recompressed: bo
     )
 
 
-def _save(
-    file: Path, pairs: Sequence[_Pair], saved: Mapping[str, np.ndarray], dtype: np.dtype
-) -> int:
-    """Write all tensors; returns how many numbers they hold."""
+def _save(file: Path, pairs: Sequence[_Pair], saved: Mapping[str, np.ndarray]) -> int:
+    """Write all tensors, float32; returns how many numbers they hold."""
     tensors = {f"{PREFIX}{name}": np.asarray(value) for name, value in saved.items()}
     for pair in pairs:
         key = f"{PREFIX}{pair.module.name}"
@@ -290,7 +280,9 @@ def _save(
         tensors[f"{key}.lora_B.weight"] = pair.up.T
         if pair.magnitude is not None:
             tensors[f"{key}.{MAGNITUDE}"] = pair.magnitude
-    written = {name: np.ascontiguousarray(value.astype(dtype)) for name, value in tensors.items()}
+    written = {
+        name: np.ascontiguousarray(value.astype(np.float32)) for name, value in tensors.items()
+    }
     save_file(written, file, metadata={"format": "pt"})
     return sum(value.size for value in written.values())
 

@@ -42,7 +42,6 @@ def write_adapter(
     origin: Mapping[str, Array | np.ndarray],
     *,
     use_rslora: bool,
-    rank: int | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write adapters as a PEFT folder on the original base, with the head if there is one."""
@@ -53,7 +52,6 @@ def write_adapter(
         adapters=host_copy({p: v for p, v in trainable.items() if not p.startswith("head.")}),
         origin=host_copy(origin),
         base_name=_base_name(base, name_or_path),
-        rank=rank,
         task_type=base.family.task_type,
         use_rslora=use_rslora,
         base_modules=[name for shape in base.linears(_frozen(base)) for name in shape.names],

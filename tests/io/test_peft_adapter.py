@@ -163,14 +163,6 @@ def test_recompressing_nothing_loses_nothing(tmp_path):
     assert export(tmp_path / "b", adapted).errors == {}
 
 
-def test_narrow_dtype_is_written_as_asked(tmp_path):
-    export(tmp_path / "a", random_adapters(), dtype="bfloat16")
-    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
-    assert {str(value.dtype) for value in tensors.values()} == {"bfloat16"}
-    with pytest.raises(InputError, match="dtype: expected one of float32, bfloat16, float16"):
-        export(tmp_path / "b", random_adapters(), dtype="int8")
-
-
 def test_export_refuses_what_it_would_overwrite(tmp_path):
     adapted, folder = random_adapters(), tmp_path / "a"
     folder.mkdir()
