@@ -1,6 +1,7 @@
 """The schema of a run with the keys of everything that is registered."""
 
 import functools
+import inspect
 from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import Field, create_model, model_validator
@@ -68,8 +69,9 @@ def _section_of(terms: tuple[Term, ...]) -> type[RegularizersConfig]:
             objective_of(self.of_the_terms())  # raises where a value is out of range
             return self
 
-    lines = (f"        {k}: {ordered.model_fields[k].description}" for k in keys if k not in own)
-    Regularizers.__doc__ = f"{(RegularizersConfig.__doc__ or '').rstrip()}\n" + "\n".join(lines)
+    # Without indentation, as Python 3.13 has it from the source.
+    lines = (f"    {k}: {ordered.model_fields[k].description}" for k in keys if k not in own)
+    Regularizers.__doc__ = "\n".join([inspect.cleandoc(RegularizersConfig.__doc__ or ""), *lines])
     return Regularizers
 
 
