@@ -27,7 +27,7 @@ def page() -> str:
     parts = [HEAD, _table(dict(top), explained(SCHEMA))]
     for name, field in sections:
         section: Any = field.annotation
-        first = (section.__doc__ or "").partition("\n\n")[0]
+        first = inspect.cleandoc(section.__doc__ or "").partition("\n\n")[0]
         parts.append(f"## {name}\n\n{_prose(first)}\n")
         parts.append(_table(section.model_fields, explained(section)))
     return "\n".join(parts)
@@ -47,7 +47,7 @@ def explained(section: type[BaseModel]) -> dict[str, str]:
 def _table(fields: dict[str, FieldInfo], says: dict[str, str]) -> str:
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, field in fields.items():
-        meaning = says.get(name) or _prose(field.description or "")
+        meaning = _prose(field.description or "") or says.get(name, "")
         rows.append(f"| `{name}` | {_type(field)} | {_default(field)} | {meaning} |")
     return "\n".join(rows) + "\n"
 
