@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from balora_jax.bench.weights import Weights
@@ -112,7 +111,7 @@ def spec_of(program: TextProgram, model: Path, folder: Path, threads: int) -> di
     return {
         "model": str(model),
         "dtype": config.model.dtype,
-        "device": "cuda" if jax.default_backend() == "gpu" else "cpu",
+        "device": "cuda" if program.mesh.devices.flat[0].platform == "gpu" else "cpu",
         "threads": threads,
         "batch": str(folder / "batch.npz"),
         "factors": str(folder / "factors.npz"),
