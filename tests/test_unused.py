@@ -47,7 +47,11 @@ def definitions(path):
                 )
                 if isinstance(inner, FUNCTION) and not marked:
                     yield inner.name, inner, 0 if static else 1
-        elif isinstance(node, ast.Assign):
+        # What is registered is used by its name.
+        elif (
+            isinstance(node, ast.Assign)
+            and last_word(getattr(node.value, "func", None)) != "register"
+        ):
             for target in node.targets:
                 if isinstance(target, ast.Name):
                     yield target.id, node, 0

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from balora_jax.array_types import Array, Float
+from balora_jax.array_types import Array, Float, Int
 from balora_jax.config import ModelConfig, RunConfig
 from balora_jax.errors import InputError
 from balora_jax.models.adapters import AdapterShape
@@ -173,7 +173,7 @@ def factor_of(table: Float[Array, "V D"], mesh: Mesh, *, center: bool) -> Float[
     whole = sharding.replicated(mesh)
 
     @partial(jax.jit, static_argnums=2, out_shardings=whole)
-    def rows(table: Array, first: Any, count: int) -> Array:
+    def rows(table: Array, first: Int[Array, ""], count: int) -> Array:
         return jax.lax.dynamic_slice_in_dim(table, first, count)
 
     def block(first: int, count: int) -> np.ndarray:
