@@ -212,6 +212,8 @@ class TrainingConfig(Section):
         keep_checkpoints: how many of the newest are kept.
         profile_steps: first and last step of a trace in ``profile/``, which TensorBoard and
             Perfetto open; None for none.
+        trackers: names of what gets every row of the log besides ``metrics.jsonl``; your own come
+            from a file in ``extensions``.
     """
 
     max_steps: Positive | None = None
@@ -240,6 +242,7 @@ class TrainingConfig(Section):
     checkpoint_every: Annotated[int, Field(ge=0)] = 100
     keep_checkpoints: Positive = 2
     profile_steps: tuple[Positive, Positive] | None = None
+    trackers: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainingConfig":

@@ -21,6 +21,7 @@ from balora_jax.tasks.registry import TASKS
 from balora_jax.training.endings import failures, interruptions
 from balora_jax.training.loop import Training, last_step
 from balora_jax.training.run import Run
+from balora_jax.training.trackers import TRACKERS
 from balora_jax.training.workdir import check_folders
 
 
@@ -45,16 +46,19 @@ def fit(config: RunConfig, *, workdir: str | Path, resume: bool = False) -> dict
     with failures(folder):
         full = METHODS[config.adapter.method].trains_base
         hosts.by_first(functools.partial(check_folders, folder, resume=resume, full=full))
+        trackers = [TRACKERS[name] for name in config.training.trackers]
         run = TASKS[config.task].check(config)
         step = last_step(run, folder) if resume else None
         loaded = run.load()
         describe(run)
         with jax.set_mesh(run.mesh), interruptions() as interrupted:
-            training = Training(run, loaded, folder, interrupted, resumed=step)
-            training.score_before()
-            training.train()
-            written = export_trained(training)
-            summary = summarise(training, training.score("after"), began)
+            training = Training(run, loaded, folder, interrupted, trackers=trackers, resumed=step)
+            with training.trackers as told:
+                training.score_before()
+                training.train()
+                written = export_trained(training)
+                summary = summarise(training, training.score("after"), began)
+                told.summary = summary
             write_results(folder, summary, written)
         return summary
 

@@ -36,6 +36,7 @@ FREE_KEYS = (
     "training.head_memory_mib",
     "training.max_skipped",
     "training.profile_steps",
+    "training.trackers",
     "training.log_every",
     "training.log_gradient_share_every",
     "training.checkpoint_every",

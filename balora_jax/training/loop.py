@@ -1,7 +1,7 @@
 """The training loop: optimizer steps with log and checkpoints; it knows no task."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from balora_jax.training import steps
 from balora_jax.training.profiling import Profile
 from balora_jax.training.reporting import Reporter, divergence, progress
 from balora_jax.training.run import Loaded, Run
+from balora_jax.training.trackers.tracker import Tracker, Trackers
 from balora_jax.training.workdir import make_folder
 
 CHECKPOINTS = "checkpoints"
@@ -34,6 +35,7 @@ class Training:
         loaded: its arrays at step 0; the trainable ones are given away with the first step.
         folder: of the run; made here, with the config in it.
         interrupted: names of the signals received so far.
+        trackers: those that the config names.
         resumed: step of the checkpoint to go on from, if any.
     """
 
@@ -44,6 +46,7 @@ class Training:
         folder: Path,
         interrupted: list[str],
         *,
+        trackers: Sequence[Tracker] = (),
         resumed: int | None,
     ):
         self.run, self.folder, self.interrupted = run, folder, interrupted
@@ -63,7 +66,11 @@ class Training:
         self.store = open_store(folder, training.keep_checkpoints, resumed)
         self.start = 0 if resumed is None else self.restore(resumed)
         self.log = open_log(folder, self.start)
-        self.report = Reporter(self.log, training.log_every, run.step_flops, peak_of(run.mesh))
+        told = trackers if hosts.is_first() else ()
+        self.trackers = Trackers(told, folder, run.config.model_dump(mode="json"))
+        self.report = Reporter(
+            self.log, training.log_every, run.step_flops, peak_of(run.mesh), self.trackers
+        )
         self.scorer = run.scorer()
         self.teacher: Any = run.teacher(self.constants, folder)
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from balora_jax.io import metrics
 from balora_jax.parallel import hosts
+from balora_jax.training.trackers.tracker import Trackers
 
 COUNTS = ("tokens", "skipped", "skipped_in_a_row")
 
@@ -22,6 +23,7 @@ class Reporter:
         every: steps between its rows.
         flops: model FLOPs of a step by its counted tokens.
         peak: FLOPs per second of all devices; None where not known.
+        trackers: what gets each row of the log as well.
     """
 
     def __init__(
@@ -30,7 +32,9 @@ class Reporter:
         every: int,
         flops: Callable[[float], float],
         peak: float | None,
+        trackers: Trackers | None = None,
     ):
+        self.trackers = trackers
         self.log, self.every, self.flops, self.peak = log, every, flops, peak
         self.pending: tuple[int, Any] | None = None
         self.restart()
@@ -74,6 +78,8 @@ class Reporter:
             # JSON knows no NaN: what is not finite is null.
             finite = {name: v if math.isfinite(v) else None for name, v in row.items()}
             self.log.write(finite | whole | speed)
+            if self.trackers is not None:
+                self.trackers.log(finite | whole | speed)
         self.restart()
 
 

@@ -1,0 +1,9 @@
+"""Where the rows of a run's log go besides: one tracker a file, each an object under its name.
+
+``tracker.py`` says what a tracker is. ``metrics.jsonl`` is written whatever the config names.
+"""
+
+from balora_jax.registry import Registry
+from balora_jax.training.trackers.tracker import Tracker
+
+TRACKERS: Registry[Tracker] = Registry("tracker", "training.trackers")
