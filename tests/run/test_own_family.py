@@ -57,7 +57,7 @@ def runs(tmp_path_factory, process_environment):
     for name, mesh in MESHES.items():
         # In a process of its own: here the family would stay registered.
         done = subprocess.run(
-            [sys.executable, "-m", "balora_jax.cli", "train", folder / "acme.yaml",
+            [sys.executable, "-m", "balora_jax", "train", folder / "acme.yaml",
              "--workdir", folder / name, *settings(mesh)],
             env={**process_environment, **compiler.on_cpu(4 if mesh else None)},
             cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
