@@ -68,7 +68,8 @@ def runs(tmp_path_factory, process_environment):
 
 def tensors_of(run):
     with safe_open(run / "adapter" / "adapter_model.safetensors", framework="np") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        names = [(name, name.removeprefix("base_model.model.")) for name in file.keys()]  # noqa: SIM118
+        return {ours: file.get_tensor(name) for name, ours in names}
 
 
 def test_it_trains_as_the_llama_that_it_is(runs):
