@@ -240,7 +240,7 @@ def test_random_numbers_are_drawn_for_dropout_only(programs):
 
 def test_gradient_shares_equal_separate_gradients():
     tiny = Tiny(**TERMS)
-    batch = tiny_loss.batch(2)
+    batch = {name: jnp.asarray(value) for name, value in tiny_loss.batch(2).items()}
     measure = jax.jit(steps.gradient_shares(tiny.parts))
     found = measure(tiny.state(), tiny.constants, batch, KEY)
     found = {name: float(value) for name, value in found.items()}
@@ -275,8 +275,8 @@ def test_gradient_shares_equal_separate_gradients():
 def test_consistency_is_exactly_zero_at_the_start():
     """From PiSSA's start the student is the teacher, bit for bit."""
     tiny = Tiny(**{**TERMS, "diversity": 0.0, "spectral": 0.0})
-    batch = {name: value[0] for name, value in tiny_loss.batch(1).items()}
-    counts = tiny.parts.counts(tiny_loss.batch(1))
+    batch = {name: jnp.asarray(value[0]) for name, value in tiny_loss.batch(1).items()}
+    counts = tiny.parts.counts({n: jnp.asarray(v) for n, v in tiny_loss.batch(1).items()})
     weights = tiny.parts.weights(jnp.int32(0))
 
     @jax.jit
