@@ -35,6 +35,7 @@ LAYERS = (
     ("parallel.axes",),
     ("parallel.token_split",),
     ("models",),
+    ("adapters", "generation", "heads", "regularizers"),  # doors to the two above
     ("evals",),
     ("config",),
     ("config_schema",),

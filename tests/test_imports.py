@@ -1,6 +1,7 @@
 """What the package loads, and when: nothing before it is used."""
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -12,7 +13,8 @@ import pytest
 import balora_jax
 
 HEAVY = ("jax", "numpy", "pydantic", "transformers", "datasets", "orbax", "grain", "torch")
-FOREIGN = ("transformers", "datasets", "orbax", "grain", "torch", "pydantic")
+FOREIGN = ("transformers", "datasets", "orbax", "grain", "torch", "pydantic", "yaml", "optax")
+DOORS = ("adapters", "generation", "heads", "regularizers")
 
 
 def run(*arguments):
@@ -47,6 +49,23 @@ def test_a_public_name_loads_what_it_needs():
     modules, _ = loaded("import balora_jax\nbalora_jax.load_pretrained")
     assert "jax" in modules
     assert not modules & {"torch", "matplotlib"}
+
+
+def test_the_parts_of_the_library_need_jax_and_flax_alone():
+    names = ", ".join(f"balora_jax.{name}" for name in DOORS)
+    plain, _ = loaded("import jax, flax.nnx")
+    modules, _ = loaded(f"import {names}")
+    assert "jax" in modules
+    assert not (modules - plain) & set(FOREIGN)
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_a_door_says_what_is_behind_it(name):
+    door = importlib.import_module(f"balora_jax.{name}")
+    assert sorted(door.__all__) == sorted(set(door.__all__))
+    for public in door.__all__:
+        assert getattr(door, public).__doc__
+        assert public in door.__doc__, f"{public} is not in the docstring of {name}"
 
 
 def test_variables_are_set_before_the_libraries_that_read_them():

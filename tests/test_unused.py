@@ -14,6 +14,7 @@ from tests.test_house import FILES, ROOT, syntax
 OUTSIDE = {"__getattr__", "__dir__"}
 PUBLIC = {
     *("fit", "load_config", "load_pretrained", "PretrainedModel", "PretrainedEncoder"),
+    *("adapt", "with_adapters"),
     *("consistency_nlg", "diversity_nlg", "spectral_nlg"),
 }
 # To be connected or deleted; each line goes with what it names.

@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from balora_jax.array_types import Array, Float, Int
+from balora_jax.array_types import Array, Float, Int, PRNGKeyArray
 from balora_jax.errors import InputError
 from balora_jax.io.peft_reader import read_peft
-from balora_jax.models.adapters import adapter_shapes
+from balora_jax.models.adapters import adapter_shapes, plan_adapters
 from balora_jax.models.generation import Sampling, generate, make_decoder
+from balora_jax.models.methods import METHODS
 from balora_jax.models.options import AttentionKernel
 from balora_jax.models.quantized import Quantization, floating_kernels
-from balora_jax.models.starts.stacks import start_from_factors
+from balora_jax.models.starts import STARTS
+from balora_jax.models.starts.stacks import start_adapters, start_from_factors
 from balora_jax.models.structure import Structure, structure
 from balora_jax.pretrained.checkpoint import (
     Base,
@@ -26,6 +28,9 @@ from balora_jax.pretrained.checkpoint import (
     open_encoder,
 )
 from balora_jax.pretrained.peft_start import peft_modules
+
+Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"] | Sequence[Sequence[int]]
+"""Rows of one length, as a tokenizer gives them."""
 
 
 class PretrainedModel:
@@ -43,6 +48,7 @@ class PretrainedModel:
         self.parts = tuple(parts)
         self.base = base
         self.bind = skeleton.bind
+        self._skeleton = skeleton
         self._logits = jax.jit(lambda parts, ids, mask: skeleton.bind(*parts)(ids, mask))
 
     @cached_property
@@ -50,13 +56,52 @@ class PretrainedModel:
         """The checkpoint's tokenizer."""
         return self.base.tokenizer()
 
-    def __call__(
-        self, input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"] | None = None
-    ) -> Float[Array, "B T V"]:
+    def __call__(self, input_ids: Ids, attention_mask: Ids | None = None) -> Float[Array, "B T V"]:
         """Logits of every position, float32; ``attention_mask`` is 0 on padding."""
         ids = jnp.asarray(input_ids, jnp.int32)
         mask = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(attention_mask)
         return self._logits(self.parts, ids, mask.astype(jnp.int32))
+
+    def with_adapters(
+        self,
+        *,
+        rank: int,
+        key: PRNGKeyArray,
+        alpha: float | None = None,
+        target_modules: Sequence[str] | str = "all-linear",
+        start: str = "pissa",
+        method: str = "lora",
+    ) -> "PretrainedModel":
+        """The same model with new adapters, for training without ``fit``.
+
+        Its ``parts`` are the frozen weights of this one (the same arrays), the constants of the
+        adapters, and what trains. At the start it computes what this one does.
+
+        Args:
+            rank: R of every adapter.
+            key: of the start.
+            alpha: numerator of the scale alpha / R; R itself where not given.
+            target_modules: as in PEFT: ends of names, one regular expression, or ``all-linear``.
+            start: where A and B begin, one of ``balora_jax.adapters.STARTS``.
+            method: what trains, one of ``balora_jax.adapters.METHODS`` with adapters.
+
+        Raises:
+            InputError: no such layer, start or method, or a rank that does not fit.
+        """
+        frozen, plain, begin = self.parts[0], self._skeleton, STARTS[start]
+        modules = plan_adapters(
+            self.base.linears(plain.parameters),
+            rank=rank,
+            alpha=rank if alpha is None else alpha,
+            target_modules=target_modules,
+            method=METHODS[method],
+        )
+        shapes = adapter_shapes(modules, origin=begin.has_origin)
+        dtype, quantization = plain.frozen["embed_tokens.embedding"].dtype, plain.quantization
+        skeleton = structure(self.config, adapters=shapes, dtype=dtype, quantization=quantization)
+        kernels = floating_kernels(frozen, quantization, str(dtype))
+        trainable, constants = start_adapters(modules, kernels, start=begin, key=key)
+        return PretrainedModel(self.base, skeleton, [frozen, constants, trainable])
 
     def generate(
         self,
@@ -121,9 +166,9 @@ class PretrainedEncoder:
 
     def __call__(
         self,
-        input_ids: Int[Array, "B T"],
-        attention_mask: Int[Array, "B T"] | None = None,
-        token_type_ids: Int[Array, "B T"] | None = None,
+        input_ids: Ids,
+        attention_mask: Ids | None = None,
+        token_type_ids: Ids | None = None,
     ) -> Float[Array, "B C"]:
         """Logits of every row, float32, or its score; pad on the right."""
         ids = jnp.asarray(input_ids, jnp.int32)
