@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from balora_jax.array_types import Array, Axes
@@ -21,6 +21,14 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 BLOCKS = "blocks_"
 """Before the name of a logical axis: blocks of it, which lie as the axis itself does."""
+
+
+# To the type checker a mesh: what asks for the devices is given one with devices.
+if TYPE_CHECKING:
+    AnyMesh = Mesh
+else:
+    AnyMesh = Mesh | AbstractMesh
+"""Devices, or only how many lie along each axis: enough for shapes and where they lie."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -54,7 +62,7 @@ class Layout:
     """
 
     axes: Mapping[str, Axes]
-    mesh: Mesh
+    mesh: AnyMesh
 
     def __call__(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
         """The sharding of one array, after checking that every axis divides.
@@ -125,7 +133,7 @@ def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """Arrays [micro-batches, B, T] of a batch: rows over ``ROWS``, tokens over ``TOKENS``.
 
     Where tokens are not split, an array may have no axis of tokens, or others.
@@ -134,18 +142,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(None, ROWS, *tokens))
 
 
-def rows_sharding(mesh: Mesh) -> NamedSharding:
+def rows_sharding(mesh: AnyMesh) -> NamedSharding:
     """Arrays [B, …] without micro-batches: rows over ``ROWS``."""
     return NamedSharding(mesh, P(ROWS))
 
 
-def head_axes(mesh: Mesh) -> HeadAxes:
+def head_axes(mesh: AnyMesh) -> HeadAxes:
     """The axes that the pass over the logits is split over: rows of the batch, vocabulary."""
     rows = tuple(axis for axis in (*ROWS, TOKENS) if mesh.shape[axis] > 1)
     return HeadAxes(rows, VOCABULARY if mesh.shape[VOCABULARY] > 1 else None)
 
 
-def across_devices(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def across_devices(mesh: AnyMesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Run the head's pass on each device's own rows and vocabulary, by ``jax.shard_map``.
 
     The head's width is gathered once, not once per chunk; every device closes up its own rows.
@@ -157,7 +165,7 @@ def across_devices(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., A
     return lambda compute: jax.shard_map(compute, mesh=mesh, check_vma=False, **specs)
 
 
-def head_layout(mesh: Mesh) -> Callable[[Any, Any], tuple[Any, Any]]:
+def head_layout(mesh: AnyMesh) -> Callable[[Any, Any], tuple[Any, Any]]:
     """Lay out rows over the axes of tokens and the head over its vocabulary, for the plain head.
 
     Left alone the partitioner may hold the logits of all rows on every device.
@@ -171,7 +179,7 @@ def head_layout(mesh: Mesh) -> Callable[[Any, Any], tuple[Any, Any]]:
     )
 
 
-def flatten_tokens(mesh: Mesh) -> Callable[[Array], Array]:
+def flatten_tokens(mesh: AnyMesh) -> Callable[[Array], Array]:
     """From [B, T, …] to [N, …] such that every device keeps the rows N of its own tokens.
 
     Their order is that of the devices where tokens are split; no term depends on it.
@@ -187,17 +195,17 @@ def flatten_tokens(mesh: Mesh) -> Callable[[Array], Array]:
     return flatten
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, P())
 
 
-def row_parts(mesh: Mesh) -> int:
+def row_parts(mesh: AnyMesh) -> int:
     """Parts into which the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
-def check_batch(rows: int, mesh: Mesh) -> None:
+def check_batch(rows: int, mesh: AnyMesh) -> None:
     """Raises InputError unless a micro-batch of ``rows`` divides over the mesh."""
     parts, axes = row_parts(mesh), " x ".join(f"mesh.{axis}" for axis in ROWS)
     if rows % parts:
@@ -207,7 +215,7 @@ def check_batch(rows: int, mesh: Mesh) -> None:
         )
 
 
-def whole_length(length: int, longest: int, mesh: Mesh) -> int:
+def whole_length(length: int, longest: int, mesh: AnyMesh) -> int:
     """``length`` tokens of a row, rounded up to a multiple of the devices that share it.
 
     Raises:

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from balora_jax.config import RunConfig
 from balora_jax.config_file import parse_config
@@ -182,11 +181,11 @@ def _relaxed(config: RunConfig, devices: int) -> RunConfig:
     return parse_config(tree, "--mesh auto")
 
 
-def abstract_mesh(sizes: Sequence[int]) -> Mesh:
+def abstract_mesh(sizes: Sequence[int]) -> sharding.AnyMesh:
     """A mesh without devices, enough for shapes and shardings."""
     auto = (jax.sharding.AxisType.Auto,) * len(sharding.AXES)
     mesh = jax.sharding.AbstractMesh(tuple(sizes), sharding.AXES, axis_types=auto)
-    return cast(Mesh, mesh)
+    return cast(sharding.AnyMesh, mesh)
 
 
 def _factorizations(number: int, parts: int) -> Iterator[tuple[int, ...]]:

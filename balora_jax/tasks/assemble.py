@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from balora_jax.config import RegularizersConfig, RunConfig
 from balora_jax.errors import InputError
@@ -19,7 +18,7 @@ def size_of(shapes: dict[str, jax.ShapeDtypeStruct]) -> int:
     return sum(math.prod(leaf.shape) for leaf in shapes.values())
 
 
-def checked_mesh(config: RunConfig, mesh: Mesh | None = None) -> Mesh:
+def checked_mesh(config: RunConfig, mesh: sharding.AnyMesh | None = None) -> sharding.AnyMesh:
     """The devices of a run, after checking what depends on them.
 
     Raises:

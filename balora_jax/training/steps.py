@@ -12,7 +12,7 @@ from balora_jax.array_types import Array, PRNGKeyArray, Scalar
 from balora_jax.numerics.objective import TASK, columns_of
 from balora_jax.numerics.terms import TERMS
 from balora_jax.parallel import hosts
-from balora_jax.parallel.sharding import batch_sharding, replicated
+from balora_jax.parallel.sharding import AnyMesh, batch_sharding, replicated
 from balora_jax.training import guard
 from balora_jax.training.guard import Guard
 
@@ -150,7 +150,9 @@ def initial_state(
 
 
 def abstract_state(
-    adapters: dict[str, jax.ShapeDtypeStruct], optimizer: optax.GradientTransformation, mesh: Mesh
+    adapters: dict[str, jax.ShapeDtypeStruct],
+    optimizer: optax.GradientTransformation,
+    mesh: AnyMesh,
 ) -> TrainState:
     """Shapes and shardings of a state, from those of the adapters alone."""
     placed = {path: leaf.sharding for path, leaf in adapters.items()}

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -265,7 +264,7 @@ def test_two_meshes_exchange_over_the_axes_they_have(figures):
         assert row["open_loops"] == 0
 
 
-def test_a_step_that_is_too_large_is_a_result():
+def test_a_step_that_is_too_large_is_a_result(tree):
     class Lowered:
         def __init__(self, message):
             self.message = message
@@ -287,8 +286,7 @@ def test_a_step_that_is_too_large_is_a_result():
     )  # fmt: skip
     figures = {"rows": [row], "target": TARGET.summary, "model": "m", "rank": 1, "dtype": "d",
                "versions": {"jax": "0"}, "utilisation": 0.4, "ranked": True, "best": None}  # fmt: skip
-    config = SimpleNamespace(regularizers=SimpleNamespace(spectral=0.0))
-    shown = plan_report.text(figures, config)
+    shown = plan_report.text(figures, parse_config(tree, "here"))
     assert "| fits | no: 2G of 1G |" in shown
     assert "none of the compiled plans fits." in shown
 

@@ -6,7 +6,6 @@ from functools import partial
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from balora_jax.array_types import Array, Float, Int
 from balora_jax.config import ModelConfig, RunConfig
@@ -48,7 +47,7 @@ class TextProgram:
     student: Structure
     adapters: Adapters
     objective: Objective
-    mesh: Mesh
+    mesh: sharding.AnyMesh
 
     @property
     def layout(self) -> sharding.Layout:
@@ -105,7 +104,7 @@ class TextProgram:
 
 
 def text_program(
-    config: RunConfig, decoder: DecoderConfig, mesh: Mesh | None = None
+    config: RunConfig, decoder: DecoderConfig, mesh: sharding.AnyMesh | None = None
 ) -> TextProgram:
     """The computation that a config asks for on a model.
 
@@ -144,7 +143,7 @@ def model_structure(
     )
 
 
-def check_rows_whole(config: ModelConfig, mesh: Mesh) -> None:
+def check_rows_whole(config: ModelConfig, mesh: sharding.AnyMesh) -> None:
     """Raises InputError where rows are split over devices by a kernel that cannot."""
     parts = mesh.shape[TOKENS]
     if parts > 1 and config.attention == "cudnn":
@@ -163,7 +162,9 @@ def _check_head(config: RunConfig, method: Method) -> None:
         )
 
 
-def factor_of(table: Float[Array, "V D"], mesh: Mesh, *, center: bool) -> Float[Array, "D D"]:
+def factor_of(
+    table: Float[Array, "V D"], mesh: sharding.AnyMesh, *, center: bool
+) -> Float[Array, "D D"]:
     """The head's factor on every device, from a head that may lie on many hosts.
 
     A host never has more of the head than the rows of one block. The factor is that of process 0
