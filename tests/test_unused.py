@@ -24,7 +24,8 @@ TO_GO = {
     *("quantize_kernel(block)", "quantized_shapes(block)"),
     *("operator_of(image_axes)", "leading_triplets(tolerance)", "top_k_singular_sum(method)"),
     *("head_factor(center)", "is_encoder(revision)", "task_rows(seed)"),
-    "labels_program(mesh)", "make_norm(width)",
+    "labels_program(mesh)",
+    "make_norm(width)",
 }
 
 SOURCES = [*FILES, ROOT / "train.py"]
