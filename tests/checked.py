@@ -2,9 +2,15 @@
 
 import beartype
 import jaxtyping
+from jax.sharding import AbstractMesh, Mesh
 
-# An int where a float is expected is what PEP 484 allows.
-check = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
+check = beartype.beartype(
+    conf=beartype.BeartypeConf(
+        is_pep484_tower=True,  # an int where a float is expected is what PEP 484 allows
+        # A plan lays a step out over a mesh without devices; jax has no type for both.
+        hint_overrides=beartype.FrozenDict({Mesh: Mesh | AbstractMesh}),
+    )
+)
 
 
 def switch_on() -> None:

@@ -11,11 +11,21 @@ os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
 from pathlib import Path
 
+import jaxtyping
 import pytest
 
 from tests import checked
 
 checked.switch_on()  # before the package is imported
+
+
+@pytest.fixture
+def type_checks_off():
+    """Let a wrong argument reach the function's own message."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture(scope="session")

@@ -204,7 +204,7 @@ def test_common_length(longest, limit, expected):
         ({"length": 3}, "data: expected examples of at most 3 tokens, got one of"),
     ],
 )
-def test_bad_arguments_are_refused(changes, message):
+def test_bad_arguments_are_refused(type_checks_off, changes, message):
     with pytest.raises(InputError) as error:
         make(make_examples(), changes.pop("mode", "padding"), **changes)
     assert message in str(error.value)

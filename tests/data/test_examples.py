@@ -317,7 +317,7 @@ def test_bad_rows_are_refused_in_one_sentence(name):
         ({"max_length": 1}, "max_length: expected at least 2 tokens, got 1."),
     ],
 )
-def test_bad_settings_are_refused_when_made(fields, message):
+def test_bad_settings_are_refused_when_made(type_checks_off, fields, message):
     with pytest.raises(InputError) as error:
         ExampleSettings(**fields)
     assert message in str(error.value)

@@ -199,7 +199,7 @@ def test_a_text_without_tokens_is_refused(monkeypatch, chunk):
         ),
     ],
 )
-def test_bad_encodings_are_refused(tokenizer, rows, task, options, message):
+def test_bad_encodings_are_refused(type_checks_off, tokenizer, rows, task, options, message):
     with pytest.raises(InputError) as error:
         encode_labels(rows, tokenizer, task, **({"max_length": 16} | options))
     assert message in str(error.value)

@@ -1,7 +1,6 @@
 """Fixtures of the numerics tests."""
 
 import jax
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -22,12 +21,3 @@ def x64():
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
-
-
-@pytest.fixture
-def type_checks_off():
-    """Let a wrong argument reach the function's own message where jaxtyping is installed."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)

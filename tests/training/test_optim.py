@@ -1,5 +1,6 @@
 """The optimizer chain against torch and transformers, value by value."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -63,7 +64,7 @@ def run(settings, params, grads, total=10):
     params = {path: jnp.asarray(value) for path, value in params.items()}
     state = optimizer.init(params)
     for step in grads:
-        updates, state = optimizer.update(step, state, params)
+        updates, state = optimizer.update(jax.tree.map(jnp.asarray, step), state, params)
         params = optax.apply_updates(params, updates)
     return {path: np.asarray(value) for path, value in params.items()}
 
