@@ -212,6 +212,35 @@ def test_no_error_is_caught_blindly():
     assert not wrong, places(wrong)
 
 
+def assigned(node):
+    """Attributes of ``self`` that a piece of code assigns."""
+    return {
+        part.attr
+        for part in ast.walk(node)
+        if isinstance(part, ast.Attribute)
+        and isinstance(part.ctx, ast.Store)
+        and getattr(part.value, "id", "") == "self"
+    }
+
+
+def test_objects_have_all_their_attributes_after_init():
+    wrong = []
+    for path in FILES:
+        for kind in nodes(path, ast.ClassDef):
+            methods = {f.name: f for f in kind.body if isinstance(f, ast.FunctionDef)}
+            if "__init__" not in methods:
+                continue
+            had = assigned(methods["__init__"]) | {
+                part.target.id for part in kind.body if isinstance(part, ast.AnnAssign)
+            }
+            wrong += [
+                (path, method.lineno, f"{kind.name}.{name} makes self.{attribute}")
+                for name, method in methods.items()
+                for attribute in sorted(assigned(method) - had)
+            ]
+    assert not wrong, places(wrong)
+
+
 def test_nothing_is_left_to_be_written():
     wrong = []
     for path in FILES:

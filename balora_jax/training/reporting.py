@@ -37,7 +37,7 @@ class Reporter:
         self.trackers = trackers
         self.log, self.every, self.flops, self.peak = log, every, flops, peak
         self.pending: tuple[int, Any] | None = None
-        self.restart()
+        self.clock, self.tokens, self.steps, self.work = time.monotonic(), 0.0, 0, 0.0
 
     def restart(self) -> None:
         """Measure the speed from now on."""
