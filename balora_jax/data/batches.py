@@ -186,36 +186,6 @@ def padded_row(example: Batch, length: int, pad_id: int) -> Batch:
     return row
 
 
-def epoch_batches(
-    examples: Sequence[Example], batch_size: int, length: int, pad_id: int
-) -> Iterator[Batch]:
-    """Each example once, in order, for evaluation: arrays [batch_size, length].
-
-    Args:
-        examples: At least one, none longer than `length`.
-        batch_size: Rows of a batch.
-        length: Tokens of a row.
-        pad_id: The token for empty places.
-
-    Yields:
-        The keys of `TextBatches`. The last batch is filled up with empty rows (segment 0 and
-        loss mask 0 throughout), so that every batch has the same shape.
-
-    Raises:
-        InputError: No examples, or one too long.
-    """
-    _check_lengths(examples, length)
-    nothing = np.zeros(0, np.int32)
-    for start in range(0, len(examples), batch_size):
-        rows = [
-            padded_row({"input_ids": e.input_ids, "loss_mask": e.loss_mask}, length, pad_id)
-            for e in examples[start : start + batch_size]
-        ]
-        empty = padded_row({"input_ids": nothing, "loss_mask": nothing}, length, pad_id)
-        rows.extend([empty] * (batch_size - len(rows)))
-        yield {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-
-
 def common_length(examples: Sequence[Example], max_length: int) -> int:
     """One row length for a whole run: the longest example, rounded up to 8, at most `max_length`.
 

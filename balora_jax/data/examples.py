@@ -246,7 +246,7 @@ class _Tally:
         self._rows += 1
         self._shortest_prompt = min(prompt, self._shortest_prompt or prompt)
         self._shortest_row = min(length, self._shortest_row or length)
-        mask = _loss_mask(sequence, self._settings)[:limit]
+        mask = _loss_mask(sequence)[:limit]
         if not mask.any():
             self._prompt_too_long += 1
         elif length > limit and self._settings.overlong == "drop":
@@ -285,13 +285,10 @@ class _Tally:
         )
 
 
-def _loss_mask(sequence: _Sequence, settings: ExampleSettings) -> np.ndarray:
+def _loss_mask(sequence: _Sequence) -> np.ndarray:
     mask = np.zeros(len(sequence.ids), np.int8)
-    if settings.train_on == "all":
-        mask[1:] = 1
-    else:
-        for start, end in sequence.spans:
-            mask[start:end] = 1
+    for start, end in sequence.spans:
+        mask[start:end] = 1
     return mask
 
 

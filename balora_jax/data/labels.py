@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -19,8 +19,6 @@ from balora_jax.data.batches import Batch, Resumable
 from balora_jax.data.glue import Label, LabelsTask, label_cell, label_of, texts_of
 from balora_jax.data.templates import Row
 from balora_jax.errors import InputError
-
-Unlabelled = Literal["refuse", "keep"]
 
 _CHUNK = 1000
 _SHOW_PROGRESS_ABOVE = 2000
@@ -35,19 +33,12 @@ class LabelsExample:
     Attributes:
         input_ids: int32 [T], special tokens included.
         token_type_ids: int32 [T], zero throughout if the tokenizer makes none.
-        label: The class id as int, or the score as float32; -1 or NaN where the row has none.
+        label: The class id as int, or the score as float32.
     """
 
     input_ids: np.ndarray
     token_type_ids: np.ndarray
     label: Label
-
-    @property
-    def labelled(self) -> bool:
-        """Whether the row came with a label."""
-        if isinstance(self.label, np.floating):
-            return not np.isnan(self.label)
-        return self.label >= 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,20 +49,18 @@ class LabelsReport:
         rows: Rows read.
         kept: Examples made.
         truncated: Those that lost the end of a text.
-        without_label: Those without a label, kept by choice.
         tokens: Tokens of all examples.
     """
 
     rows: int
     kept: int
     truncated: int
-    without_label: int
     tokens: int
 
     def __str__(self) -> str:
         return (
-            f"{self.kept} of {self.rows} rows kept ({self.truncated} truncated, "
-            f"{self.without_label} without label), {self.tokens} tokens"
+            f"{self.kept} of {self.rows} rows kept ({self.truncated} truncated), "
+            f"{self.tokens} tokens"
         )
 
 
@@ -82,14 +71,7 @@ class LabelsSet(NamedTuple):
     report: LabelsReport
 
 
-def encode_labels(
-    rows: Any,
-    tokenizer: Any,
-    task: LabelsTask,
-    max_length: int,
-    *,
-    unlabelled: Unlabelled = "refuse",
-) -> LabelsSet:
+def encode_labels(rows: Any, tokenizer: Any, task: LabelsTask, max_length: int) -> LabelsSet:
     """Tokenise rows of one text or two, and read their labels.
 
     Args:
@@ -97,7 +79,6 @@ def encode_labels(
         tokenizer: A `transformers` tokenizer; a pair is cut from its longer text first.
         task: Columns and labels.
         max_length: Most tokens of an example, special tokens included.
-        unlabelled: ``refuse`` a row without a label, or ``keep`` it, to be predicted only.
 
     Returns:
         As many examples as rows, in their order, and the report.
@@ -106,11 +87,6 @@ def encode_labels(
         InputError: No rows, a row without its text or its label, a label outside the task, or a
             `max_length` that leaves no room for text.
     """
-    if unlabelled not in get_args(Unlabelled):
-        raise InputError(
-            f"unlabelled: expected one of {', '.join(get_args(Unlabelled))}, got {unlabelled!r}. "
-            "Choose one."
-        )
     if len(rows) == 0:
         raise InputError("data: expected at least one row, got none. Add rows.")
     _check_max_length(tokenizer, task, max_length)
@@ -122,7 +98,7 @@ def encode_labels(
         numbered = enumerate(rows, start=1)
         while chunk := list(itertools.islice(numbered, _CHUNK)):
             # Labels first: they are refused sooner than texts are tokenised.
-            labels = [_label(row, task, f"row {n}", unlabelled) for n, row in chunk]
+            labels = [_label(row, task, f"row {n}") for n, row in chunk]
             texts = [texts_of(row, task, f"row {n}") for n, row in chunk]
             made = _tokenise(texts, tokenizer, max_length)
             truncated += _count_truncated(texts, made["input_ids"], tokenizer, max_length)
@@ -136,7 +112,6 @@ def _report(examples: Sequence[LabelsExample], truncated: int) -> LabelsReport:
         rows=len(examples),
         kept=len(examples),
         truncated=truncated,
-        without_label=sum(not example.labelled for example in examples),
         tokens=sum(len(example.input_ids) for example in examples),
     )
 
@@ -151,17 +126,11 @@ def _check_max_length(tokenizer: Any, task: LabelsTask, max_length: int) -> None
         )
 
 
-def _label(row: Row, task: LabelsTask, where: str, unlabelled: Unlabelled) -> Label:
-    keep = unlabelled == "keep"
-    if keep and not any(column in row for column in task.label_columns):
-        cell = None
-    else:
-        cell = label_cell(row, task, where)
+def _label(row: Row, task: LabelsTask, where: str) -> Label:
+    cell = label_cell(row, task, where)
     label = label_of(cell, task, where)
     if label is not None:
         return label
-    if keep:
-        return np.float32(np.nan) if task.regression else -1
     got = "an empty cell" if cell is None or str(cell).strip() == "" else repr(cell)
     raise InputError(
         f"{where}: expected a label, got {got}. Label the row or leave it out; the labels of "
@@ -209,9 +178,7 @@ def describe_labels(example: LabelsExample, tokenizer: Any, task: LabelsTask) ->
     Returns:
         Tokens, label and the decoded text, whose line breaks are written as blanks.
     """
-    if not example.labelled:
-        said = "no label"
-    elif task.regression:
+    if task.regression:
         said = f"score {example.label:g}"
     else:
         said = f"label {example.label} ({task.labels[int(example.label)]})"
@@ -250,7 +217,7 @@ class LabelsBatches(Resumable):
         """Set up the order; nothing is read yet.
 
         Args:
-            examples: At least one, each with a label, none longer than `length`.
+            examples: At least one, none longer than `length`.
             batch_size: Rows of a micro-batch (B).
             accumulation: Micro-batches of a step.
             length: Tokens of a row (T), as `padded_length` gives it.
@@ -258,17 +225,12 @@ class LabelsBatches(Resumable):
             pad_id: The token for empty places.
 
         Raises:
-            InputError: A number below 1, no examples, one too long or one without a label.
+            InputError: A number below 1, no examples, or one too long.
         """
         for name, value in (("batch_size", batch_size), ("accumulation", accumulation)):
             if value < 1:
                 raise InputError(f"{name}: expected at least 1, got {value}. Raise it.")
         _check(examples, length)
-        for number, example in enumerate(examples, start=1):
-            if not example.labelled:
-                raise InputError(
-                    f"row {number}: expected a label to train on, got none. Leave the row out."
-                )
         self._rows, self._accumulation = batch_size * accumulation, accumulation
         self._identity = {
             "examples": _digest(examples),
@@ -303,15 +265,15 @@ def labels_epoch(
     """Each example once, in order, for evaluation: arrays [B, T] and [B].
 
     Args:
-        examples: At least one, none longer than `length`; they need no labels.
+        examples: At least one, none longer than `length`.
         batch_size: Rows of a batch (B).
         length: Tokens of a row (T).
         pad_id: The token for empty places.
 
     Yields:
-        The keys of `LabelsBatches`, without the axis of accumulation. A missing label is -1 or
-        NaN. The last batch is filled up with rows whose `row` is -1: one visible padding token,
-        so that no attention is over nothing, and label 0.
+        The keys of `LabelsBatches`, without the axis of accumulation. The last batch is filled up
+        with rows whose `row` is -1: one visible padding token, so that no attention is over
+        nothing, and label 0.
 
     Raises:
         InputError: A batch size below 1, no examples, or one too long.

@@ -13,7 +13,6 @@ Row = Mapping[str, Any]
 Message = dict[str, str]
 
 Overlong = Literal["truncate", "drop"]
-TrainOn = Literal["response", "all"]
 
 ALPACA = (
     "Below is an instruction that describes a task. "
@@ -42,8 +41,6 @@ class ExampleSettings:
         max_length: Most tokens of an example, the EOS included.
         overlong: ``truncate`` cuts the end of the response (and with it the EOS), ``drop`` leaves
             the row out.
-        train_on: ``response`` (the response and its EOS; every assistant turn of a conversation),
-            or ``all`` (each token but the first, which nothing predicts).
     """
 
     template: str = "alpaca"
@@ -52,11 +49,9 @@ class ExampleSettings:
     messages_column: str | None = None
     max_length: int = 512
     overlong: Overlong = "truncate"
-    train_on: TrainOn = "response"
 
     def __post_init__(self) -> None:
         _check_choice("overlong", self.overlong, get_args(Overlong))
-        _check_choice("train_on", self.train_on, get_args(TrainOn))
         if self.max_length < 2:
             raise InputError(
                 f"max_length: expected at least 2 tokens, got {self.max_length}. Raise it."

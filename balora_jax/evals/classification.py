@@ -107,22 +107,6 @@ def spearman(predictions: ArrayLike, golds: ArrayLike) -> float:
     return _correlation(_ranks(ours), _ranks(right))
 
 
-def recall_per_class(predictions: ArrayLike, golds: ArrayLike) -> dict[int, float]:
-    """Of the rows of each class, the share that was found.
-
-    Returns:
-        Class id -> recall, for the classes that the right answers have.
-
-    Raises:
-        InputError: As `accuracy`.
-
-    >>> recall_per_class([0, 0, 1, 2], [0, 0, 0, 1])
-    {0: 0.6666666666666666, 1: 0.0}
-    """
-    ours, right = _classes(predictions, golds)
-    return {int(label): float(np.mean(ours[right == label] == label)) for label in np.unique(right)}
-
-
 METRICS: dict[str, Callable[[ArrayLike, ArrayLike], float]] = {
     metric.__name__: metric for metric in (accuracy, f1, matthews, pearson, spearman)
 }

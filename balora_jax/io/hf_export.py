@@ -170,7 +170,6 @@ def export_merged(
     rules: Sequence[WeightRule] = (),
     added: Mapping[str, np.ndarray] = MappingProxyType({}),
     settings: Mapping[str, Any] = MappingProxyType({}),
-    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> MergeReport:
     """Write the source checkpoint with the weights of ``deltas``, as sharded safetensors.
 
@@ -186,7 +185,6 @@ def export_merged(
             the table's name, whatever older one the source has.
         added: whole tensors by name, in place of those of the source or beside them.
         settings: of the new ``config.json``, in place of the source's.
-        max_shard_bytes: largest size of a weight file, unless a single tensor is larger.
 
     Raises:
         InputError: an unknown dtype, a source that is broken or quantised, a folder that may not
@@ -202,7 +200,7 @@ def export_merged(
         named = {new: tensors[old] for new, old in stored_names(tensors, rules).items()}
         for name, value in added.items():
             named[name] = StoredTensor(name, source, value.shape, "F32", _Held(value))
-        shards = _plan(source, named, _DTYPES[dtype], max_shard_bytes)
+        shards = _plan(source, named, _DTYPES[dtype], MAX_SHARD_BYTES)
         merged = _write_shards(draft, shards, deltas, np.dtype(dtype))
         if not merged:
             raise InputError(

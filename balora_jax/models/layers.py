@@ -1,6 +1,5 @@
 """Building blocks of the decoders: normalisation, attention, MLP."""
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -217,8 +216,9 @@ class Attention(nnx.Module):
         if config.qk_norm != "none":
             each = config.qk_norm == "head"
             widths = (config.head_dim, config.head_dim) if each else (queries, keys)
-            norm = functools.partial(make_norm, config, dtype, layers=config.num_layers)
-            self.q_norm, self.k_norm = (norm(width=width) for width in widths)
+            self.q_norm, self.k_norm = (
+                make_norm(config, dtype, layers=config.num_layers, width=width) for width in widths
+            )
         self.config = config
         self.kernel: AttentionKernel = kernel
 

@@ -60,7 +60,6 @@ def quantize_kernel(
     kernel: Float[Array, "L D F"],
     kind: Kind,
     *,
-    block: int = NF4_BLOCK,
     name: str = CODES,
 ) -> dict[str, Array]:
     """Codes and scales of a stack of kernels, computed in float32 one layer after another.
@@ -70,7 +69,6 @@ def quantize_kernel(
     Args:
         kernel: frozen weights, any floating dtype, wherever they lie.
         kind: ``int8`` or ``nf4``.
-        block: rows that share a scale, an even number (nf4 only).
         name: the kernel's dotted path, for the error message.
 
     Returns:
@@ -84,19 +82,19 @@ def quantize_kernel(
     level nearest to ``w / absmax``, QLoRA (arXiv 2305.14314), without its second quantisation of
     the scales; they are rounded to bfloat16 after the codes are chosen.
     """
-    check_rows(kernel.shape[-2], kind, block, name)
+    check_rows(kernel.shape[-2], kind, name)
     _qwix()
-    return _quantize_stack(kernel, kind, block)
+    return _quantize_stack(kernel, kind)
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "block"))
-def _quantize_stack(kernel: Array, kind: Kind, block: int) -> dict[str, Array]:
-    return jax.lax.map(lambda layer: _quantize_layer(layer, kind, block), kernel)
+@functools.partial(jax.jit, static_argnames="kind")
+def _quantize_stack(kernel: Array, kind: Kind) -> dict[str, Array]:
+    return jax.lax.map(lambda layer: _quantize_layer(layer, kind), kernel)
 
 
-def _quantize_layer(kernel: Float[Array, "D F"], kind: Kind, block: int) -> dict[str, Array]:
+def _quantize_layer(kernel: Float[Array, "D F"], kind: Kind) -> dict[str, Array]:
     rows, columns = kernel.shape
-    block = rows if kind == "int8" else block
+    block = rows if kind == "int8" else NF4_BLOCK
     qtype, method = (jnp.int8, f"absmax,{127.5 / 127}") if kind == "int8" else ("nf4", "absmax")
     quantize = functools.partial(_qwix().quantize, qtype=qtype, calibration_method=method)
     # One vector at a time, mapped: qwix flattens its argument to look levels up, and flattening
@@ -211,7 +209,7 @@ def _product(rows: Array, kernel: Array, kernel_axis: int) -> Array:
 
 
 def quantized_shapes(
-    kernel: jax.ShapeDtypeStruct, kind: Quantization, *, block: int = NF4_BLOCK, name: str = CODES
+    kernel: jax.ShapeDtypeStruct, kind: Quantization, *, name: str = CODES
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """What a kernel [L, D, F] is stored as, from shapes alone; ``none`` leaves it as it is.
 
@@ -226,12 +224,12 @@ def quantized_shapes(
     if kind == "none":
         return {CODES: kernel}
     layers, rows, columns = kernel.shape
-    check_rows(rows, kind, block, name)
+    check_rows(rows, kind, name)
     if kind == "int8":
         codes = jax.ShapeDtypeStruct(kernel.shape, jnp.int8)
         return {CODES: codes, SCALE: jax.ShapeDtypeStruct((layers, 1, columns), jnp.float32)}
     codes = jax.ShapeDtypeStruct((layers, rows // 2, columns), jnp.uint8)
-    scale = jax.ShapeDtypeStruct((layers, rows // block, columns), jnp.bfloat16)
+    scale = jax.ShapeDtypeStruct((layers, rows // NF4_BLOCK, columns), jnp.bfloat16)
     return {CODES: codes, SCALE: scale}
 
 
@@ -271,12 +269,13 @@ class DequantizedKernels(Mapping[str, Array]):
         return sum(1 for _ in self)
 
 
-def check_rows(rows: int, kind: Quantization, block: int, name: str) -> None:
+def check_rows(rows: int, kind: Quantization, name: str) -> None:
     """Raises InputError unless a kernel of ``rows`` input features divides into blocks."""
-    if kind == "nf4" and rows % block:
+    if kind == "nf4" and rows % NF4_BLOCK:
         raise InputError(
-            f"model.quantization: expected every layer's input width to be a multiple of {block} "
-            f"(the rows that share a scale of nf4), got {rows} for {name}. Use int8 or none."
+            "model.quantization: expected every layer's input width to be a multiple of "
+            f"{NF4_BLOCK} (the rows that share a scale of nf4), got {rows} for {name}. "
+            "Use int8 or none."
         )
 
 

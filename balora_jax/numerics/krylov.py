@@ -66,13 +66,9 @@ class Triplets(NamedTuple):
     cycles: Array
 
 
-def operator_of(matrix: Float[Array, "I J"], image_axes: tuple[str, ...] = ()) -> Operator:
-    """The products with a matrix in memory, rows of which may be split over devices."""
-
-    def transpose(y: Array) -> Array:
-        return sum_over(product(matrix.T, y), image_axes)
-
-    return Operator(lambda x: product(matrix, x), transpose, image_axes)
+def operator_of(matrix: Float[Array, "I J"]) -> Operator:
+    """The products with a matrix in memory, whole on every device."""
+    return Operator(lambda x: product(matrix, x), lambda y: product(matrix.T, y))
 
 
 def leading_triplets(

@@ -127,9 +127,7 @@ def _triplets(matrix: Array, k: int, exact: bool) -> LeadingTriplets:
     return top_k_svd(matrix, k)
 
 
-def top_k_singular_sum(
-    matrix: Float[Array, "N M"], k: int, *, method: SvdMethod = "auto"
-) -> Scalar:
+def top_k_singular_sum(matrix: Float[Array, "N M"], k: int) -> Scalar:
     """Return the sum of the k largest singular values (the Ky Fan k-norm).
 
     The gradient is ``U_k V_k^T``; it needs no gap between the values inside the top k and is 0 for
@@ -138,7 +136,6 @@ def top_k_singular_sum(
     Args:
         matrix: Any matrix; float32 or narrower is computed in float32.
         k: How many values, at least 1; above ``min(N, M)`` all are summed.
-        method: See :func:`singular_values`.
 
     Returns:
         Float32 scalar.
@@ -156,7 +153,7 @@ def top_k_singular_sum(
     >>> jax.grad(top_k_singular_sum)(matrix, 2).round(6).diagonal().tolist()
     [0.0, 1.0, 1.0]
     """
-    return jnp.sum(singular_values(matrix, k, method=method))
+    return jnp.sum(singular_values(matrix, k))
 
 
 def frobenius_norm(matrix: Float[Array, "N M"]) -> Scalar:

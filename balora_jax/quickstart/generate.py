@@ -238,17 +238,14 @@ def task_row(rng: random.Random, problem: Problem) -> dict[str, str]:
     }
 
 
-def task_rows(seed: int = TASK_SEED) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+def task_rows() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Write the task set.
-
-    Args:
-      seed: the seed of the whole set.
 
     Returns:
       Training rows and held-out rows. No instruction occurs twice, and no held-out row begins with
       a sum that begins a training row.
     """
-    rng = random.Random(seed)
+    rng = random.Random(TASK_SEED)
     train: dict[str, dict[str, str]] = {}
     held_out: dict[str, dict[str, str]] = {}
     while len(train) < TRAIN_ROWS or len(held_out) < VALIDATION_ROWS:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balora_jax.data.batches import TextBatches, common_length, epoch_batches
+from balora_jax.data.batches import TextBatches, common_length
 from balora_jax.data.examples import Example
 from balora_jax.errors import InputError
 
@@ -176,19 +176,6 @@ def test_batches_per_epoch():
     assert make(halves, "packing").batches_per_epoch() == 3  # 13 full rows
 
 
-def test_epoch_batches_keep_the_order_and_fill_up_with_empty_rows():
-    examples = make_examples(5)
-    batches = list(epoch_batches(examples, 2, 16, PAD))
-    assert all(v.shape == (2, 16) and v.dtype == np.int32 for b in batches for v in b.values())
-    assert all(b.keys() == KEYS for b in batches)
-    seen = [s for batch in batches for s in segments(batch)]
-    assert [s[0] for s in seen] == [e.input_ids.tolist() for e in examples]
-    assert [s[1] for s in seen] == [e.loss_mask.tolist() for e in examples]
-    last = {key: value[1] for key, value in batches[-1].items()}
-    assert np.all(last["input_ids"] == PAD)
-    assert not any(last[key].any() for key in KEYS - {"input_ids"})
-
-
 @pytest.mark.parametrize(("longest", "limit", "expected"), [(8, 512, 8), (9, 512, 16), (9, 12, 12)])
 def test_common_length(longest, limit, expected):
     zeros = [np.zeros(n, np.int32) for n in (2, longest)]
@@ -213,8 +200,6 @@ def test_bad_arguments_are_refused(type_checks_off, changes, message):
 def test_no_examples_are_refused():
     with pytest.raises(InputError, match="data: expected at least one example, got none"):
         make([], "padding")
-    with pytest.raises(InputError, match="data: expected at least one example, got none"):
-        next(epoch_batches([], 2, 16, PAD))
 
 
 @pytest.mark.parametrize(

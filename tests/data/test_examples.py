@@ -153,13 +153,6 @@ def test_bos_begins_the_prompt_once(prompt):
     assert ids.count(WITH_BOS.bos_token_id) == 1
 
 
-def test_train_on_all_leaves_out_the_first_token_only():
-    example = one(
-        {"q": "x y", "a": "z"}, WITH_BOS, ExampleSettings("plain", "q", "a", train_on="all")
-    )
-    assert example.loss_mask.tolist() == [0] + [1] * (len(example.input_ids) - 1)
-
-
 def test_numbers_are_written_as_text_and_braces_of_a_template_stay():
     chosen = ExampleSettings("{{{n}}} of {total size}:", response_column="a")
     row = {"n": 3, "total size": 4.5, "a": 42}
@@ -313,7 +306,6 @@ def test_bad_rows_are_refused_in_one_sentence(name):
         ({"template": "{q} {output}"}, "got the response column 'output', which would show"),
         ({"messages_column": "m"}, "template: expected 'chat' with messages_column 'm', got"),
         ({"overlong": "cut"}, "overlong: expected one of truncate, drop, got 'cut'."),
-        ({"train_on": "responses"}, "got 'responses'. Did you mean 'response'?"),
         ({"max_length": 1}, "max_length: expected at least 2 tokens, got 1."),
     ],
 )

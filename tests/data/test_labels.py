@@ -65,8 +65,7 @@ def test_a_single_text(tokenizer):
     for example in examples:
         assert example.input_ids.dtype == example.token_type_ids.dtype == np.int32
         assert type(example.label) is int
-        assert example.labelled
-    assert str(report) == "2 of 2 rows kept (0 truncated, 0 without label), 8 tokens"
+    assert str(report) == "2 of 2 rows kept (0 truncated), 8 tokens"
 
 
 def test_a_pair_loses_the_end_of_its_longer_text(tokenizer):
@@ -85,7 +84,7 @@ def test_a_pair_loses_the_end_of_its_longer_text(tokenizer):
     ]
     assert second.token_type_ids.tolist() == [0, 0, 0, 1, 1]
     assert len(third.input_ids) == 10  # fits exactly, and is not counted
-    assert (report.rows, report.kept, report.truncated, report.without_label) == (3, 3, 1, 0)
+    assert (report.rows, report.kept, report.truncated) == (3, 3, 1)
     assert report.tokens == 25
 
 
@@ -120,26 +119,6 @@ def test_chunks_change_nothing(tokenizer, monkeypatch, chunk):
 def test_a_bar_for_many_rows(tokenizer, capfd, rows, shown):
     encode_labels([{"sentence": "x", "label": 1}] * rows, tokenizer, SST2, 8)
     assert ("tokenising" in capfd.readouterr().err) == shown
-
-
-def test_rows_without_label_may_be_kept(tokenizer):
-    rows = [
-        {"sentence": "x", "label": -1},
-        {"sentence": "x"},
-        {"sentence": "x", "label": None},
-        {"sentence": "x", "label": 1},
-    ]
-    examples, report = encode_labels(rows, tokenizer, SST2, 16, unlabelled="keep")
-    assert [example.label for example in examples] == [-1, -1, -1, 1]
-    assert [example.labelled for example in examples] == [False, False, False, True]
-    assert report.without_label == 3
-    assert "(0 truncated, 3 without label)" in str(report)
-    (scored,), _ = encode_labels([pair("x", "y", -1.0)], tokenizer, STSB, 16, unlabelled="keep")
-    assert type(scored.label) is np.float32
-    assert np.isnan(scored.label)
-    assert not scored.labelled
-    (batch,) = labels_epoch(examples, 4, 8, PAD)
-    assert batch["labels"].tolist() == [-1, -1, -1, 1]
 
 
 @pytest.mark.parametrize(("cell", "got"), [(-1, "-1"), ("", "an empty cell"), (None, "an empty")])
@@ -191,12 +170,6 @@ def test_a_text_without_tokens_is_refused(monkeypatch, chunk):
             {"max_length": 4},
             "max_length: expected at least 5 (3 special tokens and one of each text), got 4. ",
         ),
-        (
-            [{}],
-            SST2,
-            {"unlabelled": "drop"},
-            "unlabelled: expected one of refuse, keep, got 'drop'. Choose one.",
-        ),
     ],
 )
 def test_bad_encodings_are_refused(type_checks_off, tokenizer, rows, task, options, message):
@@ -219,8 +192,6 @@ def test_description(tokenizer):
     )
     (two,), _ = encode_labels([pair("x", "z", "4.75")], tokenizer, STSB, 16)
     assert describe_labels(two, tokenizer, STSB) == "5 tokens, score 4.75: <s>x</s>z</s>"
-    (three,), _ = encode_labels([pair("x", "z", -1)], tokenizer, STSB, 16, unlabelled="keep")
-    assert describe_labels(three, tokenizer, STSB) == "5 tokens, no label: <s>x</s>z</s>"
 
 
 def make_examples(count=11, longest=12, *, seed=0, scores=False):
@@ -362,7 +333,7 @@ def test_bad_arguments_are_refused(changes, message):
     assert message in str(error.value)
 
 
-def test_no_examples_and_no_labels_are_refused():
+def test_no_examples_are_refused():
     nothing = "data: expected at least one example, got none. Add rows."
     with pytest.raises(InputError, match=nothing):
         make([])
@@ -372,11 +343,6 @@ def test_no_examples_and_no_labels_are_refused():
         next(labels_epoch(make_examples(), 0, 16, PAD))
     with pytest.raises(InputError, match="data: expected examples of at most 3 tokens, got one of"):
         next(labels_epoch(make_examples(), 2, 3, PAD))
-    ids = np.ones(3, np.int32)
-    for label in (-1, np.float32("nan")):
-        examples = [*make_examples(2), LabelsExample(ids, ids, label)]
-        with pytest.raises(InputError, match="row 3: expected a label to train on, got none"):
-            make(examples)
 
 
 @pytest.mark.parametrize("scores", [False, True])
@@ -425,7 +391,7 @@ def test_real_files_give_what_the_tokenizer_itself_gives(shared, tokenizer, name
     task = GLUE[name.split("_")[0]]
     rows = load_rows(str(shared / "data" / "glue" / f"{name}.jsonl.gz"), limit=250)
     examples, report = encode_labels(rows, tokenizer, task, 128)
-    assert (report.rows, report.kept, len(examples), report.without_label) == (250, 250, 250, 0)
+    assert (report.rows, report.kept, len(examples)) == (250, 250, 250)
     length = padded_length(examples, 128)
     made = list(labels_epoch(examples, 50, length, tokenizer.pad_token_id))
     texts = [[row[column] for row in rows] for column in task.text_columns]

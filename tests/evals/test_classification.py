@@ -1,6 +1,5 @@
 """Scores of labels: SciPy, textbook formulas in fractions, values by hand, and every refusal."""
 
-import itertools
 import math
 from fractions import Fraction
 
@@ -18,12 +17,11 @@ from balora_jax.evals.classification import (
     f1,
     matthews,
     pearson,
-    recall_per_class,
     score_labels,
     spearman,
 )
 
-CLASS_METRICS = [accuracy, f1, matthews, recall_per_class]
+CLASS_METRICS = [accuracy, f1, matthews]
 
 
 def pairs(element, least=1, most=30):
@@ -153,19 +151,6 @@ def test_a_constant_class_earns_nothing(constant):
     assert f1([0] * 4, golds) == 0.0
     assert f1([0] * 4, [0] * 4) == 0.0
     assert f1([1] * 4, golds) == pytest.approx(2 / 3)
-
-
-@given(CLASSES)
-def test_recall_counts_the_found_of_each_class(rows):
-    predictions, golds = rows
-    expected = {}
-    for label, group in itertools.groupby(
-        sorted(zip(golds, predictions, strict=True)), lambda r: r[0]
-    ):
-        found = [prediction == label for _, prediction in group]
-        expected[label] = sum(found) / len(found)
-    assert recall_per_class(*rows) == pytest.approx(expected)
-    assert all(type(key) is int for key in recall_per_class(*rows))
 
 
 def test_score_labels_follows_the_task():

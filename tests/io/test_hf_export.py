@@ -16,6 +16,7 @@ from tiny_llama import (
 )
 
 from balora_jax.errors import InputError
+from balora_jax.io import hf_export
 from balora_jax.io.hf_export import export_merged, merged_delta, module_deltas
 
 
@@ -36,7 +37,10 @@ def load(folder, **options):
 
 @pytest.mark.parametrize("origin", [False, True])
 @pytest.mark.parametrize("shard_bytes", [10**9, 60_000])
-def test_transformers_loads_the_merged_model(llama_folder, tmp_path, origin, shard_bytes):
+def test_transformers_loads_the_merged_model(
+    llama_folder, tmp_path, monkeypatch, origin, shard_bytes
+):
+    monkeypatch.setattr(hf_export, "MAX_SHARD_BYTES", shard_bytes)
     adapted = random_adapters(origin=origin, rank_of=lambda name, layer: 2 if layer == 1 else 4)
     folder = tmp_path / "merged"
     report = export_merged(
@@ -44,7 +48,6 @@ def test_transformers_loads_the_merged_model(llama_folder, tmp_path, origin, sha
         source=llama_folder,
         deltas=deltas_of(adapted),
         dtype="float32",
-        max_shard_bytes=shard_bytes,
     )
     assert_close_in_range(logits(load(folder)), merged_logits(adapted))
     assert report.merged == len(adapted.modules)

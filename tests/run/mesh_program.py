@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 from tests import compiler
@@ -243,7 +244,7 @@ def prepared(config, folder, mesh):
     """Program, step and arrays on a mesh, as a run makes them."""
     if config.task == "labels":
         base = open_encoder(str(folder), num_labels=3)
-        program = labels_run.labels_program(config, base, mesh)
+        program = replace(labels_run.labels_program(config, base), mesh=mesh)
         parts = program.step_parts(2)
     else:
         base = open_base(str(folder))

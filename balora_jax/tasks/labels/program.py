@@ -80,7 +80,7 @@ def _asked(config: RunConfig) -> Objective:
     return objective_of(config.regularizers.of_the_terms(), labels=True)
 
 
-def labels_program(config: RunConfig, base: EncoderBase, mesh: Mesh | None = None) -> LabelsProgram:
+def labels_program(config: RunConfig, base: EncoderBase) -> LabelsProgram:
     """The computation that a config asks for on an encoder.
 
     Raises:
@@ -88,7 +88,7 @@ def labels_program(config: RunConfig, base: EncoderBase, mesh: Mesh | None = Non
     """
     outputs = base.config.num_labels
     objective = labels_objective(config, outputs)
-    mesh = assemble.checked_mesh(config, mesh)
+    mesh = assemble.checked_mesh(config)
     check_base(config.adapter, config.model)
     options: Any = {
         "dtype": config.model.dtype,
