@@ -68,8 +68,13 @@ class Registry(Generic[Item]):
         """The thing of this name.
 
         Raises:
-            InputError: There is none; the message lists those there are.
+            InputError: There is none of this name; the message lists those there are.
         """
+        if not self._items:
+            raise InputError(
+                f"{self.where}: expected a {self.kind}, got {name!r}, but there is none "
+                "registered. Register one in a file under extensions."
+            )
         if name not in self._items:
             near = difflib.get_close_matches(name, self._items, n=1)
             advice = f"Did you mean {near[0]!r}?" if near else "Choose one of them."
