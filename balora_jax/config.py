@@ -147,7 +147,7 @@ class DataConfig(Section):
         train, validation: a JSON-lines, CSV or parquet file, or a hub data-set name. With
             ``glue`` the hub's splits where not given, and ``{glue}`` in a path is the task.
         glue: name of a GLUE task (``task: labels``): columns, labels and metrics follow from it.
-        text_columns, label_column, labels, regression: the same for data of one's own: one text
+        text_columns, label_column, labels, regression: the same for your own data: one text
             or two, names of the classes in the order of their ids, or a score instead.
         split, validation_split: of hub data sets.
         train_limit, validation_limit: use the first rows only.
@@ -197,10 +197,10 @@ class TrainingConfig(Section):
         clip_norm: largest global gradient norm; None for no clipping.
         lora_plus_ratio: learning rate of B over that of A (LoRA+).
         seed: of starts, order of the data and dropout.
-        spike_sigmas: leave out the update of a step whose loss or gradient norm lies this many
+        spike_sigmas: skip the update of a step whose loss or gradient norm lies this many
             standard deviations above the mean of the steps before it; None for no such check. A
-            step whose loss or gradient is not finite is always left out.
-        max_skipped: stop the run when more updates than this were left out one after another.
+            step whose loss or gradient is not finite is always skipped.
+        max_skipped: stop the run when more updates than this were skipped one after another.
         head: ``fused``: logits exist for one chunk of tokens at a time; ``plain``: all of them at
             once, with automatic derivatives (a reference, large).
         head_chunk: tokens of a chunk on a device; by ``head_memory_mib`` where it is not given.

@@ -1,4 +1,4 @@
-"""How does a YAML file become a checked config, and which sentence does a wrong one get?"""
+"""A YAML file read as a checked config, or refused in one sentence."""
 
 import difflib
 from collections.abc import Mapping, Sequence

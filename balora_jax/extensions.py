@@ -50,6 +50,6 @@ def _import(file: Path) -> None:
             raise
         line = " ".join(str(error).split())
         raise InputError(
-            f"extensions: expected {file} to import, got {type(error).__name__}: {line}. Mend the "
+            f"extensions: expected {file} to import, got {type(error).__name__}: {line}. Fix the "
             "file."
         ) from error

@@ -1,4 +1,4 @@
-"""Which file does a path in a configuration mean?
+"""Paths in a configuration, and the files that they mean.
 
 A plain path is taken as it is. ``balora_jax:quickstart/train.jsonl`` means a file that is shipped
 inside the installed package, so that a configuration works from any folder.

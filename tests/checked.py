@@ -1,4 +1,4 @@
-"""How the tests check the annotations of the package: wherever one of its functions is called."""
+"""Type checks of the package in the tests: wherever one of its functions is called."""
 
 import beartype
 import jaxtyping

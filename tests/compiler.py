@@ -1,4 +1,4 @@
-"""How the tests compile: programs are tiny here and take longer to compile than to run.
+"""XLA flags of the tests: programs are tiny here and take longer to compile than to run.
 
 ``BALORA_TEST_COMPILER=full`` leaves the compiler as users have it, for twice the time.
 """

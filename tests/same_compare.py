@@ -1,4 +1,4 @@
-"""Are two finished runs the same to the last bit, and if not, where do they part?"""
+"""Two finished runs compared to the last bit, and where they part."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""On which runs is a tree compared with an older one? Tiny checkpoints, rows and eight configs.
+"""The runs on which a tree is compared with an older one: checkpoints, rows, eight configs.
 
 The configs are written out here, in words that older commits know, as both trees read them.
 """

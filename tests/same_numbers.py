@@ -1,4 +1,4 @@
-"""Does a change move a number? Short runs of an older commit and of this tree must be identical.
+"""Short runs of an older commit and of this tree, which must be identical.
 
 ``python -m tests.same_numbers COMMIT`` trains both trees on the same inputs, each run in a process
 of its own and compiled as users compile. What they log, their adapters and their scores must agree

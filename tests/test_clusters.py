@@ -1,4 +1,4 @@
-"""Is a job of several processes known by its environment, and are wrong options refused?"""
+"""Jobs of several processes known by their environment, and wrong options refused."""
 
 import http.server
 import threading

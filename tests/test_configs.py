@@ -1,4 +1,4 @@
-"""Does every file in configs/ say a run that can be built, with the figures it promises?"""
+"""Every file in configs/: a run that can be built, with the figures it promises."""
 
 from pathlib import Path
 

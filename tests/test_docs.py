@@ -1,4 +1,4 @@
-"""Is what README and docs/ say true? Their commands are run, their configs read, their links followed.
+"""README and docs/: their commands run, their configs are read, their links lead somewhere.
 
 A block that cannot run here (a cloud, a download, minutes of work) says so in a comment just before
 it: ``<!-- not run: why -->``. Its ``balora`` commands must be commands all the same.

@@ -1,4 +1,4 @@
-"""Do the programs of docs/examples do what they say, in as few lines as they promise?"""
+"""The programs of docs/examples: they run, in as few lines as they promise."""
 
 import itertools
 import re

@@ -1,4 +1,4 @@
-"""Does a whole run work where neither torch nor PEFT is installed, on the oldest versions too?
+"""A whole run without torch and PEFT, on the oldest versions too.
 
 ``.ci/run`` runs this file a second time on the lower bounds of ``pyproject.toml``.
 """

@@ -1,4 +1,4 @@
-"""Does the repository keep its own rules? Layers, imports, sizes, settings and top-level names."""
+"""The repository's own rules: layers, imports, sizes, settings and top-level names."""
 
 import ast
 import inspect

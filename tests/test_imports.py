@@ -1,4 +1,4 @@
-"""What the package loads, and when: nothing before it is used."""
+"""Modules that the package loads, and when: none before it is used."""
 
 import ast
 import importlib

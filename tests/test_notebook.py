@@ -1,4 +1,4 @@
-"""Do the notebooks in ``colab/`` run from top to bottom, and are the commands beside them right?"""
+"""The notebooks in ``colab/``, run from top to bottom, and the commands beside them."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Does the comparison of two runs see what moved, and only that? Are its configs configs?"""
+"""The comparison of two runs: it sees what moved, and only that."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Work in parts, by processes that are threads here: is the whole in each of them, or an error?"""
+"""Work in parts, by processes that are threads here: whole in each of them, or an error."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""Does the watching process hand on what its child says, and say itself what the child cannot?"""
+"""The watching process: it hands on what its child says, and says what the child cannot."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What does the smallest run on labels need? A random BERT, a tokenizer, rows and a config."""
+"""The smallest run on labels: a random BERT, a tokenizer, rows and a config."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""What does the smallest whole run need? A random Llama, a tokenizer, rows and a config, no torch.
+"""The smallest whole run: a random Llama, a tokenizer, rows and a config, no torch.
 
 Everything is written by NumPy, ``safetensors`` and ``tokenizers`` alone, so that the tests of the
 command line also run where neither torch nor PEFT is installed.

@@ -1,1 +1,1 @@
-"""How fast and how large is a training step, and what would it cost elsewhere?"""
+"""Time and memory of a training step, term by term and beside torch."""

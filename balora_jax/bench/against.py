@@ -1,4 +1,4 @@
-"""How does the torch reference compare: same weights, batch and start, in a process beside ours?"""
+"""The torch reference in a process beside ours: same weights, same batch, same start."""
 
 import dataclasses
 import json

@@ -48,7 +48,7 @@ def text_cases() -> tuple[Case, ...]:
     )
 
 
-def label_cases() -> tuple[Case, ...]:
+def labels_cases() -> tuple[Case, ...]:
     """What the terms and the teacher cost an encoder."""
     ahead, each = {"regularizers.teacher_cache": True}, {"regularizers.teacher_cache": False}
     return (
@@ -61,7 +61,7 @@ def label_cases() -> tuple[Case, ...]:
 
 def cases_of(model: str) -> tuple[Case, ...]:
     """The cases of a kind of model."""
-    return {"decoder": text_cases, "encoder": label_cases}[model]()
+    return {"decoder": text_cases, "encoder": labels_cases}[model]()
 
 
 def chosen(cases: Sequence[Case], names: Sequence[str]) -> tuple[Case, ...]:

@@ -1,4 +1,4 @@
-"""How long does a step take, and how much memory, when cases alternate on one machine?
+"""Time and memory of steps whose cases alternate on one machine.
 
 Whole steps are timed, in turn, so that a machine whose speed drifts slows all of them alike; ratios
 are taken within a round.

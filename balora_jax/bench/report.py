@@ -1,4 +1,4 @@
-"""How are the figures of a benchmark shown: a Markdown table and a picture?"""
+"""The figures of a benchmark as a Markdown table and a picture."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -14,9 +14,9 @@ import jax
 from tqdm import tqdm
 
 from balora_jax import hardware
-from balora_jax.bench import label_steps, measure, report
+from balora_jax.bench import labels, measure, report
 from balora_jax.bench.cases import Case, cases_of, chosen, compiled_for, configured, text_cases
-from balora_jax.bench.label_steps import LabelCase
+from balora_jax.bench.labels import LabelsCase
 from balora_jax.bench.measure import Measured
 from balora_jax.bench.weights import Weights, loaded_for, weights_of
 from balora_jax.config import RunConfig
@@ -114,11 +114,11 @@ def _measured(
 
 
 def _measured_labels(config: RunConfig, rounds: int, cases: Sequence[Case]) -> dict[str, Any]:
-    compiled: dict[str, LabelCase] = {}
+    compiled: dict[str, LabelsCase] = {}
     with tqdm(total=1, unit="step") as bar:
         for case in cases:
             bar.set_description_str(f"compiling: {case.name}")
-            compiled[case.name] = label_steps.compiled_case(config, case)
+            compiled[case.name] = labels.compiled_case(config, case)
         named = {name: case.step for name, case in compiled.items()}
         found = measure.alternate(named, rounds, bar.set_description_str)
     shape = next(iter(compiled.values())).shape

@@ -1,4 +1,4 @@
-"""What does the same training step cost in torch, written as a user of transformers and peft would?
+"""The same training step in torch, as a user of transformers and peft would write it.
 
 Two full models (the student with PEFT adapters, the frozen teacher), all logits of both, and the
 three terms of the paper on the rows that count. Not imported by the package: ``balora bench

@@ -48,7 +48,7 @@ def weights_of(config: RunConfig) -> tuple[Base, Weights]:
         return setup.base, Weights(loaded, False, next(setup.batches()))
     program = text_program(config, base.config)
     length = config.data.max_length
-    sharding.whole_length(length, length, program.mesh)
+    sharding.round_up_length(length, length, program.mesh)
     frozen = random_arrays(program.plain.frozen, program)
     return base, Weights(frozen, True, random_batch(config, base.config.vocab_size))
 

@@ -1,4 +1,4 @@
-"""How do text files become batches? Rows (sources), tokens (examples), arrays (batches)."""
+"""Text files to batches: rows (sources), tokens (examples), arrays (batches)."""
 
 from absl import logging
 

@@ -1,4 +1,4 @@
-"""How do examples become batches of one shape, in an order that can be resumed exactly?
+"""Batches of one shape from examples, in an order that can be resumed exactly.
 
 The order, the packing and the position are grain's: a shuffle that is a function of the seed and
 the epoch, repeated for ever, and a state of a few integers.

@@ -1,4 +1,4 @@
-"""How does a row become token ids and a loss mask?
+"""Token ids and a loss mask from a row.
 
 The rule of the border: the ids of a prompt are made by one function for training and for
 generation alike, so a trained row begins with exactly the ids that generation starts from.
@@ -8,7 +8,7 @@ generation alike, so a trained row begins with exactly the ids that generation s
 - The chat template: the conversation is tokenised whole, as servers do it, and the prompt must be
   its prefix, id by id. A template for which it is not is an error, never a shifted mask.
 
-Texts may hold the tokenizer's special tokens as text (a template of one's own does); they are
+Texts may hold the tokenizer's special tokens as text (a template of your own does); they are
 read as those tokens, as in `transformers`.
 """
 
@@ -428,5 +428,5 @@ def _chat_ids(
     except jinja2.TemplateError as error:
         raise InputError(
             f"{where}: expected a conversation that the chat template takes, got its error "
-            f"({error}). Mend the row or use a text template."
+            f"({error}). Fix the row or use a text template."
         ) from error

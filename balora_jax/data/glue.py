@@ -1,4 +1,4 @@
-"""What does a labelled row hold? GLUE's tasks, tasks of one's own, and the texts and the label.
+"""Rows with a label: GLUE's tasks and your own, their texts and their label.
 
 The order of the label names is the official one, so that ids agree with the hub's data sets and
 with the published checkpoints: an entailment is class 0 in MNLI, QNLI and RTE, but 1 in WNLI.
@@ -153,7 +153,7 @@ def custom_task(
     *,
     regression: bool = False,
 ) -> LabelsTask:
-    """A task for files of one's own.
+    """A task for your own files.
 
     Args:
         text_columns: The column of the text, or the two of a pair.
@@ -258,7 +258,7 @@ def _score(cell: Any, task: LabelsTask, where: str) -> np.float32 | None:
     if number == -1:
         return None
     wanted = "a number" if task.score_range is None else f"a score from {low:g} to {high:g}"
-    raise InputError(f"{where}: expected {wanted} as label, got {cell!r}. Mend the row.")
+    raise InputError(f"{where}: expected {wanted} as label, got {cell!r}. Fix the row.")
 
 
 def _class_id(cell: Any, task: LabelsTask, where: str) -> int | None:
@@ -277,7 +277,7 @@ def _class_id(cell: Any, task: LabelsTask, where: str) -> int | None:
     ids = f" or an id from 0 to {len(names) - 1}" if ids_count else ""
     raise InputError(
         f"{where}: expected a label of {task.name} ({listed}){ids}, got {cell!r}."
-        f"{did_you_mean(spelled, names)} Mend the row or the list of labels."
+        f"{did_you_mean(spelled, names)} Fix the row or the list of labels."
     )
 
 

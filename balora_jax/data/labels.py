@@ -1,4 +1,4 @@
-"""How do labelled rows become batches of one shape, in an order that can be resumed exactly?
+"""Batches of rows with labels, of one shape, in an order that can be resumed exactly.
 
 Rows are tokenised as the tokenizer itself does it for its model, so that ids, special tokens and
 token types are those of `transformers`. Only the padding is ours: on the right, to one length.

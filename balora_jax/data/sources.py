@@ -1,4 +1,4 @@
-"""Where do the rows come from? Local files or a hub data set, all read by `datasets`.
+"""Rows from local files or a hub data set, all read by `datasets`.
 
 Local files are read as a stream: no copy is cached, so an edited file is never read stale, and no
 network is used. A hub data set goes through the usual cache of `datasets`. Nothing here runs code
@@ -204,9 +204,9 @@ def _unreadable(file: str, error: Exception) -> str:
                 if line.strip() and (fault := _json_fault(line)):
                     return (
                         f"{file}: expected one JSON object a line, got {fault} in line {number}. "
-                        "Mend that line."
+                        "Fix that line."
                     )
-    return f"{file}: expected a readable data file, got an error ({reason}). Mend the file."
+    return f"{file}: expected a readable data file, got an error ({reason}). Fix the file."
 
 
 def _json_fault(line: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What does a row say? The settings of an example, and the texts that they take from a row."""
+"""The settings of an example, and the texts that they take from a row."""
 
 import dataclasses
 import difflib
@@ -188,7 +188,7 @@ def messages_of(row: Row, settings: ExampleSettings, where: str) -> list[Message
         raise InputError(
             f"{where}: expected a list of turns in the column {settings.messages_column!r}, got "
             f"{'an empty one' if turns is None or turns == [] else f'a {type(turns).__name__}'}. "
-            "Mend the row or leave it out."
+            "Fix the row or leave it out."
         )
     return [_message(turn, f"{where}, turn {i}") for i, turn in enumerate(turns, start=1)]
 

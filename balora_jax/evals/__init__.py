@@ -1,1 +1,1 @@
-"""How good is the text that a model writes?"""
+"""Benchmarks, and the scores of written answers and of predicted labels."""

@@ -1,4 +1,4 @@
-r"""What answer does a text give, and is it the right one?
+r"""The answer that a text gives, and whether it is the right one.
 
 Numbers are compared as exact fractions, never as floats. A text that is not plainly one number has
 no value here (``3 to 4``, ``2x``, ``1,23``) and is compared as text.
@@ -130,7 +130,7 @@ def _fraction(digits: str) -> Fraction:
 
 
 def exact_match(prediction: str | None, gold: str) -> bool:
-    r"""Is the predicted answer the gold one?
+    r"""Whether the predicted answer is the gold one.
 
     Equal values if both are numbers (``\frac{3}{4}`` and ``0.75`` are), else equal texts after
     `normalise_math`. No prediction is never right.

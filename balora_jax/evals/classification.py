@@ -1,4 +1,4 @@
-"""How good are predicted labels? GLUE's metrics in float64, as scikit-learn and SciPy define them.
+"""GLUE's metrics of predicted labels in float64, as scikit-learn and SciPy define them.
 
 Every metric takes predictions and right answers of one length, and is a number even where its
 formula divides by zero: such predictions tell nothing, and a metric that measures nothing is 0.

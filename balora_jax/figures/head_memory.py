@@ -1,4 +1,4 @@
-"""How much memory does the head take, fused and plain, by the compiler's own count?
+"""Memory of the head, fused and plain, by the compiler's own count.
 
 ``python -m balora_jax.figures.head_memory [--topology v5p:1x1x1]`` prints the table for this
 machine or for a TPU that is not here (extra ``plan``).

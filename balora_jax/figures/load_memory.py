@@ -1,4 +1,4 @@
-"""How much host memory does loading a checkpoint take, beside what lies on the devices?
+"""Host memory that loading a checkpoint takes, beside what lies on the devices.
 
 ``python -m balora_jax.figures.load_memory [--gib 2] [--devices 8] [--mesh fsdp=8 …] [--json FILE]``
 writes a random sharded checkpoint to a temporary folder, loads it in a fresh process on virtual CPU

@@ -1,4 +1,4 @@
-"""What does one process see of its own memory while it loads a checkpoint?
+"""Memory of one process while it loads a checkpoint, as the process itself sees it.
 
 Started by :mod:`balora_jax.figures.load_memory`, in a process of its own, because the number of
 virtual devices is fixed when JAX starts and because memory once used is seldom given back.

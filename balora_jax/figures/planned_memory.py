@@ -1,4 +1,4 @@
-"""Does a step take the memory that was planned? Run it on virtual CPU devices and look.
+"""Memory of a step as planned and as measured on virtual CPU devices.
 
 ``python -m balora_jax.figures.planned_memory CONFIG [--devices 8] [--set ...]`` compiles the
 step of a config, fills its arguments, runs it and compares the growth of the process with the

@@ -1,4 +1,4 @@
-"""What does a quantised base save, and what does it change before anything trains?
+"""Bytes that a quantised base saves, and the error of its logits before anything trains.
 
 ``python -m balora_jax.figures.quantization CONFIG [--set …]`` prints the bytes of the frozen
 weights from shapes alone, in all and on each device of the config's mesh, and, where the

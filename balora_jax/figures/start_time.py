@@ -1,4 +1,4 @@
-"""How long does a start take, layer by layer?
+"""Seconds that a start takes, layer by layer.
 
 ``python -m balora_jax.figures.start_time CONFIG [--set …] [--devices N] [--layers L]`` draws random
 weights of the config's shape (or loads the checkpoint's), computes the config's start and prints

@@ -1,4 +1,4 @@
-"""How is a fine-tuned model written as an ordinary Hugging Face checkpoint?"""
+"""A fine-tuned model written as an ordinary Hugging Face checkpoint."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Which files make up a Hugging Face checkpoint, are they safe and whole, and which one is it?"""
+"""The files of a Hugging Face checkpoint: found, checked to be safe and whole, identified."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""How does a Hugging Face checkpoint get onto the devices without a copy of it on the host?
+"""A Hugging Face checkpoint onto the devices, without a copy of it on the host.
 
 A parameter is read block by block, and a block piece by piece: for each distinct block that a
 device of this process needs, only the rows and columns of that block are read from the

@@ -1,4 +1,4 @@
-"""How does a PEFT adapter come in?"""
+"""Reading of PEFT adapters."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Is every file of a folder as it was written?
+"""Seals of folders: a digest of every file, to find out whether it is as it was written.
 
 A sealed folder holds ``SHA256SUMS``, which ``sha256sum --check SHA256SUMS`` reads as well.
 """

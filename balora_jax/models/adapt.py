@@ -1,4 +1,4 @@
-"""Adapters on a module of one's own: any NNX model with ``nnx.Linear`` layers."""
+"""Adapters on a module of your own: any NNX model with ``nnx.Linear`` layers."""
 
 from collections.abc import Sequence
 from typing import Any

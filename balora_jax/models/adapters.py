@@ -1,4 +1,4 @@
-"""Which linear layers of a model get an adapter, with its rank, scale and method."""
+"""The linear layers of a model that get an adapter, with its rank, scale and method."""
 
 import difflib
 import math

@@ -14,7 +14,7 @@ from balora_jax.models.options import AttentionKernel, Options
 from balora_jax.models.products import as_last
 from balora_jax.models.rotary import rotate
 from balora_jax.models.variables import Ends, declared
-from balora_jax.parallel.token_split import parts, whole
+from balora_jax.parallel.token_split import gather_tokens, parts
 
 MakeLinear = Callable[..., Linear]
 # Logical axes of the kernels of attention and of the MLP.
@@ -129,7 +129,7 @@ def attend(
     ``cap · tanh(score / cap)``, which no fused kernel here does.
     """
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    k, v = whole(k), whole(v)
+    k, v = gather_tokens(k), gather_tokens(v)
     fused = kernel == "cudnn" or (kernel == "auto" and _cudnn_serves(q))
     if fused and soft_cap is None:
         return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")

@@ -1,4 +1,4 @@
-"""How a model is built, whatever its family."""
+"""Options of a model, whatever its family."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""How is a frozen kernel kept in 8 or 4 bits, and what product does the layer compute with it?
+"""Frozen kernels in 8 or 4 bits, and the product that a layer computes with them.
 
 A stack of kernels [L, D_in, D_out] becomes two arrays under two names:
 

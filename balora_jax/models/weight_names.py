@@ -1,4 +1,4 @@
-"""Where an array lies in a Hugging Face checkpoint, and what follows from a table of that."""
+"""Names of arrays in a Hugging Face checkpoint, and what follows from a table of them."""
 
 import re
 from collections.abc import Iterable, Mapping

@@ -1,1 +1,1 @@
-"""What is computed on plain arrays? Linear algebra, regularizers, losses, head, objective."""
+"""Computations on plain arrays: linear algebra, terms, losses, head, objective."""

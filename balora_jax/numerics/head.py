@@ -1,4 +1,4 @@
-"""The task loss and the regularizers of a batch, and their gradient by hidden states.
+"""Task loss and regularizers of a batch, with their gradient with respect to the hidden states.
 
 :func:`head_loss` runs the pass of :mod:`balora_jax.numerics.head_pass`, which never holds all
 logits; :func:`plain_head_loss` calls each term's own function on all ``[N, V]`` logits and is
@@ -49,7 +49,7 @@ def head_loss(
     axes: HeadAxes = ONE_DEVICE,
     across: Callable[[Callable[..., Any]], Callable[..., Any]] = unwrapped,
 ) -> tuple[Scalar, HeadSums]:
-    """Return ``Σ scale · sum`` with its gradient by ``rows.student``, and the sums.
+    """Return ``Σ scale · sum`` with its gradient with respect to ``rows.student``, and the sums.
 
     At most one chunk of student and teacher logits exists at a time. Logits are products in the
     dtype of the hidden states with float32 accumulation, float32 hidden states at the highest
@@ -120,7 +120,7 @@ def _weighted(scales: Scales, sums: HeadSums, chosen: TermSet, adapt: Adapt | No
 
 @jax.custom_vjp
 def _with_gradient(value: Array, at: Array, gradient: Array) -> Array:
-    """``value``, with a known derivative by ``at``."""
+    """``value``, with a known derivative with respect to ``at``."""
     del at, gradient
     return value
 

@@ -1,4 +1,4 @@
-"""One pass over chunks of rows: the terms of a batch and their gradient by hidden states.
+"""One pass over chunks of rows: terms of a batch, gradient with respect to the hidden states.
 
 The logits ``Z = H Wᵀ`` exist one chunk of rows at a time. The weights of the terms are known when
 the pass runs, so each chunk forms ``d loss / d Z`` beside the values and multiplies it by W at
@@ -109,7 +109,7 @@ def _over_chunks(given: _Pass, dtype: jnp.dtype) -> tuple[dict[str, Scalar], Arr
 
 
 def _one_chunk(given: _Pass, index: Array) -> tuple[dict[str, Scalar], Array]:
-    """Sums of one chunk, and its rows of the gradient by hidden states, float32."""
+    """Sums of one chunk, and its rows of the gradient with respect to the hidden states."""
     rows, head, scales = given.rows, given.head, given.scales
     taken, counted = given.plan.rows(index)
     axis = head.axes.vocabulary

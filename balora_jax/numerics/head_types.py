@@ -1,4 +1,4 @@
-"""What the head's pass is made of: rows of hidden states, the frozen head, chunks of rows."""
+"""Parts of the head's pass: rows of hidden states, the frozen head, chunks of rows."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -67,8 +67,8 @@ class HeadSums(NamedTuple):
     """What a micro-batch comes to, over all its devices; float32 scalars.
 
     Attributes:
-        task_sum: Cross-entropy summed over labelled rows, in nats.
-        task_count: Labelled rows.
+        task_sum: Cross-entropy summed over rows with labels, in nats.
+        task_count: Rows with labels.
         term_count: Rows of the terms.
         terms: Of each term at work, by name: its sum over the rows of the terms, or of a term that
             couples rows its value on this micro-batch.

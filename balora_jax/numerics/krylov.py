@@ -1,4 +1,4 @@
-"""What are the leading singular triplets of a matrix that is only known by its products?
+"""Leading singular triplets of a matrix that is only known by its products.
 
 Block Golub-Kahan-Lanczos with full reorthogonalisation and restarts. The basis grows by blocks, so
 flat spectra converge; both half steps are orthonormalised, so one dominant direction does not drown

@@ -1,4 +1,4 @@
-"""How are singular values, their sums and their gradients computed without dividing by gaps?
+"""Singular values, their sums and their gradients, without a division by gaps.
 
 Back-propagating through a singular value decomposition divides by differences of singular values
 and gives NaN where two of them meet (equal rows, masked rows). Sums of singular values do not need

@@ -1,4 +1,4 @@
-"""What does one prediction cost? Each loss is a (sum, count) pair, divided once by its caller.
+"""Losses of one prediction, each a (sum, count) pair, divided once by its caller.
 
 Sums and counts add over micro-batches and devices, means do not: the single division by the global
 count happens in :mod:`balora_jax.numerics.objective`.

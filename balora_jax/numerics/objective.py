@@ -151,7 +151,7 @@ def objective_of(settings: Mapping[str, Any], *, labels: bool = False) -> Object
         settings: weights, schedules and settings by key; one that is left out or None takes the
             value of the variant, or its term's default. A weight that is left out is 0, a schedule
             constant.
-        labels: whether the rows are labelled: then terms take what they have for labels first.
+        labels: whether the rows have labels: then terms take what they have for labels first.
 
     Raises:
         InputError: If a value is out of range, unknown, or contradicts the variant.
@@ -369,7 +369,7 @@ def scales(
     Args:
         objective: The description.
         weights: λ by name; only those given are turned into scales.
-        task_count: Labelled rows over all micro-batches of the step.
+        task_count: Rows with labels over all micro-batches of the step.
         term_count: Rows of the terms over all micro-batches of the step.
         micro_batches: Micro-batches of the step.
 

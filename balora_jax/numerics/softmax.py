@@ -87,7 +87,7 @@ def cross_entropy_and_gradient(
     scale: Scalar,
     axis: str | None,
 ) -> tuple[Scalar, Float[Array, "N V"]]:
-    """Return the summed negative log-likelihood, and ``scale`` times its derivative by the logits.
+    """Return the summed negative log-likelihood, and ``scale`` times its gradient.
 
     Labels are picked by comparison, never by a scatter.
 

@@ -1,4 +1,4 @@
-"""Which are the K largest of many logits in a row, exactly, without sorting the row?
+"""The K largest of many logits in a row, exactly, without sorting the row.
 
 The maxima of blocks are found first; the K best blocks hold the K best entries, so only those are
 searched. Ties go to the lower column, as in ``jax.lax.top_k``.

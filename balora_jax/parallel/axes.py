@@ -1,4 +1,4 @@
-"""Which mesh axes rows, tokens and weights are split over: the one table of it."""
+"""The one table of the mesh axes that rows, tokens and weights are split over."""
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 """Axes of every mesh. Devices side by side on the last one exchange most."""

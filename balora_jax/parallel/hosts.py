@@ -1,4 +1,4 @@
-"""What do several processes of one run need of each other: a start, one voice, one opinion?
+"""What several processes of one run share: a start, one voice, one opinion.
 
 Everything here is also right, and does nothing, in a run of one process.
 """

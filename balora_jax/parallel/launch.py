@@ -1,4 +1,4 @@
-"""Does this process belong to a job of several, and how does it find the others?"""
+"""Membership in a job of several processes, and how a process finds the others."""
 
 import urllib.request
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Where every array lies on the device mesh: logical axes → mesh axes → devices."""
+"""Places of all arrays on the device mesh: logical axes → mesh axes → devices."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -215,7 +215,7 @@ def check_batch(rows: int, mesh: AnyMesh) -> None:
         )
 
 
-def whole_length(length: int, longest: int, mesh: AnyMesh) -> int:
+def round_up_length(length: int, longest: int, mesh: AnyMesh) -> int:
     """``length`` tokens of a row, rounded up to a multiple of the devices that share it.
 
     Raises:

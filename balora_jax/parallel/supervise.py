@@ -1,4 +1,4 @@
-"""How does a process of a run on several hosts end with the right exit code, whatever befalls it?
+"""The right exit code of a process on several hosts, whatever befalls it.
 
 When a host dies, the runtime of the others ends their processes by an abort, in the middle of a
 computation. So each runs as the child of a process that asks for no device, hands on signals,

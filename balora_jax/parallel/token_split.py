@@ -1,4 +1,4 @@
-"""Are the tokens of a row split over devices here, and what does that ask of a layer?
+"""Layers under a mesh that splits the tokens of a row.
 
 The answer is in the mesh that ``jax.set_mesh`` made current. Where its axis ``TOKENS`` has one
 device, or no mesh is current, every function here leaves the program as it is.
@@ -25,7 +25,7 @@ def parts() -> int:
     return _sizes().get(TOKENS, 1)
 
 
-def whole(x: Float[Array, "B S ..."]) -> Float[Array, "B S ..."]:
+def gather_tokens(x: Float[Array, "B S ..."]) -> Float[Array, "B S ..."]:
     """Keys or values of all tokens on each device that holds some of the row.
 
     Left alone the partitioner may move the larger scores instead.
@@ -36,7 +36,7 @@ def whole(x: Float[Array, "B S ..."]) -> Float[Array, "B S ..."]:
 def as_rows(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """All but the last axis as one, [N, D], for a product; [B, T, D] where tokens are split.
 
-    One axis makes the gradient by a factor a plain product, where the CPU compiler copies the
+    One axis makes the gradient of a factor a plain product, where the CPU compiler copies the
     operands of a product over two axes into another order first. But a device's part of split rows
     is no range of that axis, so the tokens would be gathered.
     """

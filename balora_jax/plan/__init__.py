@@ -1,1 +1,1 @@
-"""What a step needs before it runs: compiled for devices that need not be here."""
+"""Needs of a step before it runs: compiled for devices that need not be here."""

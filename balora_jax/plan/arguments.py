@@ -60,7 +60,7 @@ def trained_shapes(program: TextProgram) -> dict[str, jax.ShapeDtypeStruct]:
 def abstract_arguments(program: TextProgram, total_steps: int) -> tuple[Any, ...]:
     """Shapes and shardings of a step's arguments: (state, constants, batch, key)."""
     mesh, layout, length = program.mesh, program.layout, program.config.data.max_length
-    sharding.whole_length(length, length, mesh)
+    sharding.round_up_length(length, length, mesh)
     optimizer = optim.make_optimizer(program.config.training, total_steps)
     state = steps.abstract_state(layout.attached(trained_shapes(program)), optimizer, mesh)
     frozen: Any = layout.attached(program.plain.frozen)

@@ -1,4 +1,4 @@
-"""What does one training step need, by its compiled program? Shapes go in, no array is made."""
+"""Needs of one training step by its compiled program: shapes go in, no array is made."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""What does a compiled program move: which collectives, how often, and how much memory traffic?
+"""Movements of a compiled program: collectives, how often, and memory traffic.
 
 Everything is read from the text of the compiled module of one device. A loop's body counts as often
 as the loop runs, one that may stop early as often as it may run at most.

@@ -1,4 +1,4 @@
-"""Over which mesh axes does a collective go?"""
+"""The mesh axes that a collective goes over."""
 
 import itertools
 import math

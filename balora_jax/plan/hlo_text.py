@@ -1,4 +1,4 @@
-"""What stands in the text of a compiled module: computations, instructions, shapes?"""
+"""The text of a compiled module: computations, instructions, shapes."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""How is a plan shown: tables of bytes, times and collectives, and a picture?"""
+"""A plan as tables of bytes, times and collectives, and as a picture."""
 
 import re
 from collections.abc import Mapping, Sequence

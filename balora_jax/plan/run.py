@@ -1,4 +1,4 @@
-"""``balora plan``: does a run fit, how fast could it be, and what does it move?"""
+"""``balora plan``: the memory, the speed and the traffic of a run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -148,7 +148,7 @@ def _searched(
 
 
 def judged(row: Row, target: Target, utilisation: float) -> Row:
-    """A row with its verdict: does it fit, and how fast could it be?
+    """A row with its verdict: whether it fits, and how fast it could be.
 
     Seconds of a step have three lower bounds per device: ``compute`` = (model FLOPs + recomputed) /
     devices / peak, ``memory`` = traffic / bandwidth, ``links`` = bytes of collectives / link. The

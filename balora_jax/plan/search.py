@@ -1,4 +1,4 @@
-"""Which layouts of a step are worth compiling: mesh, micro-batches and rematerialisation?
+"""Layouts of a step worth compiling: mesh, micro-batches and rematerialisation.
 
 Nothing is compiled here. A layout has a lower bound of its memory, which rules out those that
 cannot fit, and an estimate of its speed, which orders the rest.

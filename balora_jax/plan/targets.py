@@ -16,7 +16,7 @@ TPU_ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
-"""What libtpu needs to compile without a TPU and without asking a metadata server for one."""
+"""Environment in which libtpu compiles with no TPU and asks no metadata server for one."""
 
 
 @dataclass(frozen=True)

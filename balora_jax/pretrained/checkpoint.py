@@ -1,4 +1,4 @@
-"""What is a pretrained checkpoint, before its weights are loaded?"""
+"""A pretrained checkpoint before its weights are loaded."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

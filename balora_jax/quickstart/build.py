@@ -1,4 +1,4 @@
-"""How were the files that ship with the quickstart made?
+"""The making of the files that ship with the quickstart.
 
 ``python -m balora_jax.quickstart.build --out DIR`` writes the text of ``generate``, builds a
 byte-level BPE tokenizer on it, pretrains a Llama of under a million parameters with this package's

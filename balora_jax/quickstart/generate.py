@@ -1,4 +1,4 @@
-"""What text does the quickstart's model live on, and which task is it fine-tuned for?
+"""The text of the quickstart's model, and the task that it is fine-tuned for.
 
 A small closed world in plain English: people who own, find, buy, give and lose things, sums stated
 in words, a few fixed facts, and a school. ``documents`` writes the pretraining text; ``task_rows``

@@ -1,4 +1,4 @@
-"""``balora study``: which variant scores best, over data sets and seeds?"""
+"""``balora study``: scores of variants over data sets and seeds."""
 
 import gc
 import json

@@ -1,1 +1,1 @@
-"""What a run computes and scores: one folder per task."""
+"""The tasks: one folder each, with what a run computes and scores."""

@@ -1,4 +1,4 @@
-"""What the programs of all tasks share: their devices, the objective, the step around a loss."""
+"""Parts that the programs of all tasks share: devices, objective, the step around a loss."""
 
 import math
 from typing import Any

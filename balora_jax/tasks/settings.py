@@ -1,4 +1,4 @@
-"""Whether a config asks for anything that its task does not read, or leaves out what it needs."""
+"""Checks of the settings: none that the task does not read, none missing that it needs."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""How a run ends before its last step: a signal, a device, another host or the disk."""
+"""Endings of a run before its last step: a signal, a device, another host or the disk."""
 
 import os
 import signal
@@ -44,7 +44,7 @@ def interruptions() -> Iterator[list[str]]:
     received: list[str] = []
     several = jax.process_count() > 1
 
-    def note(number: int, _frame: object) -> None:
+    def record(number: int, _frame: object) -> None:
         if several:
             # The runtime takes SIGTERM, and lets all processes agree on the step to stop after.
             os.kill(os.getpid(), signal.SIGTERM)
@@ -55,7 +55,7 @@ def interruptions() -> Iterator[list[str]]:
 
     try:
         taken = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
-        previous = {s: signal.signal(s, note) for s in taken}
+        previous = {s: signal.signal(s, record) for s in taken}
     except ValueError:  # not in the main thread: the embedding program handles signals
         yield received
         return

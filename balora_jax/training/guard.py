@@ -1,4 +1,4 @@
-"""Which updates are left out, because the loss or the gradient of their step cannot be trusted?"""
+"""Updates skipped because the loss or the gradient of their step cannot be trusted."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ class Guard(NamedTuple):
     """What the guard remembers.
 
     Attributes:
-        skipped: updates left out so far.
+        skipped: updates skipped so far.
         in_a_row: of these, the last ones without an update between.
         seen: steps whose update was made.
         losses, norms: loss and gradient norm of the last of them; a ring, 0 where not yet used.
@@ -61,15 +61,15 @@ def _above(value: Scalar, ring: Array, seen: Array, sigmas: float) -> Array:
 
 
 def record(guard: Guard, good: Bool[Array, ""], loss: Scalar, norm: Scalar) -> Guard:
-    """The guard after a step; what was left out does not count towards what is usual."""
+    """The guard after a step; what was skipped does not count towards what is usual."""
     place = guard.seen % WINDOW
 
     def put(ring: Array, value: Scalar) -> Array:
         return ring.at[place].set(jnp.where(good, value, ring[place]))
 
-    left_out = jnp.where(good, 0, 1)
+    skipped = jnp.where(good, 0, 1)
     return Guard(
-        guard.skipped + left_out,
+        guard.skipped + skipped,
         jnp.where(good, 0, guard.in_a_row + 1),
         guard.seen + jnp.where(good, 1, 0),
         put(guard.losses, loss),

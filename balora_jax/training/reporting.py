@@ -1,4 +1,4 @@
-"""What is said and logged of a run while it trains."""
+"""Reports and log of a run while it trains."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""What a task gives the training loop: a checked run, with everything but the loop itself."""
+"""The protocol of a task for the training loop: a checked run, with all but the loop itself."""
 
 from collections.abc import Callable
 from pathlib import Path

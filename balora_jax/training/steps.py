@@ -26,7 +26,7 @@ class TrainState(NamedTuple):
         step: optimizer steps done, int32, those without an update among them.
         adapters: trainable arrays by path, float32.
         opt_state: of the optax chain.
-        guard: what decides whether an update is left out.
+        guard: what decides whether an update is skipped.
     """
 
     step: Scalar

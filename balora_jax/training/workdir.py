@@ -1,4 +1,4 @@
-"""May a run write to this folder, and do all of its hosts see the same one?"""
+"""Checks of the folder of a run: it may be written to, and all hosts see the same one."""
 
 import os
 import tempfile

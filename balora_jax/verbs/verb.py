@@ -1,4 +1,4 @@
-"""What a verb is, and the figures that most of them can write to a file."""
+"""The protocol of a verb, and the figures that most of them can write to a file."""
 
 import argparse
 import errno

@@ -1,4 +1,4 @@
-"""BA-LoRA in a training loop of one's own: any NNX model, any optax optimizer, three terms."""
+"""BA-LoRA in a training loop of your own: any NNX model, any optax optimizer, three terms."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Labelled rows: GLUE's columns and label order, every spelling of a label, and every refusal."""
+"""Rows of labels: GLUE's columns and label order, every spelling of a label, and every refusal."""
 
 import collections
 import gzip
@@ -165,12 +165,12 @@ WITH_IDS = "(entailment, neutral, contradiction) or an id from 0 to 2"
         (GLUE["mnli"], 3, f"row 7: expected a label of mnli {WITH_IDS}, got 3. "),
         (GLUE["mnli"], "-2", "got '-2'. "),
         (GLUE["mnli"], 0.5, "got 0.5. "),
-        (GLUE["mnli"], "Neutrl", "got 'Neutrl'. Did you mean 'neutral'? Mend the row"),
+        (GLUE["mnli"], "Neutrl", "got 'Neutrl'. Did you mean 'neutral'? Fix the row"),
         (GLUE["mnli"], True, "got True. "),
         (GLUE["mnli"], [1], "got [1]. "),
         (STARS, 0, "row 7: expected a label of custom (1, 2, 3, 4, 5), got 0."),
         (LONG, "x", "(intent_0, intent_1, intent_2, intent_3, intent_4, intent_5, …) or an id"),
-        (GLUE["stsb"], 5.1, "row 7: expected a score from 0 to 5 as label, got 5.1. Mend the row."),
+        (GLUE["stsb"], 5.1, "row 7: expected a score from 0 to 5 as label, got 5.1. Fix the row."),
         (GLUE["stsb"], "high", "row 7: expected a score from 0 to 5 as label, got 'high'. "),
         (POINTS, float("inf"), "row 7: expected a number as label, got inf. "),
         (POINTS, True, "row 7: expected a number as label, got True. "),

@@ -1,4 +1,4 @@
-"""Labelled batches: the tokenizer's own ids, what each epoch sees, exact resume, every refusal."""
+"""Batches of labels: the tokenizer's own ids, what each epoch sees, exact resume, every refusal."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers, processors
 
-from balora_jax.data import labels as labelled_module
+from balora_jax.data import labels as labels_module
 from balora_jax.data.glue import GLUE, custom_task
 from balora_jax.data.labels import (
     LabelsBatches,
@@ -105,7 +105,7 @@ def test_regression_labels_are_float32(tokenizer):
 def test_chunks_change_nothing(tokenizer, monkeypatch, chunk):
     rows = [pair("how many apples " * i, "x" * i, i % 2) for i in range(1, 6)]
     expected = [tokenizer(r["sentence1"], r["sentence2"])["input_ids"][:] for r in rows]
-    monkeypatch.setattr(labelled_module, "_CHUNK", chunk)
+    monkeypatch.setattr(labels_module, "_CHUNK", chunk)
     examples, report = encode_labels(rows, tokenizer, MRPC, 999)
     assert [example.input_ids.tolist() for example in examples] == expected
     assert [example.label for example in examples] == [1, 0, 1, 0, 1]
@@ -131,7 +131,7 @@ def test_rows_without_label_are_refused(tokenizer, cell, got):
 
 
 def test_the_row_is_named_in_later_chunks_too(tokenizer, monkeypatch):
-    monkeypatch.setattr(labelled_module, "_CHUNK", 2)
+    monkeypatch.setattr(labels_module, "_CHUNK", 2)
     rows = [{"sentence": "x", "label": 1}] * 4
     for bad, message in [
         ({"sentence": "x", "label": 5}, "row 5: expected a label of sst2 .*, got 5"),
@@ -144,7 +144,7 @@ def test_the_row_is_named_in_later_chunks_too(tokenizer, monkeypatch):
 
 @pytest.mark.parametrize("chunk", [1, 1000])
 def test_a_text_without_tokens_is_refused(monkeypatch, chunk):
-    monkeypatch.setattr(labelled_module, "_CHUNK", chunk)
+    monkeypatch.setattr(labels_module, "_CHUNK", chunk)
     bare = tiny.make(bos=False)
     bare.backend_tokenizer.normalizer = normalizers.Replace("x", "")
     with pytest.raises(InputError) as error:

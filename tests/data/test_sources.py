@@ -117,7 +117,7 @@ REFUSED = {
     "header.csv": ("a,b\n", "expected at least one row, got an empty data set."),
     "array.json": ("[]", "expected at least one row, got an empty data set."),
     "broken.jsonl": ('{"a": 1}\n{"a": oops\n', "got broken JSON (Expecting value"),
-    "where.jsonl": ('{"a": 1}\n{"a": oops\n', ") in line 2. Mend that line."),
+    "where.jsonl": ('{"a": 1}\n{"a": oops\n', ") in line 2. Fix that line."),
     "number.jsonl": ('{"a": 1}\n5\n', "got something else in line 2."),
     "broken.json": ("[{", "expected a readable data file, got an error ("),
     "not.jsonl.gz": ("text", "expected a whole gzip file, got a damaged one (Not a gzipped file"),

@@ -1,4 +1,4 @@
-"""Does a run on labels leave what ``peft`` and ``transformers`` compute the same logits from?"""
+"""Files of a run on labels against the logits of ``peft`` and ``transformers``."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Which layers get an adapter, with which rank and scale, and what the adapted layer computes."""
+"""Layers that get an adapter, their ranks and scales, and what the adapted layer computes."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Where adapters begin: PiSSA against PEFT and exact SVDs, LoRA's bounds, given factors."""
+"""First factors of adapters: PiSSA against PEFT and exact SVDs, LoRA's bounds, given factors."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""How far may rounding move the head's values and gradient, whatever the order of its sums?
+"""Bounds of rounding in the head's values and gradient, whatever the order of its sums.
 
 Bounds in float64 from the arrays of a case, to first order in u = 2^-24. Products of hidden states
 and head are exact in float32 (``sharded_head.arrays``), and so is division by T. What is left:
@@ -84,7 +84,7 @@ def entropy(s):
 
 
 class Spectral(NamedTuple):
-    """Bounds of the ratio and of its gradient by Z, and what the rest of the gradient needs.
+    """Bounds of the ratio and of its gradient with respect to Z, and what the rest of the gradient needs.
 
     Attributes:
         size: The ratio.

@@ -1,4 +1,4 @@
-"""The spectral term and its gradient by hidden states, against exact float64 decompositions."""
+"""The spectral term and its gradient with respect to the hidden states, against exact float64 decompositions."""
 
 import jax
 import jax.numpy as jnp

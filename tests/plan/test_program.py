@@ -1,4 +1,4 @@
-"""What is in the program of a step, read from its trace: no copy and no gradient of the base."""
+"""The trace of a step: no copy and no gradient of the base."""
 
 import json
 from functools import partial

@@ -28,7 +28,7 @@ from balora_jax.config_file import parse_config
 from balora_jax.models.structure import structure
 from balora_jax.parallel import sharding
 from balora_jax.pretrained.checkpoint import open_base, open_encoder
-from balora_jax.tasks.labels import loss as labelled
+from balora_jax.tasks.labels import loss as labels_loss
 from balora_jax.tasks.labels import run as labels_run
 from balora_jax.tasks.text.program import text_program
 from balora_jax.training import steps
@@ -257,7 +257,7 @@ def prepared(config, folder, mesh):
     if config.task == "labels":
         head = program.layout.placed(base.load_head(jax.random.key(1)))
         copies = {path: jnp.array(value, copy=True) for path, value in head.items()}
-        return program, parts, trainable | head, labelled.Constants(frozen, origin, copies)
+        return program, parts, trainable | head, labels_loss.Constants(frozen, origin, copies)
     constants = program.constants(Loaded(frozen, origin, trainable))
     return program, parts, trainable, constants
 

@@ -1,4 +1,4 @@
-"""Is a checkpoint that is not as it was written ever taken for whole, and what does a full disk do?"""
+"""Damaged checkpoints, which are never taken for whole, and full disks."""
 
 import errno
 import hashlib

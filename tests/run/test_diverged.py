@@ -1,4 +1,4 @@
-"""What does a run that diverges leave behind?"""
+"""Files that a run leaves behind when it diverges."""
 
 import json
 import math

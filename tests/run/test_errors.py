@@ -1,4 +1,4 @@
-"""Does every bad input end in one sentence and exit code 2, with nothing written?"""
+"""Bad inputs: one sentence, exit code 2, nothing written."""
 
 import json
 from pathlib import Path

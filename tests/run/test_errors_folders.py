@@ -1,4 +1,4 @@
-"""Do bad folders and the other commands end in one sentence, with nothing written?"""
+"""Bad folders and the other commands: one sentence, nothing written."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""Is a run on several hosts the run on one, and what becomes of it when one of them goes?
+"""Runs on several hosts against the run on one, and hosts that go.
 
 Hosts are processes here, which meet on the loopback; the mesh has four devices throughout.
 ``BALORA_HOST_TRIALS=50`` kills one of two processes fifty times instead of once, and

@@ -1,4 +1,4 @@
-"""Is a run the same on every mesh, and does every array lie where the table says?"""
+"""The same run on every mesh, and every array where the table says."""
 
 import json
 import math

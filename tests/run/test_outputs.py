@@ -1,4 +1,4 @@
-"""Does a run leave what the documents promise, and can the other commands go on from there?"""
+"""Files that the documents promise, and the other commands going on from them."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Does a run leave the trace that was asked for, and none that was not?"""
+"""Traces: the one that was asked for, and no other."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Is a run that stopped and went on the same run, bit for bit?"""
+"""Runs that stop and go on: the same bytes as without the break."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Does a run that is told to stop, or killed at any moment, go on as if nothing had happened?
+"""Runs that are told to stop, or killed at any moment, and go on.
 
 ``BALORA_KILL_TRIALS=10`` runs ten random kills instead of two; each takes a few seconds.
 """

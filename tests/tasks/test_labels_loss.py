@@ -21,7 +21,7 @@ from balora_jax.models.structure import structure
 from balora_jax.models.weight_names import linear_shapes
 from balora_jax.numerics.objective import objective_of
 from balora_jax.numerics.terms.consistency import consistency_form
-from balora_jax.tasks.labels import loss as labelled
+from balora_jax.tasks.labels import loss as labels_loss
 from balora_jax.tasks.labels.loss import TEACHER, Constants, LabelsLoss
 from tests.models import tiny_encoders as tiny
 
@@ -178,7 +178,7 @@ def our_loss(family, outputs, settings):
     names = ("consistency", "diversity", "spectral")
     objective = objective_of(dict(zip(names, on, strict=True)) | settings, labels=True)
     loss_of = LabelsLoss(student, plain, objective, outputs)
-    counts = labelled.counts_of({k: jnp.asarray(v) for k, v in batches(outputs).items()})
+    counts = labels_loss.counts_of({k: jnp.asarray(v) for k, v in batches(outputs).items()})
     assert (float(counts.task), float(counts.tokens), counts.micro_batches) == (
         10, LENGTHS.sum(), 2,
     )  # fmt: skip
@@ -228,7 +228,7 @@ def test_logits_that_a_batch_brings_take_the_teachers_place():
     brought = rng.standard_normal((5, 3))
     batch[TEACHER] = jnp.asarray(brought, jnp.float32)
     nothing = constants._replace(teacher_head={})
-    counts = labelled.Counts(jnp.float32(5), jnp.float32(30), 1)
+    counts = labels_loss.Counts(jnp.float32(5), jnp.float32(30), 1)
     weights = dict.fromkeys(("consistency", "diversity", "spectral"), jnp.float32(1.0))
     measure = jax.jit(lambda *arrays: loss_of(*arrays, counts, weights, None)[1])
     parts = measure(trainable, nothing, batch)
@@ -243,7 +243,7 @@ def test_the_teacher_is_absent_without_its_term():
     _, _, plain, student, trainable, constants = models("bert", 3)
     objective = objective_of({"diversity": 1.0, "spectral": 1.0, "k": 1}, labels=True)
     loss_of = LabelsLoss(student, plain, objective, 3)
-    counts = labelled.Counts(jnp.float32(5), jnp.float32(30), 1)
+    counts = labels_loss.Counts(jnp.float32(5), jnp.float32(30), 1)
     weights = dict.fromkeys(("consistency", "diversity", "spectral"), jnp.float32(0.5))
     nothing = constants._replace(teacher_head={})
     _, parts = jax.eval_shape(

@@ -1,4 +1,4 @@
-"""Which positions count in the loss of a causal model, by hand and by a plain loop."""
+"""Positions that count in the loss of a model on text, by hand and by a plain loop."""
 
 import jax
 import jax.numpy as jnp

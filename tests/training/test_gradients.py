@@ -22,7 +22,7 @@ from balora_jax.models.structure import structure
 from balora_jax.models.weight_names import linear_shapes
 from balora_jax.numerics import linalg
 from balora_jax.numerics.objective import objective_of
-from balora_jax.tasks.text import loss as causal
+from balora_jax.tasks.text import loss as text_loss
 from tests.models import tiny
 from tests.models.tiny_families import FAMILIES
 
@@ -77,7 +77,7 @@ def ours(family):
     head = plain.bind(frozen).head
     capped = config.logit_map.soft_cap is not None
     factor = None if capped else jnp.asarray(linalg.head_factor(np.asarray(head)))
-    return plain, student, modules, adapters, causal.Constants(frozen, origin, factor)
+    return plain, student, modules, adapters, text_loss.Constants(frozen, origin, factor)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_loss_and_gradient_of_every_factor(variant, ours, torch_models, ids):
     weights = dict(zip(("consistency", "diversity", "spectral"), LAMBDAS, strict=True))
     how = {"variant": variant, "k": k, "mask_alignment": case["alignment"]}
     objective = objective_of(weights | how)
-    loss_of = causal.TextLoss(student, plain, objective, causal.HeadPlan("fused", 5))
+    loss_of = text_loss.TextLoss(student, plain, objective, text_loss.HeadPlan("fused", 5))
     batch = {
         "input_ids": ids,
         "positions": POSITIONS,
@@ -177,7 +177,7 @@ def test_loss_and_gradient_of_every_factor(variant, ours, torch_models, ids):
         "loss_mask": MARKED,
     }
     batch = {name: jnp.asarray(value, jnp.int32) for name, value in batch.items()}
-    counts = causal.counts_of({n: v[None] for n, v in batch.items()}, case["alignment"])
+    counts = text_loss.counts_of({n: v[None] for n, v in batch.items()}, case["alignment"])
     weights = {name: jnp.float32(value) for name, value in weights.items()}
 
     @jax.jit

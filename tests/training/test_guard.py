@@ -1,4 +1,4 @@
-"""Are updates left out exactly where the loss or the gradient cannot be trusted?"""
+"""Updates skipped exactly where the loss or the gradient cannot be trusted."""
 
 from types import SimpleNamespace
 
@@ -79,10 +79,10 @@ def test_spikes_follow_numpy():
     norms[[150, 250]] *= 40.0
     state, found, kept, want = guard.new_guard(), [], [], []
     accept = jax.jit(lambda *a: guard.accepts(*a, 4.0))
-    note = jax.jit(guard.record)
+    record = jax.jit(guard.record)
     for loss, norm in zip(np.float32(losses), np.float32(norms), strict=True):
         good = accept(state, loss, norm)
-        state = note(state, good, loss, norm)
+        state = record(state, good, loss, norm)
         found.append(bool(good))
         last = np.asarray(kept[-128:])
         spike = False
@@ -98,7 +98,7 @@ def test_spikes_follow_numpy():
     assert int(state.skipped) == want.count(False)
 
 
-def test_spikes_are_left_out_only_if_asked():
+def test_spikes_are_skipped_only_if_asked():
     calm = [1.0 + 0.01 * (i % 7) for i in range(80)]
     straight, _ = run(calm)
     state, rows = run([*calm[:70], 50.0, *calm[70:]], sigmas=6.0)

@@ -1,4 +1,4 @@
-"""Are speed and MFU of the log those of the clock, and is every row JSON?"""
+"""Speed and MFU of the log by the clock, and every row as JSON."""
 
 import json
 import math
@@ -51,7 +51,7 @@ def test_without_a_peak_there_is_no_mfu(tmp_path, clock):
     assert "mfu" not in row
 
 
-def test_a_step_that_is_left_out_is_logged_whatever_the_interval(tmp_path, clock):
+def test_a_step_that_is_skipped_is_logged_whatever_the_interval(tmp_path, clock):
     bad = {"loss": math.nan, "grad_norm": math.inf, "skipped": 1.0, "skipped_in_a_row": 1.0}
     _, row = log_of(tmp_path, clock, [(1.0, {}), (1.0, bad), (1.0, {})], every=10, peak=None)
     assert row["step"] == 2

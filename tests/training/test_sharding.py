@@ -1,4 +1,4 @@
-"""Where do tokens lie when a mesh splits them, and what is refused? No devices are needed here."""
+"""Tokens on a mesh that splits them, and what is refused. No devices are needed here."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 from balora_jax.parallel import axes, sharding, token_split
-from balora_jax.tasks.text import loss as causal
+from balora_jax.tasks.text import loss as text_loss
 from balora_jax.tasks.text.program import check_rows_whole
 
 
@@ -57,7 +57,7 @@ def test_every_device_keeps_its_own_tokens(sizes):
 
 def test_whole_tokens_are_flattened_row_by_row():
     x = jnp.arange(24).reshape(2, 3, 4)
-    for flatten in (causal.merged, sharding.flatten_tokens(mesh(fsdp=2))):
+    for flatten in (text_loss.merged, sharding.flatten_tokens(mesh(fsdp=2))):
         assert flatten(x).tolist() == x.reshape(6, 4).tolist()
 
 
@@ -66,23 +66,23 @@ def test_targets_come_in_the_order_of_the_rows():
     batch = {"input_ids": ids, "segment_ids": jnp.ones_like(ids), "loss_mask": ids % 3}
     flatten = sharding.flatten_tokens(mesh(sequence=2))
     plain, found = (
-        causal.targets_of(batch, "official"),
-        causal.targets_of(batch, "official", flatten),
+        text_loss.targets_of(batch, "official"),
+        text_loss.targets_of(batch, "official", flatten),
     )
     for one, other in zip(plain, found, strict=True):
         assert one.tolist() == other.tolist()  # one row: its halves follow each other
 
 
 def test_a_row_is_rounded_up_to_a_multiple():
-    assert sharding.whole_length(16, 24, mesh(sequence=3)) == 18
-    assert sharding.whole_length(15, 15, mesh(sequence=3)) == 15
-    assert sharding.whole_length(16, 16, mesh(tensor=3)) == 16
+    assert sharding.round_up_length(16, 24, mesh(sequence=3)) == 18
+    assert sharding.round_up_length(15, 15, mesh(sequence=3)) == 15
+    assert sharding.round_up_length(16, 16, mesh(tensor=3)) == 16
     message = (
         "data.max_length: expected a multiple of mesh.sequence = 3, got 17: tokens of a row are "
         "split evenly. Change one of them."
     )
     with pytest.raises(InputError) as error:
-        sharding.whole_length(16, 17, mesh(sequence=3))
+        sharding.round_up_length(16, 17, mesh(sequence=3))
     assert str(error.value) == message
 
 
@@ -149,8 +149,8 @@ def test_an_axis_that_does_not_divide_names_the_sizes_at_fault():
 def test_a_mesh_that_splits_no_tokens_leaves_products_as_they_are():
     x = jnp.ones((2, 3, 4))
     assert token_split.parts() == 1
-    assert token_split.whole(x) is x
+    assert token_split.gather_tokens(x) is x
     assert token_split.as_rows(x).shape == (6, 4)
     assert token_split.as_tokens(jnp.ones((6, 5)), (2, 3)).shape == (2, 3, 5)
-    found = str(jax.make_jaxpr(lambda x: token_split.as_rows(token_split.whole(x)))(x))
+    found = str(jax.make_jaxpr(lambda x: token_split.as_rows(token_split.gather_tokens(x)))(x))
     assert "sharding_constraint" not in found

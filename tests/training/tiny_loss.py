@@ -17,7 +17,7 @@ from balora_jax.models.structure import structure
 from balora_jax.models.weight_names import linear_shapes
 from balora_jax.numerics import linalg
 from balora_jax.numerics.objective import objective_of, weights
-from balora_jax.tasks.text import loss as causal
+from balora_jax.tasks.text import loss as text_loss
 from balora_jax.training import guard, optim, steps
 
 LAYERS, VOCABULARY, CHUNK = 3, 23, 7
@@ -81,7 +81,7 @@ def _arrays(start):
         for path, value in begin.items()
     }
     factor = jnp.asarray(linalg.head_factor(np.asarray(frozen["lm_head.embedding"])))
-    return begin, adapters, causal.Constants(frozen, origin, factor)
+    return begin, adapters, text_loss.Constants(frozen, origin, factor)
 
 
 class Tiny:
@@ -102,15 +102,15 @@ class Tiny:
         shapes = adapter_shapes(_modules(), origin=start != "lora", dropout=dropout)
         self.student = structure(MODEL, adapters=shapes)
         self.start, self.adapters, self.constants = _arrays(start)
-        plan = causal.HeadPlan(head, CHUNK)
-        loss = causal.TextLoss(self.student, self.plain, self.objective, plan)
+        plan = text_loss.HeadPlan(head, CHUNK)
+        loss = text_loss.TextLoss(self.student, self.plain, self.objective, plan)
         self.training = TrainingConfig(
             **{"max_steps": total_steps, "batch_size": 4, "optimizer": "sgd", "learning_rate": 0.1,
                "warmup": 0.0, **(training or {})}
         )  # fmt: skip
         self.parts = steps.StepParts(
             loss=loss,
-            counts=lambda rows: causal.counts_of(rows, self.objective.mask_alignment),
+            counts=lambda rows: text_loss.counts_of(rows, self.objective.mask_alignment),
             weights=lambda step: weights(self.objective, step, total_steps),
             optimizer=optim.make_optimizer(self.training, total_steps),
             learning_rate=optim.learning_rate_schedule(self.training, total_steps),

@@ -1,4 +1,4 @@
-"""What a model is scored on: one benchmark a file, each an object under its name."""
+"""Benchmarks, which models are scored on: one a file, each an object under its name."""
 
 from balora_jax.evals.benchmark import Benchmark
 from balora_jax.evals.tasks.exact_match import EXACT_MATCH

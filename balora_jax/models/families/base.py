@@ -1,4 +1,4 @@
-"""What a family of models is: one object that reads its config and names its weights.
+"""The protocol of a family of models: one object that reads its config and names its weights.
 
 A family's file makes one and registers it; its name is the ``model_type`` of its ``config.json``.
 A user's own file may register more.

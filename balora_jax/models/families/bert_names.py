@@ -1,4 +1,4 @@
-"""Where the arrays of an encoder with BERT's names lie in a checkpoint."""
+"""Names of the arrays of an encoder with BERT's names in a checkpoint."""
 
 from balora_jax.models.encoder_config import EncoderConfig
 from balora_jax.models.weight_names import WeightRule

@@ -1,4 +1,4 @@
-"""Where the arrays of a decoder with Llama's names lie in a checkpoint."""
+"""Names of the arrays of a decoder with Llama's names in a checkpoint."""
 
 from balora_jax.models.decoder import NORMS
 from balora_jax.models.decoder_config import DecoderConfig

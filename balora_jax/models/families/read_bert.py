@@ -1,4 +1,4 @@
-"""What the configs of encoders with BERT's keys state alike."""
+"""Settings that the configs of encoders with BERT's keys state alike."""
 
 from typing import Any
 

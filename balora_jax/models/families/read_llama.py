@@ -1,4 +1,4 @@
-"""What the configs of decoders with Llama's keys state alike."""
+"""Settings that the configs of decoders with Llama's keys state alike."""
 
 from collections.abc import Mapping
 from typing import Any

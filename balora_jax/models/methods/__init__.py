@@ -1,4 +1,4 @@
-"""What trains: one adapter method a file, each an object under its name in ``METHODS``.
+"""Adapter methods: one a file, each an object under its name in ``METHODS``.
 
 ``method.py`` says what a method is: its arrays, what a layer computes with them, how they begin.
 """

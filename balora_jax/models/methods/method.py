@@ -1,4 +1,4 @@
-"""What an adapter method is: its arrays, what a layer computes with them, and how they begin."""
+"""The protocol of an adapter method: its arrays, its layer, and how they begin."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Where adapters begin: one start a file, each an object under its name in ``STARTS``.
+"""Starts of adapters: one a file, each an object under its name in ``STARTS``.
 
 ``start.py`` says what a start is; ``stacks.py`` writes its factors into the stacks of a model.
 """

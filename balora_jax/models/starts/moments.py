@@ -1,4 +1,4 @@
-"""What enters the linear layers, for starts that read data: second moments as gradients.
+"""Inputs of the linear layers, for starts that read data: second moments as gradients.
 
 A layer of this method computes what the plain one does, and holds an array M [D, D] of zeros whose
 gradient is ``Σ x xᵀ`` over its inputs x, whatever the loss: the forward adds ``Σ x·(x M)``, which

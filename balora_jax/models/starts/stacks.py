@@ -27,7 +27,7 @@ from balora_jax.models.starts.start import Start
 Arrays = dict[str, Array]
 Stacks = tuple[Float[Array, "L D R"], Float[Array, "L R F"]]
 Layout = Callable[[str, tuple[int, ...]], Sharding]
-"""Where an array lies, from its path and shape."""
+"""Place of an array, from its path and shape."""
 
 Moments = Callable[[str], Float[Array, "L D D"]]
 """Of a stacked layer's path: ``Σ x xᵀ`` of each layer over the tokens x that enter it, divided by

@@ -1,4 +1,4 @@
-"""What a start is: where the factors of an adapter begin."""
+"""The protocol of a start, which makes the first factors of an adapter."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable

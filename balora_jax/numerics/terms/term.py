@@ -122,7 +122,7 @@ class Term:
     def on_chunk(
         self, chunk: Chunk, prepared: Prepared | None, scale: Scalar
     ) -> tuple[Scalar | None, Float[Array, "n V"]]:
-        """The sum over the counted rows of a chunk, and ``scale`` times its derivative by logits.
+        """The sum over the counted rows of a chunk, and ``scale`` times its gradient.
 
         The sum is None where the term couples rows. Here by automatic derivatives of :meth:`rows`;
         columns that are split over devices are gathered, a chunk at a time.
@@ -142,7 +142,7 @@ class Term:
     def by_hidden(
         self, chunk: Chunk, prepared: Prepared | None, scale: Scalar
     ) -> Float[Array, "n D"] | None:
-        """What a chunk adds straight to the derivative by hidden states; None for nothing."""
+        """A chunk's own share of the gradient with respect to the hidden states, or None."""
         del chunk, prepared, scale
         return None
 
@@ -169,7 +169,7 @@ class Term:
         del where, columns, logit_map
 
     def remarks(self, rows: int, outputs: int) -> list[str]:
-        """What a reader should know of the term on batches of labelled rows."""
+        """What a reader should know of the term on batches of rows with labels."""
         del rows, outputs
         return []
 

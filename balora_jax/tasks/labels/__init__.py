@@ -1,1 +1,1 @@
-"""Encoders on labelled rows: the program, its loss, its run and its score."""
+"""Encoders on rows with labels: the program, its loss, its run and its score."""

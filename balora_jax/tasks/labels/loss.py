@@ -1,4 +1,4 @@
-"""The loss of one micro-batch of labelled rows: task, teacher and terms."""
+"""The loss of one micro-batch of rows with labels: task, teacher and terms."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Constants(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Over all devices and micro-batches of a step: labelled rows, tokens, micro-batches."""
+    """Over all devices and micro-batches of a step: rows with labels, tokens, micro-batches."""
 
     task: Scalar
     tokens: Scalar

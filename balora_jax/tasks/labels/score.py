@@ -1,4 +1,4 @@
-"""The score of an encoder on labelled rows, during a run and on its own."""
+"""The score of an encoder on rows with labels, during a run and on its own."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What enters the layers of a decoder on its training rows, for starts that read data."""
+"""Moments of what enters the layers of a decoder on its training rows, for some starts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -167,7 +167,7 @@ def _row_length(config: DataConfig, data: EncodedSet, base: Base, mesh: Mesh) ->
             f"data.max_length: expected at most {base.config.max_length}, the positions that "
             f"{base.folder.name} was made for, got a row of {longest} tokens. Lower it."
         )
-    return sharding.whole_length(length, config.max_length, mesh)
+    return sharding.round_up_length(length, config.max_length, mesh)
 
 
 def _check_vocabulary(data: EncodedSet, base: Base) -> None:

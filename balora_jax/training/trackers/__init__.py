@@ -1,4 +1,4 @@
-"""Where the rows of a run's log go besides: one tracker a file, each an object under its name.
+"""Further places for the rows of a run's log: one tracker a file, each an object under its name.
 
 ``tracker.py`` says what a tracker is. ``metrics.jsonl`` is written whatever the config names.
 """

@@ -1,4 +1,4 @@
-"""What a tracker is, and the trackers of one run."""
+"""Trackers: the protocol of one, and those of a run."""
 
 import json
 from collections.abc import Mapping, Sequence

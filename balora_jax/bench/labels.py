@@ -1,4 +1,4 @@
-"""A compiled step on labelled rows."""
+"""A compiled step on rows with labels."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from balora_jax.tasks.labels.run import LabelsRun
 
 
 @dataclass(frozen=True)
-class LabelCase:
+class LabelsCase:
     """One compiled case.
 
     Attributes:
@@ -33,7 +33,7 @@ class LabelCase:
         return self.run.step_flops(math.prod(self.shape[:2]))
 
 
-def compiled_case(config: RunConfig, case: Case) -> LabelCase:
+def compiled_case(config: RunConfig, case: Case) -> LabelsCase:
     """Open, load and compile a case on the first batch of its own data."""
     run = labels_run.check(configured(config, case))
     loaded = run.load()
@@ -47,4 +47,4 @@ def compiled_case(config: RunConfig, case: Case) -> LabelCase:
     parts = run.step_parts(10**6)
     seed = run.config.training.seed
     step = OurStep(parts, run.mesh, loaded.trainable, constants, batch, seed)
-    return LabelCase(run, step, batch["input_ids"].shape)
+    return LabelsCase(run, step, batch["input_ids"].shape)
