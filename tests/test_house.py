@@ -274,10 +274,13 @@ def test_no_folder_is_most_of_the_package():
     assert set(large) <= {"models"}, large
 
 
-# Rooms of the verbs, and what a task's run is built of: they are given a run's settings as a whole.
+# The verbs and their rooms, and where a task makes its run: they are given a run's settings as a
+# whole.
 TAKE_ALL_SETTINGS = (
-    *("finetune", "verbs", "plan", "bench", "study", "figures", "pretrained.export"),
-    *("config", "config_file", "tasks.text", "tasks"),
+    *("config_file", "finetune", "verbs", "plan", "bench", "study", "figures"),
+    "pretrained.export",  # the function behind a verb
+    "tasks.settings",
+    *("tasks.text.run", "tasks.text.program", "tasks.labels.run", "tasks.labels.program"),
 )
 
 

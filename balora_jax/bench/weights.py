@@ -50,7 +50,9 @@ def weights_of(config: RunConfig) -> tuple[Base, Weights]:
     length = config.data.max_length
     sharding.round_up_length(length, length, program.mesh)
     frozen = random_arrays(program.plain.frozen, program)
-    return base, Weights(frozen, True, random_batch(config, base.config.vocab_size))
+    return base, Weights(
+        frozen, True, random_batch(config.training, length, base.config.vocab_size)
+    )
 
 
 def random_arrays(shapes: dict[str, jax.ShapeDtypeStruct], program: TextProgram) -> Arrays:

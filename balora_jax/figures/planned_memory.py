@@ -76,7 +76,7 @@ def measured(config: RunConfig) -> dict[str, Any]:
     from balora_jax.tasks.text.program import text_program
     from balora_jax.training import steps
 
-    base = arguments.opened_base(config)
+    base = arguments.opened_base(config.model)
     program = text_program(config, base.config)
     abstract = arguments.abstract_arguments(program, compiled.STEPS)
     with jax.set_mesh(program.mesh):

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import jax
 import numpy as np
 
-from balora_jax.config import RunConfig
+from balora_jax.config import MeshConfig, RunConfig
 from balora_jax.config_file import load_config
 from balora_jax.errors import InputError
 from balora_jax.models.quantized import Quantization, bytes_of
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         name = config.model.dtype if kind == "none" else kind
         line = f"{name:>10}  {bytes_of(model.frozen) / 2**30:8.3f}"
-        line += f"  {on_a_device(config, model):8.3f}"
+        line += f"  {on_a_device(config.mesh, model):8.3f}"
         if logits is not None and reference is not None:
             error = (logits - reference) / np.ptp(reference)
             line += f"  {np.abs(error).max():13.2%}  {np.sqrt(np.mean(error**2)):9.3%}"
@@ -50,9 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(line, flush=True)
 
 
-def on_a_device(config: RunConfig, model: Structure) -> float:
+def on_a_device(mesh: MeshConfig, model: Structure) -> float:
     """GiB of frozen arrays on each device of the config's mesh."""
-    layout = sharding.Layout(model.axes, sharding.make_mesh(config.mesh))
+    layout = sharding.Layout(model.axes, sharding.make_mesh(mesh))
     shards = {
         path: jax.ShapeDtypeStruct(layout(path, leaf.shape).shard_shape(leaf.shape), leaf.dtype)
         for path, leaf in model.frozen.items()

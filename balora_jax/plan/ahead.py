@@ -94,7 +94,7 @@ def _compile(target: Target, config: RunConfig, name: str, *, head_alone: bool) 
     from balora_jax.plan import arguments, compiled
 
     mesh = sharding.make_mesh(config.mesh, described_devices(target))
-    base = arguments.opened_base(config)
+    base = arguments.opened_base(config.model)
     return compiled.compile_case(config, name, base.config, mesh, head_alone=head_alone)
 
 

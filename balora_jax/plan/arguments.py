@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from balora_jax.config import RunConfig
+from balora_jax.config import ModelConfig, TrainingConfig
 from balora_jax.parallel import sharding
 from balora_jax.paths import resolve_path
 from balora_jax.pretrained.checkpoint import Base, open_base
@@ -27,16 +27,15 @@ def shapes_only(name_or_path: str) -> Base | None:
     return open_base(str(folder), weights=False)
 
 
-def opened_base(config: RunConfig) -> Base:
+def opened_base(config: ModelConfig) -> Base:
     """The checkpoint of a config, with or without weights; only its ``config.json`` is read."""
-    return open_base(config.model.name_or_path, config.model.revision, weights=False)
+    return open_base(config.name_or_path, config.revision, weights=False)
 
 
-def random_batch(config: RunConfig, vocabulary: int) -> dict[str, np.ndarray]:
+def random_batch(training: TrainingConfig, length: int, vocabulary: int) -> dict[str, np.ndarray]:
     """Uniform tokens in full rows; every token but the first of a row is to be predicted."""
-    training = config.training
     rows = training.batch_size // training.accumulation
-    shape = (training.accumulation, rows, config.data.max_length)
+    shape = (training.accumulation, rows, length)
     ids = np.random.default_rng(training.seed).integers(0, vocabulary, shape, dtype=np.int32)
     positions = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
     return {
@@ -73,7 +72,9 @@ def abstract_arguments(program: TextProgram, total_steps: int) -> tuple[Any, ...
         )
     batch = {
         name: jax.ShapeDtypeStruct(value.shape, jnp.int32, sharding=sharding.batch_sharding(mesh))
-        for name, value in random_batch(program.config, program.decoder.vocab_size).items()
+        for name, value in random_batch(
+            program.config.training, length, program.decoder.vocab_size
+        ).items()
     }
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from balora_jax.config import RunConfig
+from balora_jax.config import RunConfig, TrainingConfig
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.numerics import head
 from balora_jax.numerics.head_types import Rows
@@ -128,7 +128,7 @@ def _setting(program: TextProgram, name: str) -> Row:
         "trainable": program.trainable,
         "devices": program.mesh.size,
         "mesh": dict(program.mesh.shape),
-        "batch": list(batch_shape(config)),
+        "batch": list(batch_shape(training, config.data.max_length)),
         "micro_batch": training.batch_size // training.accumulation,
         "accumulation": training.accumulation,
         "remat": config.model.remat,
@@ -136,15 +136,14 @@ def _setting(program: TextProgram, name: str) -> Row:
     }
 
 
-def batch_shape(config: RunConfig) -> tuple[int, int, int]:
+def batch_shape(training: TrainingConfig, length: int) -> tuple[int, int, int]:
     """``[micro-batches, B, T]`` of a step, rows as long as ``data.max_length``."""
-    training = config.training
     micro_batches = training.accumulation
-    return micro_batches, training.batch_size // micro_batches, config.data.max_length
+    return micro_batches, training.batch_size // micro_batches, length
 
 
 def _flops(program: TextProgram) -> Row:
-    shape = batch_shape(program.config)
+    shape = batch_shape(program.config.training, program.config.data.max_length)
     needed = flops.model_flops(program, shape, counted_tokens(shape))
     return {
         "model_flops": needed,
@@ -216,7 +215,7 @@ def head_temporaries(program: TextProgram) -> int | None:
     """
     mesh, width = program.mesh, program.decoder.hidden_size
     plan, chosen = program.head_plan, program.objective.term_set
-    _, rows, length = batch_shape(program.config)
+    _, rows, length = batch_shape(program.config.training, program.config.data.max_length)
     placed = NamedSharding(mesh, P(*sharding.batch_sharding(mesh).spec[1:]))
 
     def shape(*sizes: int, dtype: Any, at: Any = placed) -> Any:
@@ -255,7 +254,7 @@ def head_temporaries(program: TextProgram) -> int | None:
 
 def head_chunks(program: TextProgram) -> int:
     """How many chunks the head's pass takes on one device when every row counts."""
-    _, rows, length = batch_shape(program.config)
+    _, rows, length = batch_shape(program.config.training, program.config.data.max_length)
     spec = sharding.batch_sharding(program.mesh).spec[1:]
     axes = [axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)]
     split = math.prod(program.mesh.shape[axis] for axis in axes)

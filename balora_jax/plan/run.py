@@ -132,7 +132,7 @@ def _searched(
     config: RunConfig, target: Target, compile_one: Compile, candidates: int
 ) -> list[Row]:
     """Compile promising layouts until the number is spent."""
-    space = search.Space(config, arguments.opened_base(config).config, target)
+    space = search.Space(config, arguments.opened_base(config.model).config, target)
     found: list[tuple[search.Layout, Row]] = []
     with tqdm(total=candidates, unit="compilation", desc="plan") as bar:
         while len(found) < candidates:

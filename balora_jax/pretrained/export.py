@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from balora_jax.array_types import Array
-from balora_jax.config import RunConfig
+from balora_jax.config import ModelConfig, RunConfig
 from balora_jax.errors import InputError
 from balora_jax.io.hf_export import MergeReport, export_merged, module_deltas
 from balora_jax.io.peft_reader import PeftAdapter, read_peft
@@ -139,11 +139,11 @@ def export_run(
     if rank is not None and format == "merged":
         raise InputError("--rank: expected --format peft, got merged. Leave one of them out.")
     peft = read_peft(source)
-    base = _base_of(config, peft)
+    base = _base_of(config.model, peft)
     modules = peft_modules(peft, base.linears(_frozen(base)), str(source))
     adapters = host_copy(given_factors(modules, _frozen(base), peft.tensors, peft.magnitudes))
     if format == "merged":
-        return _merge(config, out, base, modules, adapters, peft)
+        return _merge(config.model.dtype, out, base, modules, adapters, peft)
     report = export_peft(
         out,
         modules=modules,
@@ -168,7 +168,7 @@ def export_run(
 
 
 def _merge(
-    config: RunConfig,
+    dtype: str,
     out: Path,
     base: Base | EncoderBase,
     modules: tuple[AdaptedModule, ...],
@@ -181,7 +181,7 @@ def _merge(
         out,
         source=base.folder,
         deltas=module_deltas(modules, adapters, {}, transposed=stored),
-        dtype=config.model.dtype,
+        dtype=dtype,
         rules=base.rules,
         added=peft.saved,
         settings=base.family.head_settings(base.config),
@@ -189,14 +189,14 @@ def _merge(
     return {
         "folder": str(out),
         "format": "merged",
-        "dtype": config.model.dtype,
+        "dtype": dtype,
         "files": merged.files,
         "merged_weights": merged.merged,
     }
 
 
-def _base_of(config: RunConfig, peft: PeftAdapter) -> Base | EncoderBase:
-    name, revision = config.model.name_or_path, config.model.revision
+def _base_of(config: ModelConfig, peft: PeftAdapter) -> Base | EncoderBase:
+    name, revision = config.name_or_path, config.revision
     if not is_encoder(name, revision):
         return open_base(name, revision)
     base = open_encoder(name, revision)

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from balora_jax.config import RegularizersConfig, RunConfig
+from balora_jax.config import ModelConfig, RegularizersConfig, TrainingConfig
 from balora_jax.errors import InputError
 from balora_jax.numerics import objective as objectives
 from balora_jax.numerics.objective import Objective, weights
@@ -18,22 +18,18 @@ def size_of(shapes: dict[str, jax.ShapeDtypeStruct]) -> int:
     return sum(math.prod(leaf.shape) for leaf in shapes.values())
 
 
-def checked_mesh(config: RunConfig, mesh: sharding.AnyMesh | None = None) -> sharding.AnyMesh:
-    """The devices of a run, after checking what depends on them.
+def check_mesh(model: ModelConfig, training: TrainingConfig, mesh: sharding.AnyMesh) -> None:
+    """Check what depends on the devices.
 
     Raises:
-        InputError: a mesh of another size, a batch that does not divide over it, or an option that
-            the devices lack.
+        InputError: a batch that does not divide over them, or an option that they lack.
     """
-    mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
-    if config.model.remat == "offload" and mesh.devices.flat[0].platform == "cpu":
+    if model.remat == "offload" and mesh.devices.flat[0].platform == "cpu":
         raise InputError(
             "model.remat: expected none, dots or full on a CPU, got offload: there is no other "
             "memory to move to. Choose one of them."
         )
-    training = config.training
     sharding.check_batch(training.batch_size // training.accumulation, mesh)
-    return mesh
 
 
 def objective_of(config: RegularizersConfig) -> Objective:
@@ -42,15 +38,21 @@ def objective_of(config: RegularizersConfig) -> Objective:
 
 
 def parts_of(
-    config: RunConfig, objective: Objective, loss: Any, counts: Any, total_steps: int
+    training: TrainingConfig,
+    objective: Objective,
+    loss: Any,
+    counts: Any,
+    total_steps: int,
+    *,
+    dropout: bool,
 ) -> steps.StepParts:
-    """A step around a loss: schedules and optimizer as the config says."""
+    """A step around a loss: schedules and optimizer as the config's section says."""
     return steps.StepParts(
         loss=loss,
         counts=counts,
         weights=lambda step: weights(objective, step, total_steps),
-        optimizer=optim.make_optimizer(config.training, total_steps),
-        learning_rate=optim.learning_rate_schedule(config.training, total_steps),
-        dropout=config.adapter.dropout > 0.0,
-        spike_sigmas=config.training.spike_sigmas,
+        optimizer=optim.make_optimizer(training, total_steps),
+        learning_rate=optim.learning_rate_schedule(training, total_steps),
+        dropout=dropout,
+        spike_sigmas=training.spike_sigmas,
     )

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from balora_jax.config import RunConfig
+from balora_jax.config import DataConfig, RunConfig, Section
 from balora_jax.errors import InputError
 from balora_jax.evals.benchmark import Benchmark
 from balora_jax.evals.tasks import BENCHMARKS
@@ -24,7 +24,7 @@ class TaskSettings(NamedTuple):
     benchmark: str
     unread: tuple[str, ...]
     ignores: str
-    check: Callable[[RunConfig], None]
+    check: Callable[[DataConfig], None]
 
 
 SETTINGS: Mapping[str, TaskSettings] = {
@@ -44,21 +44,20 @@ def check_settings(config: RunConfig) -> None:
     task = SETTINGS[config.task]
     for key in task.unread:
         section, name = key.split(".")
-        got, default = setting(config, section, name)
+        got, default = setting(getattr(config, section), name)
         if got != default:
             raise InputError(
                 f"{key}: expected {shown(default)} with task {config.task}, got {shown(got)}: "
                 f"{task.ignores}. Leave it out."
             )
-    benchmark_of(config)
-    task.check(config)
+    benchmark_of(config.task, config.eval.task)
+    task.check(config.data)
 
 
-def setting(config: RunConfig, section: str, name: str) -> tuple[Any, Any]:
+def setting(section: Section, name: str) -> tuple[Any, Any]:
     """The value of a key and its default."""
-    values = getattr(config, section)
-    default = type(values).model_fields[name].get_default(call_default_factory=True)
-    return getattr(values, name), default
+    default = type(section).model_fields[name].get_default(call_default_factory=True)
+    return getattr(section, name), default
 
 
 def shown(value: Any) -> str:
@@ -74,17 +73,17 @@ def shown(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def benchmark_of(config: RunConfig) -> Benchmark:
-    """What a run is scored on: ``eval.task``, or what its task is scored on without it.
+def benchmark_of(task: str, asked: str | None) -> Benchmark:
+    """What a run is scored on: ``eval.task`` if it is given, else what its task is scored on.
 
     Raises:
         InputError: no such benchmark, or one for another task.
     """
-    benchmark = BENCHMARKS[config.eval.task or SETTINGS[config.task].benchmark]
-    if benchmark.task not in (None, config.task):
-        known = [b.name for b in BENCHMARKS.values() if b.task in (None, config.task)]
+    benchmark = BENCHMARKS[asked or SETTINGS[task].benchmark]
+    if benchmark.task not in (None, task):
+        known = [b.name for b in BENCHMARKS.values() if b.task in (None, task)]
         raise InputError(
-            f"eval.task: expected one of {', '.join(known)} with task {config.task}, got "
+            f"eval.task: expected one of {', '.join(known)} with task {task}, got "
             f"{benchmark.name}, which scores {benchmark.task}. Choose one of them, or leave it out."
         )
     return benchmark

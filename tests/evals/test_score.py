@@ -159,7 +159,7 @@ def scored(tokenizer, rows, config, monkeypatch):
     """The figures of the adder on rows that stand for those of a file."""
     monkeypatch.setattr(score, "load_rows", lambda source, split, limit: rows)
     data = config.data.model_copy(update={"validation": "unread"})
-    exam = score.exam_of(tokenizer, data, config.eval, benchmark_of(config))
+    exam = score.exam_of(tokenizer, data, config.eval, benchmark_of(config.task, config.eval.task))
     return exam.score(adder(tokenizer), (), key=jax.random.key(0), title="before")
 
 
@@ -195,7 +195,9 @@ def test_limits_of_the_validation_rows(tmp_path):
 
     def count(data, evaluation):
         settings = config(data={"validation": str(file), **data}, eval=evaluation)
-        rows = score.validation_rows(settings.data, settings.eval, benchmark_of(settings))
+        rows = score.validation_rows(
+            settings.data, settings.eval, benchmark_of(settings.task, settings.eval.task)
+        )
         return [row["question"] for row in rows]
 
     assert count({}, {}) == list("012345")

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from balora_jax.config import RunConfig
+from balora_jax.config import RegularizersConfig, RunConfig
 from balora_jax.models.structure import Structure, structure
 from balora_jax.numerics.objective import Objective, for_labels, label_remarks, objective_of
 from balora_jax.parallel import sharding
@@ -59,7 +59,10 @@ class LabelsProgram:
     def step_parts(self, total_steps: int) -> steps.StepParts:
         """The pure functions of a training step."""
         loss = LabelsLoss(self.student, self.plain, self.objective, self.outputs)
-        return assemble.parts_of(self.config, self.objective, loss, counts_of, total_steps)
+        training, dropout = self.config.training, self.config.adapter.dropout > 0.0
+        return assemble.parts_of(
+            training, self.objective, loss, counts_of, total_steps, dropout=dropout
+        )
 
     def constants(self, loaded: Loaded) -> Constants:
         """What a step reads; the teacher's head is a copy of the student's first one."""
@@ -71,13 +74,13 @@ class LabelsProgram:
         return Constants(loaded.frozen, loaded.origin, head)
 
 
-def labels_objective(config: RunConfig, outputs: int) -> Objective:
+def labels_objective(config: RegularizersConfig, outputs: int) -> Objective:
     """The objective for labels: terms that the outputs leave undefined are off."""
     return for_labels(_asked(config), outputs)
 
 
-def _asked(config: RunConfig) -> Objective:
-    return objective_of(config.regularizers.of_the_terms(), labels=True)
+def _asked(config: RegularizersConfig) -> Objective:
+    return objective_of(config.of_the_terms(), labels=True)
 
 
 def labels_program(config: RunConfig, base: EncoderBase) -> LabelsProgram:
@@ -87,8 +90,9 @@ def labels_program(config: RunConfig, base: EncoderBase) -> LabelsProgram:
         InputError: a setting that does not fit the model or the devices.
     """
     outputs = base.config.num_labels
-    objective = labels_objective(config, outputs)
-    mesh = assemble.checked_mesh(config)
+    objective = labels_objective(config.regularizers, outputs)
+    mesh = sharding.make_mesh(config.mesh)
+    assemble.check_mesh(config.model, config.training, mesh)
     check_base(config.adapter, config.model)
     options: Any = {
         "dtype": config.model.dtype,
@@ -108,4 +112,4 @@ def remarks(program: LabelsProgram) -> list[str]:
     """What a reader should know of the terms before they trust a comparison."""
     training = program.config.training
     rows = training.batch_size // training.accumulation
-    return label_remarks(_asked(program.config), rows, program.outputs)
+    return label_remarks(_asked(program.config.regularizers), rows, program.outputs)

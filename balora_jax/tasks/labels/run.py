@@ -193,7 +193,7 @@ def check(config: RunConfig) -> LabelsRun:
 
 def _checked(config: RunConfig) -> LabelsRun:
     task = task_of(config.data)
-    labels_objective(config, task.outputs)  # before a checkpoint is looked for
+    labels_objective(config.regularizers, task.outputs)  # before a checkpoint is looked for
     model = config.model
     base = open_encoder(model.name_or_path, model.revision, num_labels=task.outputs)
     program = labels_program(config, base)
@@ -224,7 +224,7 @@ def encoded_validation(
     config: RunConfig, task: LabelsTask, base: EncoderBase, tokenizer: Any
 ) -> dict[str, LabelsSet]:
     """Title → encoded rows of the score; none where there is no score."""
-    if benchmark_of(config).task is None:
+    if benchmark_of(config.task, config.eval.task).task is None:
         return {}
     found = validation_rows(config.data, config.eval, task)
     most = longest(config.data, base)

@@ -1,6 +1,6 @@
 """The settings of a run on labels: those that it does not read, and those that it needs."""
 
-from balora_jax.config import DataConfig, RunConfig
+from balora_jax.config import DataConfig
 from balora_jax.errors import InputError
 
 UNREAD = (
@@ -29,9 +29,8 @@ SAID_BY_GLUE = ("text_columns", "label_column", "labels", "regression")
 """Of ``data``: what a GLUE task brings along."""
 
 
-def check(config: RunConfig) -> None:
+def check(data: DataConfig) -> None:
     """Raises InputError where rows or their columns are missing, or said twice."""
-    data = config.data
     if data.glue is None and (data.train is None or not data.text_columns):
         raise InputError(
             "data: expected data.glue, or data.train with data.text_columns, for task labels, got "

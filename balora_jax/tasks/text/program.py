@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from balora_jax.array_types import Array, Float, Int
-from balora_jax.config import ModelConfig, RunConfig
+from balora_jax.config import ModelConfig, RunConfig, TrainingConfig
 from balora_jax.errors import InputError
 from balora_jax.models.adapters import AdapterShape
 from balora_jax.models.decoder_config import DecoderConfig
@@ -91,7 +91,10 @@ class TextProgram:
         """The pure functions of a training step."""
         loss = TextLoss(self.student, self.plain, self.objective, self.head_plan)
         counts = partial(counts_of, mask_alignment=self.objective.mask_alignment)
-        return assemble.parts_of(self.config, self.objective, loss, counts, total_steps)
+        training, dropout = self.config.training, self.config.adapter.dropout > 0.0
+        return assemble.parts_of(
+            training, self.objective, loss, counts, total_steps, dropout=dropout
+        )
 
     def constants(self, loaded: Loaded) -> Constants:
         """What a step reads; the head is factorised once if a term reads its factor."""
@@ -120,11 +123,12 @@ def text_program(
     plain = model_structure(decoder, config.model, {})
     linears = linear_shapes(weight_rules(decoder), plain.parameters)
     adapters = adapters_of(config.adapter, linears)
-    mesh = assemble.checked_mesh(config, mesh)
+    mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
+    assemble.check_mesh(config.model, config.training, mesh)
     check_rows_whole(config.model, mesh)
     sharding.Layout(plain.axes, mesh).attached(plain.frozen)  # raises where an axis does not divide
     check_base(config.adapter, config.model)
-    _check_head(config, adapters.method)
+    _check_head(config.training, adapters.method)
     student = model_structure(decoder, config.model, adapters.shapes)
     return TextProgram(config, decoder, plain, student, adapters, objective, mesh)
 
@@ -153,9 +157,9 @@ def check_rows_whole(config: ModelConfig, mesh: sharding.AnyMesh) -> None:
         )
 
 
-def _check_head(config: RunConfig, method: Method) -> None:
+def _check_head(config: TrainingConfig, method: Method) -> None:
     """Raises InputError where the head is to train and the pass over it forms no gradient of it."""
-    if method.trains_base and config.training.head == "fused":
+    if method.trains_base and config.head == "fused":
         raise InputError(
             f"training.head: expected plain with adapter.method {method.name}, got fused, which "
             "forms no gradient of the head itself. Set training.head=plain."

@@ -154,7 +154,7 @@ def _open(config: RunConfig) -> _Opened:
     tokenizer = base.tokenizer()
     assert config.data.train is not None  # checked with the config
     rows = load_rows(config.data.train, split=config.data.split, limit=config.data.train_limit)
-    exam = exam_of(tokenizer, config.data, config.eval, benchmark_of(config))
+    exam = exam_of(tokenizer, config.data, config.eval, benchmark_of(config.task, config.eval.task))
     return _Opened(program, base, tokenizer, rows, exam)
 
 
@@ -185,7 +185,7 @@ def evaluate(config: RunConfig, *, adapter: str | None) -> dict[str, Any]:
     Raises:
         InputError: no validation rows are configured, or anything a run would refuse.
     """
-    benchmark = benchmark_of(config)
+    benchmark = benchmark_of(config.task, config.eval.task)
     if not isinstance(benchmark, TextBenchmark):
         raise InputError(
             f"eval.task: expected a task to score, got {benchmark.name!r}. Set it, as with --set "

@@ -1,6 +1,6 @@
 """The settings of a run on text: those that it does not read, and those that it needs."""
 
-from balora_jax.config import RunConfig
+from balora_jax.config import DataConfig
 from balora_jax.errors import InputError
 
 UNREAD = (
@@ -14,7 +14,7 @@ UNREAD = (
 )
 
 
-def check(config: RunConfig) -> None:
+def check(data: DataConfig) -> None:
     """Raises InputError where there is nothing to train on."""
-    if config.data.train is None:
+    if data.train is None:
         raise InputError("data.train: expected a value, got none. Add the key.")
