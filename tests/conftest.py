@@ -19,6 +19,15 @@ from tests import checked
 checked.switch_on()  # before the package is imported
 
 
+@pytest.fixture(scope="module", autouse=True)
+def registries_as_they_were():
+    """What a file of tests registers ends with it."""
+    from tests.registered import put_back
+
+    with put_back():
+        yield
+
+
 @pytest.fixture
 def type_checks_off():
     """Let a wrong argument reach the function's own message."""

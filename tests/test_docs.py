@@ -23,6 +23,7 @@ import balora_jax
 from balora_jax import cli
 from balora_jax.config_file import load_config, parse_config
 from tests import compiler
+from tests.registered import put_back
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -139,7 +140,8 @@ def folder(tmp_path, monkeypatch):
     for name in ("configs", "train.py", "docs", "balora_jax"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    with put_back():  # a page's own terms are not another page's
+        yield tmp_path
 
 
 def shell(text):

@@ -75,8 +75,8 @@ def shift_rows(products: Float[Array, "... T P"]) -> Float[Array, "... T T"]:
     With one column more and T − 1 leading entries dropped, rows of 2T − 1 start where they should.
 
     Example:
-        >>> shift_rows(jnp.array([[0, 1, 2], [3, 4, 5]]))
-        Array([[1, 2], [3, 4]], dtype=int32)
+        >>> shift_rows(jnp.array([[0.0, 1, 2], [3, 4, 5]])).tolist()
+        [[1.0, 2.0], [3.0, 4.0]]
     """
     *batch, tokens, columns = products.shape
     flat = jnp.pad(products, [(0, 0)] * (len(batch) + 1) + [(0, 1)]).reshape(*batch, -1)

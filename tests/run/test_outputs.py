@@ -54,7 +54,7 @@ def test_the_config_is_the_resolved_one(finished):
     assert tree["training"]["learning_rate"] == 0.05  # as given
     assert tree["training"]["beta2"] == 0.999  # a default
     assert set(tree) == {
-        "task", "model", "adapter", "regularizers", "data", "training", "mesh", "eval", "study",
+        "extensions", "task", "model", "adapter", "regularizers", "data", "training", "mesh", "eval", "study",
     }  # fmt: skip
 
 
