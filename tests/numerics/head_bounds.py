@@ -7,8 +7,8 @@ and head are exact in float32 (``sharded_head.arrays``), and so is division by T
   S, the sum of the terms' sizes. Errors of rounding are taken as independent with mean 0: by
   Azuma's inequality the sum errs by more than 6 u √n S once in 3e7 (Higham and Mary, 2019). Such
   errors are held as ``spread``, without the 6 u; those of several rows or sums add as squares.
-- exp and log err by 4 u of the result (XLA's by up to 2), tanh by 8 (6), one rounding by 1. These may
-  have one sign everywhere: they are held as ``full``, in units of u, and add as they are.
+- exp and log err by 4 u of the result (XLA's by up to 2), tanh by 8 (6), one rounding by 1. These
+  may have one sign everywhere: they are held as ``full``, in units of u, and add as they are.
 - What cancels keeps the errors of its parts: a divergence those of two logarithms, the loss those
   of all its terms.
 - Products that err by a matrix E move a singular value by uᵀEv, and Σ g_i u_i v_iᵀ by the entries

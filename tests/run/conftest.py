@@ -14,6 +14,9 @@ from balora_jax.io import drawing
 from tests import compiler
 from tests.tiny_run import tree_digest, write_config, write_inputs, write_model
 
+# Files of a user, which register when they are loaded: the search for doctests would load them.
+collect_ignore = ["outside_terms.py", "aware_start.py"]
+
 
 class Outcome(NamedTuple):
     """What a command returned and printed."""
