@@ -11,12 +11,16 @@ os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
 from pathlib import Path
 
+import hypothesis
 import jaxtyping
 import pytest
 
 from tests import checked
 
 checked.switch_on()  # before the package is imported
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="module", autouse=True)
