@@ -84,7 +84,7 @@ def test_everything_a_run_promises_is_there(finished):
 
 
 # peft fuses Mixtral's gate and up, and says so of the pattern that it makes of ours.
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
 def test_peft_computes_our_logits(finished):
     name, model, _, run = finished
     ours = load_pretrained(str(model), adapter=str(run / "adapter"))(IDS)
