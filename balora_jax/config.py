@@ -265,7 +265,7 @@ class TrainingConfig(Section):
 
 
 class MeshConfig(Section):
-    """How many devices lie along each axis; -1 once for all that are left.
+    """Number of devices along each axis; -1 once for all that are left.
 
     Attributes:
         data: copies of the model; rows of the batch are split over data and fsdp.

@@ -9,14 +9,14 @@ from balora_jax.errors import InputError
 
 @runtime_checkable
 class NamedByClass(Protocol):
-    """What can be registered: its class says its name."""
+    """Registered object whose class says its name."""
 
     name: ClassVar[str]
 
 
 @runtime_checkable
 class Named(Protocol):
-    """What can be registered: it knows its own name."""
+    """Registered object that knows its own name."""
 
     @property
     def name(self) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from balora_jax.bench.weights import Weights
 from balora_jax.errors import InputError
 from balora_jax.models.families.base import weight_rules
+from balora_jax.parallel.sharding import platform_of
 from balora_jax.pretrained.checkpoint import Base
 from balora_jax.tasks.text.program import TextProgram
 from balora_jax.training.run import Loaded
@@ -67,15 +68,14 @@ def torch_trainer(
     spec = folder / "spec.json"
     spec.write_text(json.dumps(spec_of(program, model, folder, threads)), encoding="utf-8")
     environment = os.environ | {"MALLOC_MMAP_MAX_": "0", "OMP_NUM_THREADS": str(threads)}
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, str(REFERENCE), str(spec)], env=environment, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        yield TorchTrainer(process)
-    finally:
-        process.kill()
-        process.wait()
+    ) as process:  # fmt: skip
+        try:
+            yield TorchTrainer(process)
+        finally:
+            process.kill()
 
 
 def write_model(folder: Path, base: Base, weights: Weights) -> None:
@@ -111,7 +111,7 @@ def spec_of(program: TextProgram, model: Path, folder: Path, threads: int) -> di
     return {
         "model": str(model),
         "dtype": config.model.dtype,
-        "device": "cuda" if program.mesh.devices.flat[0].platform == "gpu" else "cpu",
+        "device": "cuda" if platform_of(program.mesh) == "gpu" else "cpu",
         "threads": threads,
         "batch": str(folder / "batch.npz"),
         "factors": str(folder / "factors.npz"),

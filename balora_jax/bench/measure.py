@@ -25,7 +25,7 @@ Step = Callable[[], Mapping[str, Any]]
 
 @dataclass
 class Measured:
-    """What was seen of one case.
+    """Measurements of one case.
 
     Attributes:
         seconds: of each counted step.

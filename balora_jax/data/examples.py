@@ -70,7 +70,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class EncodingReport:
-    """What became of the rows: ``rows = kept + dropped + prompt_too_long``.
+    """Count of what became of the rows: ``rows = kept + dropped + prompt_too_long``.
 
     Attributes:
         rows: Rows read.

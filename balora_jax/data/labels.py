@@ -43,7 +43,7 @@ class LabelsExample:
 
 @dataclasses.dataclass(frozen=True)
 class LabelsReport:
-    """What became of the rows; none is ever left out.
+    """Count of what became of the rows; none is ever left out.
 
     Attributes:
         rows: Rows read.

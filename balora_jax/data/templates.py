@@ -28,7 +28,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "ass
 
 @dataclasses.dataclass(frozen=True)
 class ExampleSettings:
-    """How rows become examples.
+    """Recipe by which rows become examples.
 
     Attributes:
         template: ``alpaca``, ``plain`` (the prompt column and nothing else), ``chat`` (the

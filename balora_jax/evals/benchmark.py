@@ -12,7 +12,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """What ``eval.task`` names.
+    """Benchmark that ``eval.task`` names.
 
     Attributes:
         name: of it in configs.

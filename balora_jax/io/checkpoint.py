@@ -48,7 +48,7 @@ FREE_KEYS = (
 
 
 class Identity(NamedTuple):
-    """What makes two runs the same run.
+    """Identity of a run: equal for two that are the same.
 
     Attributes:
         config: the resolved config as nested dicts.

@@ -56,7 +56,7 @@ Deltas = Callable[[str, np.ndarray], np.ndarray | None]
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merged export wrote: its folder, files, tensors, changed tensors and bytes."""
+    """Result of a merged export: its folder, files, tensors, changed tensors and bytes."""
 
     folder: Path
     files: int

@@ -29,7 +29,7 @@ _ADAPTER_FILES = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md"}
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export wrote.
+    """Result of an export.
 
     Attributes:
         folder: the adapter folder.

@@ -45,7 +45,7 @@ class AdaptedModule:
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """What a stacked linear layer must know to hold adapters (static, hashable)."""
+    """Facts that a stacked linear layer needs to hold adapters (static, hashable)."""
 
     rank: int
     origin: bool

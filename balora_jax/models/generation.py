@@ -15,7 +15,7 @@ from balora_jax.parallel import hosts
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen, and when a row ends.
+    """Rule that chooses the next token and ends a row.
 
     Attributes:
         max_new_tokens: longest continuation.

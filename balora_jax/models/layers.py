@@ -88,7 +88,7 @@ def make_norm(
 
 
 class Tables(NamedTuple):
-    """What attention reads besides its input: rotary tables (None where there are none), mask."""
+    """Inputs of attention besides its rows: rotary tables (None where there are none), mask."""
 
     cos: Float[Array, "B T 1 K2"] | None
     sin: Float[Array, "B T 1 K2"] | None

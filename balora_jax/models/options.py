@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from balora_jax.errors import InputError
 from balora_jax.models.adapters import AdapterShape
 from balora_jax.models.quantized import Quantization
 
@@ -15,7 +16,7 @@ AttentionKernel = Literal["auto", "xla", "cudnn"]
 
 @dataclass(frozen=True)
 class Options:
-    """What is chosen for a run, where a family's config is what the checkpoint fixes.
+    """Choices of a run, where a family's config is what the checkpoint fixes.
 
     Attributes:
         adapters: of stacked linear layers, by path.
@@ -30,3 +31,24 @@ class Options:
     remat: Remat = "none"
     kernel: AttentionKernel = "auto"
     quantization: Quantization = "none"
+
+
+def kernel_on(platform: str, kernel: AttentionKernel, where: str) -> AttentionKernel:
+    """The kernel of attention on devices of a platform: ``auto`` asks for cuDNN's on a GPU only.
+
+    Args:
+        platform: ``cpu``, ``gpu`` or ``tpu``, of the devices that are to run it.
+        kernel: what was asked for.
+        where: the setting's name, for the message.
+
+    Raises:
+        InputError: ``cudnn`` for other devices than a GPU.
+    """
+    if platform == "gpu":
+        return kernel
+    if kernel == "cudnn":
+        raise InputError(
+            f"{where}: expected auto or xla on a {platform}, got cudnn, which runs on a GPU only. "
+            "Choose another."
+        )
+    return "xla"

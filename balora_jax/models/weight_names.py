@@ -11,7 +11,7 @@ from balora_jax.models.adapters import LinearShape
 
 @dataclass(frozen=True)
 class WeightRule:
-    """Where one of our arrays lives in a checkpoint.
+    """Place of one of our arrays in a checkpoint.
 
     Attributes:
         path: our dotted path, ``layers.self_attn.q_proj.kernel``.

@@ -28,7 +28,7 @@ Adapt = Callable[[Scales, dict[str, Scalar]], Scales]
 
 
 class _Pass(NamedTuple):
-    """What every chunk of a micro-batch reads."""
+    """Arrays that every chunk of a micro-batch reads."""
 
     plan: Chunks
     rows: Rows

@@ -64,7 +64,7 @@ class Rows(NamedTuple):
 
 
 class HeadSums(NamedTuple):
-    """What a micro-batch comes to, over all its devices; float32 scalars.
+    """Sums of a micro-batch over all its devices; float32 scalars.
 
     Attributes:
         task_sum: Cross-entropy summed over rows with labels, in nats.
@@ -114,7 +114,7 @@ class Head:
 
 
 class Chunks(NamedTuple):
-    """Which rows each chunk takes: those that count, closed up, in their order.
+    """Rows that each chunk takes: those that count, closed up, in their order.
 
     Attributes:
         order: Row of each place, ``[places]``; places behind the last used row repeat row 0.

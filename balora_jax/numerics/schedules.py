@@ -33,7 +33,7 @@ Course = Literal["any", "falls", "rises"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a weight λ changes over a run. Hashable: a static jit argument.
+    """Course of a weight λ over a run. Hashable: a static jit argument.
 
     Attributes:
         name: what configs call it.

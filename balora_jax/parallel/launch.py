@@ -17,7 +17,7 @@ CLUSTERS = {
 
 @dataclass(frozen=True)
 class Start:
-    """How this process finds the others; all None where the environment tells.
+    """Address of the other processes; all None where the environment tells.
 
     Attributes:
         coordinator: ``HOST:PORT`` of process 0.

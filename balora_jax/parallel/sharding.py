@@ -52,9 +52,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
 
 
+def platform_of(mesh: AnyMesh) -> str:
+    """The platform of the devices, ``cpu``, ``gpu`` or ``tpu``; or this process's."""
+    return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Where the arrays of a model lie on a mesh.
+    """Placement of the arrays of a model on a mesh.
 
     Attributes:
         axes: logical axes of every array by path, as ``Structure.axes`` has them.

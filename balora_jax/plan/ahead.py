@@ -45,16 +45,14 @@ def compiler(target: Target) -> Iterator[Compile]:
     command = [sys.executable, "-m", "balora_jax.plan.ahead", target.name]
     environment = os.environ | target.environment
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            command, env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-        )  # fmt: skip
+    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(
+        command, env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+    ) as process:  # fmt: skip
         try:
             yield partial(_ask, process, log, target)
         finally:
             process.kill()
-            process.wait()
 
 
 def _ask(

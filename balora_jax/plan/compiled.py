@@ -71,7 +71,7 @@ def compile_case(
 
 def dump_options(mesh: Any, folder: str) -> dict[str, Any]:
     """Options that let the TPU compiler write the text of a program to a folder."""
-    if mesh.devices.flat[0].platform != "tpu":
+    if sharding.platform_of(mesh) != "tpu":
         return {}
     return {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
 

@@ -200,7 +200,7 @@ def _factorizations(number: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a layout needs beside the arrays it is given, by hand.
+    """Estimate, by hand, of what a layout needs beside the arrays it is given.
 
     Attributes:
         program: the model on the mesh.

@@ -146,14 +146,15 @@ class Checkpoint(Generic[Config]):
                 if rule.name in names
             }
 
-    def check_ids(self: "Checkpoint[EncoderConfig]", examples: Iterable[Any]) -> None:
-        """Raises InputError for a token, or its type, that no row of an encoder's table belongs to.
+    def check_ids(self, examples: Iterable[Any]) -> None:
+        """Raises InputError for a token, or its type, that no row of the model's table belongs to.
 
         Args:
-            examples: with ``input_ids`` and ``token_type_ids``, as a tokenizer made them.
+            examples: with ``input_ids`` and, for an encoder, ``token_type_ids``, as a tokenizer
+                made them.
         """
         sizes = {"input_ids": "vocab_size"}
-        if self.config.type_vocab_size > 0:
+        if getattr(self.config, "type_vocab_size", 0) > 0:
             sizes["token_type_ids"] = "type_vocab_size"
         highest = dict.fromkeys(sizes, 0)
         for example in examples:

@@ -14,7 +14,7 @@ from balora_jax.io.peft_reader import read_peft
 from balora_jax.models.adapters import adapter_shapes, plan_adapters
 from balora_jax.models.generation import Sampling, generate, make_decoder
 from balora_jax.models.methods import METHODS
-from balora_jax.models.options import AttentionKernel
+from balora_jax.models.options import AttentionKernel, kernel_on
 from balora_jax.models.quantized import Quantization, floating_kernels
 from balora_jax.models.starts import STARTS
 from balora_jax.models.starts.stacks import start_adapters, start_from_factors
@@ -222,8 +222,9 @@ def load_decoder(
         quantization: of its linear layers; adapters stand on the quantised base.
     """
     peft = None if adapter is None else read_peft(adapter)
+    kernel = kernel_on(jax.default_backend(), attention, "attention")
     base = open_base(path, revision)
-    made = partial(structure, base.config, dtype=dtype, kernel=attention, quantization=quantization)
+    made = partial(structure, base.config, dtype=dtype, kernel=kernel, quantization=quantization)
     plain = made()
     frozen = base.load_for(plain)
     if peft is None:

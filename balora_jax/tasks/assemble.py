@@ -24,7 +24,7 @@ def check_mesh(model: ModelConfig, training: TrainingConfig, mesh: sharding.AnyM
     Raises:
         InputError: a batch that does not divide over them, or an option that they lack.
     """
-    if model.remat == "offload" and mesh.devices.flat[0].platform == "cpu":
+    if model.remat == "offload" and sharding.platform_of(mesh) == "cpu":
         raise InputError(
             "model.remat: expected none, dots or full on a CPU, got offload: there is no other "
             "memory to move to. Choose one of them."

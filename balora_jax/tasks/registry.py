@@ -13,7 +13,7 @@ from balora_jax.training.run import Run
 
 @dataclass(frozen=True)
 class Task:
-    """What a run can be asked to learn.
+    """Task that a run can be asked to learn.
 
     Attributes:
         name: what configs call it under ``task``.

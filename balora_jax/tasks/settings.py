@@ -12,7 +12,7 @@ from balora_jax.tasks.text import settings as text
 
 
 class TaskSettings(NamedTuple):
-    """What a task says of the settings.
+    """Rules of a task about its settings.
 
     Attributes:
         benchmark: that it is scored on where ``eval.task`` is not given.

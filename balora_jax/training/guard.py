@@ -14,7 +14,7 @@ FEWEST = WINDOW // 2
 
 
 class Guard(NamedTuple):
-    """What the guard remembers.
+    """Memory of the guard.
 
     Attributes:
         skipped: updates skipped so far.

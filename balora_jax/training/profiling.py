@@ -10,7 +10,7 @@ from balora_jax.parallel import hosts
 
 
 class Profile:
-    """What the devices did between two steps, for TensorBoard and Perfetto.
+    """Trace of the devices between two steps, for TensorBoard and Perfetto.
 
     Args:
         steps: first and last step, or None for no trace.

@@ -20,7 +20,7 @@ Metrics = dict[str, Scalar]
 
 
 class TrainState(NamedTuple):
-    """What training changes.
+    """State that training changes.
 
     Attributes:
         step: optimizer steps done, int32, those without an update among them.
@@ -36,7 +36,7 @@ class TrainState(NamedTuple):
 
 
 class StepParts(NamedTuple):
-    """What a step is made of; each is a pure function.
+    """Parts of a step; each is a pure function.
 
     Attributes:
         loss: ``(adapters, constants, micro_batch, counts, weights, dropout_key, emphasis)`` →

@@ -216,7 +216,7 @@ def test_an_index_without_its_shard(place):
         ({"hidden_size": None}, ["config.json: expected the key 'hidden_size', got none"]),
         ({"hidden_act": "swoosh"}, ["expected hidden_act to be one of", "got 'swoosh'"]),
         ({"max_position_embeddings": 8}, ["data.max_length: expected at most 8"]),
-        ({"vocab_size": 12}, ["expected token ids below vocab_size 12"]),
+        ({"vocab_size": 12}, ["expected input_ids below vocab_size 12"]),
         ({"rope_scaling": {"rope_type": "spiral"}}, ["expected the rope type to be one of"]),
     ],
 )

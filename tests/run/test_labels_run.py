@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from balora_jax import finetune
-from balora_jax.config_file import parse_config
+from balora_jax.config_file import load_config, parse_config
 from balora_jax.errors import InputError
 from balora_jax.tasks.labels import run as labels_run
 from balora_jax.tasks.labels import score as labels_score
@@ -443,3 +444,15 @@ def test_rows_are_not_a_score(finished):
     """The last lines compare the scores, not the number of rows."""
     lines = [line for line in finished[2].out.splitlines() if "on held-out rows" in line]
     assert [line.split(" on held-out")[0] for line in lines] == ["accuracy", "f1"]
+
+
+def test_a_start_that_reads_rows_of_text_is_refused_before_loading(inputs, tmp_path):
+    tree = label_config_tree(inputs, adapter={"start": "aware"})
+    tree["extensions"] = [str(Path(__file__).with_name("aware_start.py"))]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(InputError) as error:
+        labels_run.check(load_config(tmp_path / "config.yaml"))
+    assert str(error.value) == (
+        "adapter.start: expected a start that reads no rows of data here, got 'aware', which does. "
+        "Choose another, or train on text."
+    )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from balora_jax.config_file import parse_config
+from balora_jax.errors import InputError
 from balora_jax.finetune import fit
 from balora_jax.tasks.registry import TASKS
 from balora_jax.tasks.text import run as text_run
@@ -48,3 +49,26 @@ def test_the_score_of_a_saved_adapter_is_that_of_its_run(task, tmp_path):
     summary = fit(config, workdir=tmp_path / "run")
     found = TASKS[task].evaluate(config, adapter=str(tmp_path / "run" / "adapter"))
     assert found == json.loads(json.dumps(summary["after"]))
+
+
+@pytest.mark.parametrize(
+    ("task", "setting", "said"),
+    [
+        ("text", {"revision": "main"}, "revision"),
+        ("labels", {"revision": "main"}, "revision"),
+        ("text", {"attention": "cudnn"}, "attention: expected auto or xla on a cpu, got cudnn"),
+    ],
+)
+def test_what_names_the_base_is_read_by_both(task, setting, said, tmp_path):
+    """Neither fits here, so that each verb must refuse it."""
+    if task == "text":
+        tree = tiny_run.config_tree(
+            tiny_run.write_inputs(tmp_path), model=setting, eval={"task": None}
+        )
+    else:
+        inputs = tiny_labels_run.write_label_inputs(tmp_path)
+        tree = tiny_labels_run.label_config_tree(inputs, model=setting)
+    config = parse_config(tree, "config")
+    for verb in (TASKS[task].check, lambda config: TASKS[task].evaluate(config, adapter=None)):
+        with pytest.raises(InputError, match=said):
+            verb(config)

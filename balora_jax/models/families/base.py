@@ -28,7 +28,7 @@ Rules = tuple[WeightRule, ...]
 
 @runtime_checkable
 class Family(Protocol):
-    """What the rest of the package asks of a family; the two classes below answer it."""
+    """Questions of the package to a family; the two classes below answer them."""
 
     kind: ClassVar[Kind]
     task_type: ClassVar[str]

@@ -34,7 +34,7 @@ class Part:
 
 
 class AdaptedCall(NamedTuple):
-    """What a layer hands its method: one layer of a stack, or the experts of one layer.
+    """Arrays that a layer hands its method: one layer of a stack, or the experts of one layer.
 
     Attributes:
         x: its input [..., D_in], with dropout where that is on.
@@ -62,7 +62,7 @@ class AdaptedCall(NamedTuple):
 
 @runtime_checkable
 class Method(Protocol):
-    """What trains, of an adapted layer or of the whole model; a subclass is one method.
+    """Choice of what trains, in an adapted layer or the whole model; a subclass is one method.
 
     Attributes:
         name: what ``adapter.method`` calls it.

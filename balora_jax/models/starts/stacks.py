@@ -19,10 +19,9 @@ import numpy as np
 from jax.sharding import Sharding
 
 from balora_jax.array_types import Array, Float, PRNGKeyArray
-from balora_jax.errors import InputError
 from balora_jax.models.adapters import AdaptedModule
 from balora_jax.models.methods.method import Part
-from balora_jax.models.starts.start import Start
+from balora_jax.models.starts.start import Start, check_without_rows
 
 Arrays = dict[str, Array]
 Stacks = tuple[Float[Array, "L D R"], Float[Array, "L R F"]]
@@ -68,11 +67,8 @@ def start_adapters(
         InputError: a rank that the start cannot have, or no moments for one that reads rows.
     """
     start.check_ranks(modules)
-    if start.rows and moments is None:
-        raise InputError(
-            f"adapter.start: expected a start that reads no rows of data here, got {start.name!r}, "
-            "which does. Choose another, or train on text."
-        )
+    if moments is None:
+        check_without_rows(start)
     adapters: Arrays = {}
     origin: Arrays = {}
     for path, members in _by_path(modules).items():

@@ -1,7 +1,7 @@
 """The protocol of a start, which makes the first factors of an adapter."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -14,7 +14,7 @@ Factors = tuple[Float[Array, "D R"], Float[Array, "R F"]]
 
 @runtime_checkable
 class Start(Protocol):
-    """Where A and B of every adapted layer begin; a subclass is one start.
+    """First values of A and B of every adapted layer; a subclass is one start.
 
     Attributes:
         name: what ``adapter.start`` calls it.
@@ -73,3 +73,12 @@ class Start(Protocol):
                     f"adapter.rank: expected {kind} with the start {self.name!r}, got "
                     f"{module.rank} for {module.name}. Choose {kind}, or another start."
                 )
+
+
+def check_without_rows(start: Any) -> None:
+    """Raises InputError where a start, of any kind, reads rows of text and there are none."""
+    if start.rows:
+        raise InputError(
+            f"adapter.start: expected a start that reads no rows of data here, got "
+            f"{start.name!r}, which does. Choose another, or train on text."
+        )

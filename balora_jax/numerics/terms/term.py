@@ -22,7 +22,7 @@ Variant = Literal["iclr2026", "arxiv_v1"]
 
 
 class Prepared(NamedTuple):
-    """What a term finds over all rows of a micro-batch before the pass over chunks.
+    """Findings of a term over all rows of a micro-batch, before the pass over chunks.
 
     Attributes:
         value: Of a term that couples rows, over all devices.

@@ -23,7 +23,7 @@ TEACHER = "teacher_logits"
 
 
 class Constants(NamedTuple):
-    """What a step reads and never changes.
+    """Arrays that a step reads and never changes.
 
     Attributes:
         frozen: the checkpoint's weights by path.

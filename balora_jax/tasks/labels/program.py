@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from balora_jax.config import RegularizersConfig, RunConfig
+from balora_jax.models.starts.start import check_without_rows
 from balora_jax.models.structure import Structure, structure
 from balora_jax.numerics.objective import Objective, for_labels, label_remarks, objective_of
 from balora_jax.parallel import sharding
@@ -20,7 +21,7 @@ from balora_jax.training.run import Loaded
 
 @dataclass(frozen=True)
 class LabelsProgram:
-    """What a step of an encoder computes.
+    """Computation of a step of an encoder on labels.
 
     Attributes:
         config: the whole run.
@@ -101,6 +102,7 @@ def labels_program(config: RunConfig, base: EncoderBase) -> LabelsProgram:
     }
     plain = structure(base.config, **options)
     adapters = adapters_of(config.adapter, base.linears(plain.parameters))
+    check_without_rows(adapters.start)
     saved, teacher_head = adapters.start.saved, config.regularizers.teacher_head
     check_head(base, saved, config.adapter.start, teacher_head)
     sharding.Layout(plain.axes, mesh).attached(plain.frozen)  # raises where an axis does not divide

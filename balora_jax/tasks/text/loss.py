@@ -23,7 +23,7 @@ Parts = dict[str, Scalar]
 
 
 class Constants(NamedTuple):
-    """What a step reads and never changes.
+    """Arrays that a step reads and never changes.
 
     Attributes:
         frozen: the checkpoint's weights by path; they are the teacher.
@@ -98,7 +98,7 @@ def merged(x: Array) -> Array:
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """How the head's pass runs on the devices.
+    """Plan of the head's pass on the devices.
 
     Attributes:
         kind: ``fused``, chunk by chunk with the gradient formed beside the values, or ``plain``,

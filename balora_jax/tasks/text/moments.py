@@ -37,7 +37,9 @@ class RowMoments:
         One stack at a time: a stack's moments are as large as L kernels [D, D] in float32.
         """
         program, mesh = self.program, self.program.mesh
-        model = model_structure(program.decoder, program.config.model, {path: MEASURED})
+        model = model_structure(
+            program.decoder, program.config.model, program.mesh, {path: MEASURED}
+        )
         name = f"{path}.{MOMENT}"
         layout = sharding.Layout(model.axes, mesh)
         place = layout(name, model.adapters[name].shape)

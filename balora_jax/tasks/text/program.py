@@ -14,6 +14,7 @@ from balora_jax.models.adapters import AdapterShape
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.families.base import weight_rules
 from balora_jax.models.methods.method import Method
+from balora_jax.models.options import kernel_on
 from balora_jax.models.structure import Structure, structure
 from balora_jax.models.weight_names import linear_shapes
 from balora_jax.numerics import head, linalg
@@ -29,7 +30,7 @@ from balora_jax.training.steps import StepParts
 
 @dataclass(frozen=True)
 class TextProgram:
-    """What a step of a decoder on text computes.
+    """Computation of a step of a decoder on text.
 
     Attributes:
         config: the whole run.
@@ -75,8 +76,7 @@ class TextProgram:
     def head_plan(self) -> HeadPlan:
         """How the pass over the logits runs on the mesh."""
         training, mesh = self.config.training, self.mesh
-        platform = mesh.devices.flat[0].platform
-        memory = training.head_memory_mib or head.default_memory_mib(platform)
+        memory = training.head_memory_mib or head.default_memory_mib(sharding.platform_of(mesh))
         columns = self.decoder.vocab_size // mesh.shape[VOCABULARY]
         return HeadPlan(
             training.head,
@@ -120,29 +120,32 @@ def text_program(
         InputError: a setting that does not fit the model or the devices.
     """
     objective = assemble.objective_of(config.regularizers)
-    plain = model_structure(decoder, config.model, {})
+    mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
+    plain = model_structure(decoder, config.model, mesh, {})
     linears = linear_shapes(weight_rules(decoder), plain.parameters)
     adapters = adapters_of(config.adapter, linears)
-    mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
     assemble.check_mesh(config.model, config.training, mesh)
     check_rows_whole(config.model, mesh)
     sharding.Layout(plain.axes, mesh).attached(plain.frozen)  # raises where an axis does not divide
     check_base(config.adapter, config.model)
     _check_head(config.training, adapters.method)
-    student = model_structure(decoder, config.model, adapters.shapes)
+    student = model_structure(decoder, config.model, mesh, adapters.shapes)
     return TextProgram(config, decoder, plain, student, adapters, objective, mesh)
 
 
 def model_structure(
-    decoder: DecoderConfig, config: ModelConfig, adapters: dict[str, AdapterShape]
+    decoder: DecoderConfig,
+    config: ModelConfig,
+    mesh: sharding.AnyMesh,
+    adapters: dict[str, AdapterShape],
 ) -> Structure:
-    """The model's shapes with the options of the config's section."""
+    """The model's shapes with the options of the config's section, for the devices of a mesh."""
     return structure(
         decoder,
         adapters=adapters,
         dtype=config.dtype,
         remat=config.remat,
-        kernel=config.attention,
+        kernel=kernel_on(sharding.platform_of(mesh), config.attention, "model.attention"),
         quantization=config.quantization,
     )
 

@@ -115,7 +115,7 @@ class TextRun(TextProgram):
 
 
 class _Opened(NamedTuple):
-    """What :class:`TextRun` says, and the training rows as they were read."""
+    """Inputs of a :class:`TextRun`, and the training rows as they were read."""
 
     program: TextProgram
     base: Base
@@ -136,7 +136,7 @@ def check(config: RunConfig) -> TextRun:
     opened = hosts.together(partial(_open, config))
     settings = example_settings(config.data)
     data = encode_rows(opened.rows, opened.tokenizer, settings, share_out=hosts.share_out)
-    _check_vocabulary(data, opened.base)
+    opened.base.check_ids(data.examples)
     return TextRun(
         **vars(opened.program),
         base=opened.base,
@@ -168,15 +168,6 @@ def _row_length(config: DataConfig, data: EncodedSet, base: Base, mesh: Mesh) ->
             f"{base.folder.name} was made for, got a row of {longest} tokens. Lower it."
         )
     return sharding.round_up_length(length, config.max_length, mesh)
-
-
-def _check_vocabulary(data: EncodedSet, base: Base) -> None:
-    highest = max(int(example.input_ids.max()) for example in data.examples)
-    if highest >= base.config.vocab_size:
-        raise InputError(
-            f"{base.folder}: expected token ids below vocab_size {base.config.vocab_size}, got "
-            f"{highest} from its tokenizer. Use the tokenizer that belongs to the weights."
-        )
 
 
 def evaluate(config: RunConfig, *, adapter: str | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ SEEN = "trackers.json"
 
 @runtime_checkable
 class Tracker(Protocol):
-    """What takes the rows of a run, one run at a time."""
+    """Receiver of the rows of a run, one run at a time."""
 
     @property
     def name(self) -> str:
