@@ -1,5 +1,7 @@
 """Type checks of the package in the tests: wherever one of its functions is called."""
 
+import functools
+
 import beartype
 import jaxtyping
 from jax.sharding import AbstractMesh, Mesh
@@ -13,6 +15,7 @@ check = beartype.beartype(
 )
 
 
+@functools.cache
 def switch_on() -> None:
     """Check what is imported of the package from now on."""
     jaxtyping.install_import_hook("balora_jax", f"{__name__}.check")

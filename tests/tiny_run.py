@@ -7,6 +7,7 @@ command line also run where neither torch nor PEFT is installed.
 import copy
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -190,11 +191,17 @@ def checkpoint_steps(workdir):
 
 
 def tree_digest(folder):
-    """Name and content of everything below a folder (empty folders too), and of nothing else."""
+    """Name and content of everything below a folder (empty folders too), and of nothing else.
+
+    A link is what it says, not what it leads to.
+    """
     folder = Path(folder)
-    return {
-        str(path.relative_to(folder)): (
-            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
-        )
-        for path in sorted(folder.rglob("*"))
-    }
+    return {str(path.relative_to(folder)): _content(path) for path in sorted(folder.rglob("*"))}
+
+
+def _content(path):
+    if path.is_symlink():
+        return f"link to {os.readlink(path)}"
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    return "folder" if path.is_dir() else "neither file nor folder"
