@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from balora_jax import __version__
+from balora_jax import __version__, signals
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.parallel import supervise
 from balora_jax.verbs import bench, eval, export, generate, plan, study, train
@@ -26,18 +26,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = make_parser().parse_args(arguments)
     options.arguments = arguments
-    try:
-        return _run(options)
-    except (InputError, RunStoppedError) as error:
-        print(f"balora: {error}", file=sys.stderr, flush=True)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        print("balora: interrupted before a checkpoint could be written.", file=sys.stderr)
-        code = RunStoppedError.exit_code
+    with signals.taken() as caught, signals.watched(caught):
+        code = _ended(options, caught)
     if supervise.is_child():
         from balora_jax.parallel import hosts
 
         hosts.leave(code)
+    return code
+
+
+def _ended(options: argparse.Namespace, caught: signals.Signals) -> int:
+    """Run the command to its end, whatever that is; returns the exit code."""
+    try:
+        return _run(options)
+    except (InputError, RunStoppedError) as error:
+        sentence, code = str(error), error.exit_code
+    except KeyboardInterrupt:
+        sentence, code = caught.sentence(), RunStoppedError.exit_code
+    caught.end()
+    print(f"balora: {sentence}", file=sys.stderr, flush=True)
     return code
 
 

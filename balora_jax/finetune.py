@@ -2,7 +2,6 @@
 
 import functools
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,18 @@ import jax
 from balora_jax import hardware
 from balora_jax.config import RunConfig
 from balora_jax.config_file import dump_config
+from balora_jax.errors import InputError
 from balora_jax.io import drawing, metrics
 from balora_jax.io.folders import write_atomically
-from balora_jax.models.methods import METHODS
 from balora_jax.parallel import hosts
 from balora_jax.pretrained import export
+from balora_jax.signals import taken
 from balora_jax.tasks.registry import TASKS
-from balora_jax.training.endings import failures, interruptions
-from balora_jax.training.loop import Training, last_step
+from balora_jax.training.endings import failures, reading
+from balora_jax.training.loop import Training, resumable
 from balora_jax.training.run import Run
 from balora_jax.training.trackers import TRACKERS
-from balora_jax.training.workdir import check_folders
+from balora_jax.training.workdir import CURVES, METRICS, SUMMARY, check_workdir, held
 
 
 def fit(config: RunConfig, *, workdir: str | Path, resume: bool = False) -> dict[str, Any]:
@@ -42,24 +42,29 @@ def fit(config: RunConfig, *, workdir: str | Path, resume: bool = False) -> dict
         RunStoppedError: diverged, interrupted after a checkpoint, or a device, a host or the disk
             failed.
     """
+    if not str(workdir).strip():
+        raise InputError("--workdir: expected a folder, got empty text. Name one.")
     folder, began = Path(workdir), time.monotonic()
-    with failures(folder):
-        full = METHODS[config.adapter.method].trains_base
-        hosts.by_first(functools.partial(check_folders, folder, resume=resume, full=full))
-        trackers = [TRACKERS[name] for name in config.training.trackers]
-        run = TASKS[config.task].check(config)
-        step = last_step(run, folder) if resume else None
-        loaded = run.load()
-        describe(run)
-        with jax.set_mesh(run.mesh), interruptions() as interrupted:
-            training = Training(run, loaded, folder, interrupted, trackers=trackers, resumed=step)
-            with training.trackers as told:
-                training.score_before()
-                training.train()
-                written = export_trained(training)
-                summary = summarise(training, training.score("after"), began)
-                told.summary = summary
-            write_results(folder, summary, written)
+    with taken() as signals, failures(folder, signals):
+        signals.several = jax.process_count() > 1
+        with reading():
+            hosts.by_first(functools.partial(check_workdir, folder, resume=resume))
+            trackers = [TRACKERS[name] for name in config.training.trackers]
+            run = TASKS[config.task].check(config)
+        with held(folder, resume=resume):
+            with reading():
+                found = resumable(run, folder) if resume else None
+                loaded = run.load()
+            describe(run)
+            with jax.set_mesh(run.mesh):
+                training = Training(run, loaded, folder, signals, trackers=trackers, found=found)
+                with training.trackers as told:
+                    training.score_before()
+                    training.train()
+                    written = export_trained(training)
+                    summary = summarise(training, training.score("after"), began)
+                    told.summary = summary
+                write_results(folder, summary, written)
         return summary
 
 
@@ -90,8 +95,9 @@ def export_trained(training: Training) -> str:
         return ""
     model = run.config.model
     if run.adapters.method.trains_base:
-        shutil.rmtree(folder / export.MODEL, ignore_errors=True)
-        found = export.write_model(folder / export.MODEL, run.base, trainable, model.dtype)
+        found = export.write_model(
+            folder / export.MODEL, run.base, trainable, model.dtype, overwrite=True
+        )
         return f"model: {found.folder} ({found.merged} tensors changed)"
     report = export.write_adapter(
         folder / export.ADAPTER,
@@ -125,10 +131,10 @@ def summarise(training: Training, after: dict[str, Any], began: float) -> dict[s
 def write_results(folder: Path, summary: dict[str, Any], written: str) -> None:
     """The summary and the curves, by the first process, and what was gained, for the reader."""
     if hosts.is_first():
-        rows = metrics.read_metrics(folder / "metrics.jsonl")
-        drawn = drawing.draw_curves(rows, folder / "curves.png")
+        rows = metrics.read_metrics(folder / METRICS)
+        drawn = drawing.draw_curves(rows, folder / CURVES)
         text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(folder / "summary.json", text)
+        write_atomically(folder / SUMMARY, text)
         print(written)
         if drawn:
             print(f"curves:  {folder / 'curves.png'}")

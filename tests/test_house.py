@@ -29,7 +29,7 @@ MODULES = {
 LAYERS = (
     ("errors",),
     ("array_types", "registry", "extensions", "hardware", "options"),
-    ("paths", "parallel.launch", "parallel.supervise"),
+    ("paths", "signals", "parallel.launch", "parallel.supervise"),
     ("parallel.hosts",),
     ("numerics",),
     ("parallel.axes",),

@@ -47,7 +47,7 @@ class Resumable:
             state: What `get_state` of an iterator over the same examples gave.
 
         Raises:
-            InputError: The state belongs to other examples or another setting.
+            InputError: The state belongs to other examples or another setting, or is none at all.
         """
         for key, mine in self._identity.items():
             if state.get(key) != mine:
@@ -55,7 +55,24 @@ class Resumable:
                     f"data position: expected {key} = {mine}, got {state.get(key)} in the "
                     "checkpoint. Resume with the data and the settings of the first run."
                 )
-        self._iterator.set_state(state["position"])
+        position = state.get("position")
+        if not _same_kind(self._iterator.get_state(), position):
+            raise InputError(
+                "data position: expected the place of an iterator in the checkpoint, got something "
+                "else. Go on from another checkpoint, or use a new --workdir."
+            )
+        self._iterator.set_state(position)
+
+
+def _same_kind(known: Any, found: Any) -> bool:
+    """Whether a saved position has the keys and types of one; numbers count from 0."""
+    if isinstance(known, dict):
+        return (
+            isinstance(found, dict)
+            and found.keys() == known.keys()
+            and all(_same_kind(value, found[key]) for key, value in known.items())
+        )
+    return type(known) is type(found) and not (isinstance(found, int) and found < 0)
 
 
 class TextBatches(Resumable):

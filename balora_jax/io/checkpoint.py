@@ -14,6 +14,8 @@ from absl import logging
 
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.io import seals
+from balora_jax.io.folders import write_atomically
+from balora_jax.io.hf_files import read_json
 from balora_jax.numerics.objective import depends_on_length
 from balora_jax.parallel import hosts
 
@@ -47,6 +49,16 @@ FREE_KEYS = (
 )
 
 
+FORMAT = 2
+"""Of what lies in a checkpoint; another version's is refused by number."""
+
+WRITING = "writing"
+"""File beside the checkpoints that says which step's is being written."""
+
+_REMOVED = ".removed-"
+_ORBAX_MARK = "_CHECKPOINT_METADATA"
+
+
 class Identity(NamedTuple):
     """Identity of a run: equal for two that are the same.
 
@@ -57,6 +69,22 @@ class Identity(NamedTuple):
 
     config: dict[str, Any]
     base: str
+
+
+class Found(NamedTuple):
+    """What lies in the folder of a run's checkpoints.
+
+    Attributes:
+        step: of the newest whole checkpoint; None where there is none.
+        said: a line about each that is not whole.
+        damaged: those to be put aside, each with its new name.
+        cut_short: what a kill left of those that were being written or removed.
+    """
+
+    step: int | None
+    said: list[str]
+    damaged: list[tuple[Path, str]]
+    cut_short: list[Path]
 
 
 class Restored(NamedTuple):
@@ -93,9 +121,13 @@ class Checkpoints:
         self._unsealed: int | None = None
 
     def latest_step(self, before: int | None = None) -> int | None:
-        """The step of the newest finished checkpoint (of those before a step), or None."""
-        steps = [step for step in self._manager.all_steps() if step != self._unsealed]
+        """The step of the newest sealed checkpoint (of those before a step), or None."""
+        steps = sealed_steps(self.folder)
         return max((s for s in steps if before is None or s < before), default=None)
+
+    def look_again(self) -> None:
+        """Forget what lay in the folder before it was tidied."""
+        self._manager.reload()
 
     def path_of(self, step: int) -> Path:
         """Folder of a step's checkpoint."""
@@ -108,16 +140,19 @@ class Checkpoints:
             RunStoppedError: this or the checkpoint before cannot be written.
         """
         self.wait()
-        for old in sorted(self._manager.all_steps())[: -self.keep]:
-            self._manager.delete(old)
         with self._writing():
+            self._prune()
+            if hosts.is_first():
+                write_atomically(self.folder / WRITING, f"{step}\n")
+            hosts.barrier("checkpoint begun")
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
                     data=ocp.args.JsonSave(dict(data)),
-                    run=ocp.args.JsonSave(identity._asdict()),
+                    run=ocp.args.JsonSave({"format": FORMAT, **identity._asdict()}),
                 ),
+                force=True,  # a step that orbax passes over would be missed only by the next run
             )
         self._unsealed = step
 
@@ -137,7 +172,8 @@ class Checkpoints:
         with self._writing():
             self._manager.wait_until_finished()
             if hosts.is_first():
-                seals.seal(self.path_of(self._unsealed))
+                seals.seal(self.path_of(self._unsealed), self._unsealed)
+                (self.folder / WRITING).unlink()
         self._unsealed = None
 
     @contextmanager
@@ -154,96 +190,180 @@ class Checkpoints:
             if number is None:
                 raise
             self._unsealed = None
-            good = self.latest_whole()
+            good = self.latest_step()
             kept = "there is no earlier one" if good is None else f"{self.path_of(good)} is whole"
             raise RunStoppedError(
                 f"{self.folder}: expected room for a checkpoint, got: {os.strerror(number)}; "
                 f"{kept}. Make room there and go on with --resume."
             ) from error
 
-    def latest_whole(self) -> int | None:
-        """The newest checkpoint that was sealed."""
-        steps = (s for s in self._manager.all_steps() if seals.is_sealed(self.path_of(s)))
-        return max(steps, default=None)
-
-    def identity(self, step: int) -> Identity:
-        """The config and base that a checkpoint was made with."""
-        found = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
-        return Identity(**found["run"])
+    def _prune(self) -> None:
+        """Remove the oldest sealed checkpoints; their folders vanish at once, whatever happens."""
+        for old in sealed_steps(self.folder)[: -self.keep] if hosts.is_first() else ():
+            doomed = self.folder / f"{_REMOVED}{old}"
+            os.rename(self.path_of(old), doomed)
+            shutil.rmtree(doomed)
 
     def restore(self, step: int, like: Any) -> Restored:
         """Read a checkpoint onto the shapes and shardings of ``like``, whatever wrote it."""
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
         )
-        found = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
-            ),
-        )
-        return Restored(step, found["state"], found["data"])
+        path = self.path_of(step)
+        try:
+            found = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            )
+        except (KeyError, ValueError, TypeError, OSError) as error:
+            # Whatever orbax says of arrays that are not those of this run.
+            raise InputError(
+                f"{path}: expected the arrays of this run, got others: "
+                f"{' '.join(str(error).split())[:200]} Go on from another checkpoint, or use a new "
+                "--workdir."
+            ) from error
+        return Restored(step, found["state"], read_data(path))
 
     def close(self) -> None:
         """Finish writing, remove what is not to be kept, and let go."""
         self.wait()
-        for old in sorted(self._manager.all_steps())[: -self.keep]:
-            self._manager.delete(old)
+        with self._writing():
+            self._prune()
         self._manager.close()
 
 
-def newest_whole(folder: Path) -> tuple[int | None, list[str]]:
-    """The newest checkpoint whose every file is as it was written, and what was found on the way.
+def sealed_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints that were written to their end, the oldest first."""
+    there = ((step, path) for step, path in _numbered(folder) if not path.is_symlink())
+    return sorted(step for step, path in there if seals.is_sealed(path))
 
-    One whose writing was cut short, or whose files changed since, is put aside, not removed.
+
+def look(folder: Path) -> Found:
+    """The newest checkpoint whose every file is as it was written; changes nothing.
 
     Raises:
-        InputError: there are checkpoints, but all of them are damaged.
+        InputError: there are checkpoints but all of them are damaged, or a folder has the name of
+            a checkpoint and is none.
     """
-    steps = sorted((int(child.name) for child in _finished(folder)), reverse=True)
-    found: list[str] = []
-    damaged = 0
-    for step in steps:
-        path = folder / str(step)
-        if not seals.is_sealed(path):
-            aside = _put_aside(path, f"unsealed-{step}")
-            found.append(f"{path}: writing it was cut short ({seals.NAME} is missing); {aside}")
-            continue
-        damage = seals.damage(path)
-        if damage is None:
-            return step, found
-        damaged += 1
-        found.append(f"{path}: damaged, as {damage}; {_put_aside(path, f'damaged-{step}')}")
-    if damaged:
+    found = Found(None, [], [], [])
+    writing = _being_written(folder)
+    for step, path in sorted(_numbered(folder), reverse=True):
+        if path.is_symlink() or not path.is_dir():
+            raise InputError(
+                f"{path}: expected a folder of this run, got a link or a file. Move it elsewhere."
+            )
+        if seals.is_sealed(path):
+            damage = seals.damage(path, step)
+            if damage is None:
+                found = found._replace(step=step)
+                break
+            aside = _free_name(path, f"damaged-{step}")
+            found.said.append(f"{path}: damaged, as {damage}; put aside as {aside}")
+            found.damaged.append((path, aside))
+        elif step == writing:
+            found.said.append(f"{path}: writing it was cut short; removed")
+        elif (path / _ORBAX_MARK).is_file():
+            aside = _free_name(path, f"unsealed-{step}")
+            found.said.append(f"{path}: it has no {seals.NAME}; put aside as {aside}")
+            found.damaged.append((path, aside))
+        else:
+            raise InputError(
+                f"{path}: expected a checkpoint of this run, got another folder. Move it elsewhere."
+            )
+    if found.step is None and any("damaged, as " in line for line in found.said):
         raise InputError(
-            f"{folder}: expected a whole checkpoint, got only damaged ones ({'; '.join(found)}). "
-            "Bring one back from a copy, or use a new --workdir."
+            f"{folder}: expected a whole checkpoint, got only damaged ones "
+            f"({'; '.join(found.said[:2])}). Bring one back from a copy, or use a new --workdir."
         )
-    return None, found
+    found.cut_short.extend(_cut_short(folder, writing))
+    return found
 
 
-def _put_aside(path: Path, name: str) -> str:
-    aside = path.with_name(name)
-    shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
-    return f"put aside as {name}"
+def tidy(folder: Path, found: Found) -> None:
+    """Put aside what is damaged, and remove what a kill left half-written."""
+    for path, aside in found.damaged:
+        path.rename(path.with_name(aside))
+    for path in found.cut_short:
+        shutil.rmtree(path)
+    (folder / WRITING).unlink(missing_ok=True)
 
 
-def _finished(folder: Path) -> list[Path]:
+def _being_written(folder: Path) -> int | None:
+    """The step whose checkpoint was begun and not sealed."""
+    file = folder / WRITING
+    text = file.read_bytes() if file.is_file() else b""
+    return int(text) if re.fullmatch(rb"[0-9]{1,18}\n", text) else None
+
+
+def _cut_short(folder: Path, writing: int | None) -> list[Path]:
+    """Folders that only this program makes: of a checkpoint half-written or half-removed."""
     if not folder.is_dir():
         return []
-    return [child for child in folder.iterdir() if child.is_dir() and child.name.isdigit()]
+    half = re.compile(rf"{writing}(\.orbax-checkpoint-tmp.*)?" if writing is not None else r"(?!)")
+    return [
+        child
+        for child in folder.iterdir()
+        if re.fullmatch(rf"{re.escape(_REMOVED)}[0-9]+", child.name)
+        or (half.fullmatch(child.name) and not seals.is_sealed(child))
+    ]
 
 
-def discard(folder: Path) -> None:
-    """Remove what an interrupted first checkpoint left behind, but nothing that was put aside."""
-    for child in folder.iterdir() if folder.is_dir() else ():
-        if child.name.startswith(("unsealed-", "damaged-")):
-            continue
-        if child.is_dir():
-            shutil.rmtree(child)
-        else:
-            child.unlink()
+def _free_name(path: Path, name: str) -> str:
+    """The name, or the first of it with a number that nothing has."""
+    names = (name, *(f"{name}-{i}" for i in range(2, 10**6)))
+    return next(n for n in names if not os.path.lexists(path.with_name(n)))
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    """What has the name of a step."""
+    if not folder.is_dir():
+        return []
+    return [
+        (int(child.name), child)
+        for child in folder.iterdir()
+        if re.fullmatch(r"0|[1-9][0-9]{0,17}", child.name)
+    ]
+
+
+def read_identity(path: Path) -> Identity:
+    """The config and base that a checkpoint was made with.
+
+    Raises:
+        InputError: another version wrote it.
+    """
+    run = _read(path, "run")
+    if run.get("format") != FORMAT:
+        raise InputError(
+            f"{path}: expected a checkpoint of format {FORMAT}, got format {run.get('format')!r}. "
+            "Go on with the version that wrote it, or use a new --workdir."
+        )
+    if run.keys() != {"format", *Identity._fields} or not (
+        isinstance(run["config"], dict) and isinstance(run["base"], str)
+    ):
+        raise InputError(
+            f"{path}: expected the config and the base of a run, got something else. Go on from "
+            "another checkpoint, or use a new --workdir."
+        )
+    return Identity(run["config"], run["base"])
+
+
+def read_data(path: Path) -> dict[str, Any]:
+    """The position in the data (``batches``) and the first score (``before``) of a checkpoint.
+
+    Raises:
+        InputError: another program wrote it.
+    """
+    data = _read(path, "data")
+    if data.keys() != {"batches", "before"} or not all(isinstance(v, dict) for v in data.values()):
+        raise InputError(
+            f"{path}: expected a position in the data and a score, got something else. Go on from "
+            "another checkpoint, or use a new --workdir."
+        )
+    return data
+
+
+def _read(path: Path, item: str) -> dict[str, Any]:
+    """An item that orbax wrote as JSON."""
+    return read_json(path / item / "metadata")
 
 
 def check_same_run(saved: Identity, now: Identity, where: str) -> None:

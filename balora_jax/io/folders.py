@@ -17,6 +17,15 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def begins_with(file: Path, text: str) -> bool:
+    """Whether a file is there and begins with a text."""
+    if not file.is_file():
+        return False
+    wanted = text.encode()
+    with file.open("rb") as content:
+        return content.read(len(wanted)) == wanted
+
+
 @contextmanager
 def replaced_folder(
     target: str | Path, *, may_replace: Callable[[Path], bool] = lambda _: False
@@ -36,7 +45,7 @@ def replaced_folder(
     _check_free(target, may_replace)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        draft = _sibling(target, "")
     except OSError as error:
         raise InputError(
             f"{target}: expected a folder that can be written, got {error.strerror or error}. "
@@ -48,6 +57,12 @@ def replaced_folder(
         _swap(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _sibling(target: Path, kind: str) -> Path:
+    """An empty folder beside the target, with a name that only this module makes."""
+    prefix = f".{target.name}.{kind}"
+    return Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=target.parent))
 
 
 def _check_free(target: Path, may_replace: Callable[[Path], bool]) -> None:
@@ -67,7 +82,7 @@ def _swap(draft: Path, target: Path) -> None:
     if not target.exists():
         os.rename(draft, target)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    old = _sibling(target, "old.")
     os.replace(target, old)
     try:
         os.rename(draft, target)

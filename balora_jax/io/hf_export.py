@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ MAX_SHARD_BYTES = 4 * 2**30
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _PROGRESS_FROM_BYTES = 200_000_000
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # Copied as they are where present; code and pickles never are.
 _COMPANIONS = (
     "generation_config.json",
@@ -170,6 +172,7 @@ def export_merged(
     rules: Sequence[WeightRule] = (),
     added: Mapping[str, np.ndarray] = MappingProxyType({}),
     settings: Mapping[str, Any] = MappingProxyType({}),
+    overwrite: bool = False,
 ) -> MergeReport:
     """Write the source checkpoint with the weights of ``deltas``, as sharded safetensors.
 
@@ -185,6 +188,7 @@ def export_merged(
             the table's name, whatever older one the source has.
         added: whole tensors by name, in place of those of the source or beside them.
         settings: of the new ``config.json``, in place of the source's.
+        overwrite: replace a merged export that is already there.
 
     Raises:
         InputError: an unknown dtype, a source that is broken or quantised, a folder that may not
@@ -196,7 +200,8 @@ def export_merged(
             f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}. Choose one of them."
         )
     source, target = Path(source), Path(folder)
-    with open_tensors(source) as tensors, replaced_folder(target) as draft:
+    replaced = replaced_folder(target, may_replace=lambda old: overwrite and is_merged(old))
+    with open_tensors(source) as tensors, replaced as draft:
         named = {new: tensors[old] for new, old in stored_names(tensors, rules).items()}
         for name, value in added.items():
             named[name] = StoredTensor(name, source, value.shape, "F32", _Held(value))
@@ -214,6 +219,13 @@ def export_merged(
     entries = [entry for shard in shards for entry in shard]
     total = sum(entry.nbytes for entry in entries)
     return MergeReport(target, len(shards), len(entries), merged, total)
+
+
+def is_merged(folder: Path) -> bool:
+    """Whether a folder holds a merged export and nothing that overwriting it would lose."""
+    names = {path.name for path in folder.iterdir()}
+    known = {CONFIG_FILE, SINGLE_FILE, INDEX_FILE, *_COMPANIONS}
+    return CONFIG_FILE in names and all(n in known or _SHARD.fullmatch(n) for n in names)
 
 
 def _plan(

@@ -1,13 +1,17 @@
 """The rows of ``metrics.jsonl``."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from balora_jax.io.folders import write_atomically
 from balora_jax.numerics.objective import TASK
 from balora_jax.numerics.terms import TERMS
+
+ASIDE = "metrics.unread"
+"""File beside the metrics that gets, on a resume, the lines that are no rows."""
 
 
 def columns() -> list[str]:
@@ -20,12 +24,37 @@ def columns() -> list[str]:
     ]
 
 
+class Lines(NamedTuple):
+    """The content of a metrics file.
+
+    Attributes:
+        rows: its rows, in their order.
+        unread: lines that are no rows: torn, empty, or not of this program.
+    """
+
+    rows: list[dict[str, Any]]
+    unread: list[bytes]
+
+
 class MetricsLog:
-    """Append rows to a JSON-lines file; on resume, forget rows after the restored step."""
+    """Append rows to a JSON-lines file; on resume, forget rows after the restored step.
+
+    Lines that are no rows are moved to the file ``metrics.unread`` beside it.
+
+    Attributes:
+        unread: how many lines those were.
+    """
 
     def __init__(self, path: Path, *, keep_until: int):
-        rows = [row for row in read_metrics(path) if row["step"] <= keep_until]
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+        rows, unread = read_lines(path)
+        self.unread = len(unread)
+        if unread:
+            with path.with_name(ASIDE).open("ab") as aside:
+                aside.writelines(line + b"\n" for line in unread)
+                aside.flush()
+                os.fsync(aside.fileno())
+        kept = [row for row in rows if row["step"] <= keep_until]
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, float | None]) -> None:
@@ -39,12 +68,32 @@ class MetricsLog:
         self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file; a last line cut short by a kill is left out."""
+def read_lines(path: Path) -> Lines:
+    """The rows of a metrics file, and its other lines but a last one that a kill cut short."""
+    found = Lines([], [])
     if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
-    return rows
+        return found
+    *lines, tail = path.read_bytes().split(b"\n")
+    # Behind the last line break is nothing, or the beginning of a row that a kill cut short.
+    for line in lines if not tail or tail.startswith(b'{"step"') else (*lines, tail):
+        row = _row(line)
+        if row is None:
+            found.unread.append(line)
+        else:
+            found.rows.append(row)
+    return found
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; none where there is no file."""
+    return read_lines(path).rows
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line as a row of this program; None where it is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # bytes that are no UTF-8 are a ValueError, too
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return row if type(step) is int and set(columns()) <= row.keys() else None

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from balora_jax.errors import InputError
 from balora_jax.io.folders import replaced_folder
@@ -190,7 +190,7 @@ def export_peft(
     """
     _check_export(folder, modules, rank, saved, modules_to_save)
     target = Path(folder)
-    with replaced_folder(target, may_replace=lambda old: overwrite and _is_adapter(old)) as draft:
+    with replaced_folder(target, may_replace=lambda old: overwrite and is_adapter(old)) as draft:
         pairs = [_pair(module, adapters, origin, rank) for module in modules]
         heights = {m.path: len(adapters[f"{m.path}.lora_b"]) for m in modules}
         # A rank that was asked for is written plainly, whichever modules it changed.
@@ -234,7 +234,7 @@ def _check_export(
         )
 
 
-def _is_adapter(folder: Path) -> bool:
+def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter and nothing that overwriting it would lose."""
     names = {path.name for path in folder.iterdir()}
     return ADAPTER_CONFIG in names and names <= _ADAPTER_FILES
@@ -283,7 +283,8 @@ def _save(file: Path, pairs: Sequence[_Pair], saved: Mapping[str, np.ndarray]) -
     written = {
         name: np.ascontiguousarray(value.astype(np.float32)) for name, value in tensors.items()
     }
-    save_file(written, file, metadata={"format": "pt"})
+    # Not save_file, whose error of a full disk does not say that it is one.
+    file.write_bytes(save(written, metadata={"format": "pt"}))
     return sum(value.size for value in written.values())
 
 

@@ -1,24 +1,32 @@
-"""Seals of folders: a digest of every file, to find out whether it is as it was written.
+"""Seals of checkpoints: a digest of every file, to find out whether a folder is as it was written.
 
-A sealed folder holds ``SHA256SUMS``, which ``sha256sum --check SHA256SUMS`` reads as well.
+A sealed folder holds ``SHA256SUMS``, which ``sha256sum --check SHA256SUMS`` reads as well: a line
+for each file, then a comment that says the step, how many files there are and the digest of the
+lines above it. So neither a line nor a file can be missing, and no folder passes for another step.
 """
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 NAME = "SHA256SUMS"
+_DRAFT = f"{NAME}.partial"
+_LAST = re.compile(r"# step (\d+), (\d+) files, sha256 ([0-9a-f]{64})\n")
+_LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)\n")
 
 
-def seal(folder: Path) -> None:
+def seal(folder: Path, step: int) -> None:
     """Write the digest of every file below ``folder``; the last thing that is written there."""
-    lines = [f"{_digest(folder / name)}  {name}\n" for name in _files(folder)]
-    draft = folder / f"{NAME}.partial"
-    with draft.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
+    names, _ = _listed(folder)
+    lines = "".join(
+        f"{_digest(folder / name)}  {name}\n" for name in names if name not in (NAME, _DRAFT)
+    )
+    with (folder / _DRAFT).open("wb") as file:
+        file.write((lines + _last_line(step, lines)).encode())
         file.flush()
         os.fsync(file.fileno())
-    os.replace(draft, folder / NAME)
+    os.replace(folder / _DRAFT, folder / NAME)
 
 
 def is_sealed(folder: Path) -> bool:
@@ -26,26 +34,69 @@ def is_sealed(folder: Path) -> bool:
     return (folder / NAME).is_file()
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a sealed folder, by the name of the first file; None where nothing is."""
+def damage(folder: Path, step: int) -> str | None:
+    """What is wrong with the sealed folder of a step, by the first name; None where nothing is."""
+    try:
+        return _damage(folder, step)
+    except OSError as error:
+        name = os.path.relpath(error.filename, folder) if error.filename else "a file"
+        return f"{name} cannot be read ({error.strerror or error})"
+
+
+def _damage(folder: Path, step: int) -> str | None:
     text = (folder / NAME).read_bytes().decode(errors="replace")
-    if not text.endswith("\n"):
+    *lines, last = text.splitlines(keepends=True) or [""]
+    if not last.endswith("\n"):
         return f"{NAME} is cut short"
-    for line in text.splitlines():
-        digest, _, name = line.partition("  ")
-        if len(digest) != 64 or not name:
-            return f"{NAME} has the line {line[:80]!r}"
-        file = folder / name
-        if not file.is_file():
+    found = _LAST.fullmatch(last)
+    if found is None:
+        return f"{NAME} does not end with the line of its step: another version may have written it"
+    if last != _last_line(int(found[1]), "".join(lines)):
+        return f"{NAME} is not as it was written"
+    if int(found[1]) != step:
+        return f"it is the checkpoint of step {found[1]} under another name"
+    return _damaged_file(folder, lines)
+
+
+def _damaged_file(folder: Path, lines: list[str]) -> str | None:
+    """The first file that is not what its line says, or that has no line."""
+    written = {}
+    for line in lines:
+        found = _LINE.fullmatch(line)
+        if found is None:  # only if whoever wrote the last line wrote this one as well
+            return f"{NAME} has a line that is not of a file"
+        written[found[2]] = found[1]
+    names, strange = _listed(folder)
+    if strange:
+        return f"{strange[0]} is neither a file nor a folder"
+    there = set(names) - {NAME}
+    for name in sorted(written.keys() | there):
+        if name not in there:
             return f"{name} is missing"
-        if _digest(file) != digest:
+        if name not in written:
+            return f"{name} was not there when it was written"
+        if _digest(folder / name) != written[name]:
             return f"{name} does not have the checksum it was written with"
     return None
 
 
-def _files(folder: Path) -> list[str]:
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(path.relative_to(folder).as_posix() for path in found if path.name != NAME)
+def _last_line(step: int, lines: str) -> str:
+    count = lines.count("\n")
+    return f"# step {step}, {count} files, sha256 {hashlib.sha256(lines.encode()).hexdigest()}\n"
+
+
+def _listed(folder: Path) -> tuple[list[str], list[str]]:
+    """Files below a folder, and what is neither a file nor a folder: links, which mislead."""
+    files, strange = [], []
+    for parent, folders, names in os.walk(folder, followlinks=False):
+        for name in (*folders, *names):
+            path = Path(parent, name)
+            relative = path.relative_to(folder).as_posix()
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                strange.append(relative)
+            elif path.is_file():
+                files.append(relative)
+    return sorted(files), sorted(strange)
 
 
 def _digest(file: Path) -> str:

@@ -91,6 +91,8 @@ def write_model(
     base: Base | EncoderBase,
     trainable: Mapping[str, Array | np.ndarray],
     dtype: str,
+    *,
+    overwrite: bool = False,
 ) -> MergeReport:
     """Write the weights of a full fine-tuning as a checkpoint of the base's layout."""
     changed: dict[str, np.ndarray] = {}
@@ -112,6 +114,7 @@ def write_model(
         rules=base.rules,
         added=saved_head(base, trainable),
         settings=base.family.head_settings(base.config),
+        overwrite=overwrite,
     )
 
 

@@ -2,12 +2,9 @@
 
 import gc
 import json
-import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +15,10 @@ from balora_jax.config_file import load_config
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.finetune import fit
 from balora_jax.io.folders import write_atomically
+from balora_jax.signals import Interrupted, Signals, taken
 from balora_jax.study.grid import StudyRun, chosen, plan_runs
 from balora_jax.study.table import Figures, diverged, draw, figures_of, main_metric, table
-from balora_jax.training.workdir import check_workdir
+from balora_jax.training.workdir import check_writable
 
 RECORDED = ("before", "after", "wall_seconds", "trainable_parameters", "device")
 
@@ -53,7 +51,7 @@ def conduct(
     folder = Path(workdir)
     runs = plan_runs(config, folder)
     wanted = chosen(runs, only)
-    check_workdir(folder, resume=True)
+    check_writable(folder)
     if picture is not None and not (picture.suffix == ".png" and picture.parent.is_dir()):
         raise InputError(
             f"--picture {picture}: expected a .png in a folder that exists. Choose another."
@@ -65,15 +63,13 @@ def conduct(
     _save(folder, figures_of(runs, records))
     done = len(wanted) - len(todo)
     bar = tqdm(total=len(wanted), initial=done, desc="study", unit="run", file=sys.stderr)
-    with bar, _signals() as received:
+    with bar, _stoppable() as signals:
         for run in todo:
             bar.set_description(run.name)
-            records[run.name] = _perform(run, received)
+            records[run.name] = _perform(run, signals)
             _save(folder, figures_of(runs, records))
             bar.set_postfix_str(_last_score(records[run.name]), refresh=False)
             bar.update(1)
-            if received():
-                raise _interrupted(received(), f"after {run.name}")
     figures = figures_of(runs, records)
     print(table(figures))
     drawn_to = picture or folder / "study.png"
@@ -127,7 +123,7 @@ def _first_difference(old: RunConfig, new: RunConfig) -> tuple[str, Any, Any]:
     return key, before.get(key), after.get(key)
 
 
-def _perform(run: StudyRun, received: Callable[[], list[str]]) -> Figures:
+def _perform(run: StudyRun, signals: Signals) -> Figures:
     """One run, its output in ``log.txt``; what it scored, or why it failed."""
     run.folder.mkdir(parents=True, exist_ok=True)
     with (run.folder / "log.txt").open("a", encoding="utf-8") as log:
@@ -137,58 +133,28 @@ def _perform(run: StudyRun, received: Callable[[], list[str]]) -> Figures:
                 return _record(fit(run.config, workdir=run.folder, resume=True))
         except RunStoppedError as error:
             log.write(f"balora: {error}\n")
-            if received():
-                raise _interrupted(received(), f"in {run.name}") from error
+            if signals.received:
+                raise Interrupted from error
             return {"failed": str(error)}
         except InputError as error:
             raise InputError(f"study {run.name}: {error}") from error
-        except KeyboardInterrupt as error:
-            raise _interrupted(received() or ["SIGINT"], f"in {run.name}") from error
         finally:
             gc.collect()  # a cycle may still hold the arrays of this run when the next one loads
 
 
-def _interrupted(signals: Sequence[str], where: str) -> RunStoppedError:
-    return RunStoppedError(
-        f"study: interrupted by {signals[0]} {where}; what is done is kept. Go on with the same "
-        "command."
-    )
-
-
 @contextmanager
-def _signals() -> Iterator[Callable[[], list[str]]]:
-    """A function that names the SIGTERM and SIGINT that came so far, whoever handled them.
+def _stoppable() -> Iterator[Signals]:
+    """Signals end the study; the run under way has saved what it could.
 
-    ``fit`` takes both for itself and may end as usual after one that came late, so handlers do not
-    tell; the interpreter's wake-up pipe gets the number of every signal. Outside of a run's steps
-    SIGTERM does what SIGINT does.
+    Raises:
+        RunStoppedError: one came.
     """
-    wanted = {signal.SIGTERM, signal.SIGINT}
-    names: list[str] = []
-    reader, writer = os.pipe()
-    for end in (reader, writer):
-        os.set_blocking(end, False)
-
-    def received() -> list[str]:
+    with taken() as signals:
+        signals.outcome = lambda: "what is done is kept. Go on with the same command."
         try:
-            numbers = os.read(reader, 4096)
-        except BlockingIOError:
-            return names
-        names.extend(signal.Signals(n).name for n in numbers if n in wanted)
-        return names
-
-    def stop(number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    with ExitStack() as undo:
-        for end in (reader, writer):
-            undo.callback(os.close, end)
-        # Elsewhere than in the main thread the embedding program handles signals.
-        if threading.current_thread() is threading.main_thread():
-            wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-            undo.callback(signal.set_wakeup_fd, wakeup)
-            undo.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, stop))
-        yield received
+            yield signals
+        except KeyboardInterrupt as error:
+            raise RunStoppedError(f"study: {signals.sentence()}") from error
 
 
 def _record(summary: Mapping[str, Any]) -> Figures:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,21 @@ from balora_jax.errors import RunStoppedError
 from balora_jax.io import checkpoint, metrics
 from balora_jax.io.folders import write_atomically
 from balora_jax.parallel import hosts
+from balora_jax.signals import Signals
 from balora_jax.training import steps
 from balora_jax.training.profiling import Profile
 from balora_jax.training.reporting import Reporter, divergence, progress
 from balora_jax.training.run import Loaded, Run
 from balora_jax.training.trackers.tracker import Tracker, Trackers
-from balora_jax.training.workdir import make_folder
-
-CHECKPOINTS = "checkpoints"
-"""Folder of a run's checkpoints."""
+from balora_jax.training.workdir import (
+    CHECKPOINTS,
+    CONFIG,
+    HEADER,
+    METRICS,
+    PROFILE,
+    agree_on_folder,
+    remove_leftovers,
+)
 
 
 class Training:
@@ -33,10 +40,11 @@ class Training:
     Args:
         run: what the task gives.
         loaded: its arrays at step 0; the trainable ones are given away with the first step.
-        folder: of the run; made here, with the config in it.
-        interrupted: names of the signals received so far.
+        folder: of the run, held by its lock; the first thing is written here, after all that may
+            be refused.
+        signals: what takes SIGTERM and SIGINT.
         trackers: those that the config names.
-        resumed: step of the checkpoint to go on from, if any.
+        found: the checkpoints of a run to go on with; None for a new one.
     """
 
     def __init__(
@@ -44,12 +52,12 @@ class Training:
         run: Run,
         loaded: Loaded,
         folder: Path,
-        interrupted: list[str],
+        signals: Signals,
         *,
         trackers: Sequence[Tracker] = (),
-        resumed: int | None,
+        found: checkpoint.Found | None,
     ):
-        self.run, self.folder, self.interrupted = run, folder, interrupted
+        self.run, self.folder, self.signals = run, folder, signals
         training = run.config.training
         self.batches = run.batches()
         self.total_steps = total_steps(training, self.batches.batches_per_epoch)
@@ -62,9 +70,15 @@ class Training:
         self.before: dict[str, Any] = {}
         self.saved: int | None = None
         self.postponed = False
-        open_folder(folder, run)
-        self.store = open_store(folder, training.keep_checkpoints, resumed)
-        self.start = 0 if resumed is None else self.restore(resumed)
+        self.start = 0
+        if found is not None and found.step is not None:
+            self.store = open_store(folder, training.keep_checkpoints)
+            self.start = self.restore(found.step)
+        open_folder(folder, run, found)
+        if self.start:
+            self.store.look_again()
+        else:
+            self.store = open_store(folder, training.keep_checkpoints)
         self.log = open_log(folder, self.start)
         told = trackers if hosts.is_first() else ()
         self.trackers = Trackers(told, folder, run.config.model_dump(mode="json"))
@@ -90,19 +104,23 @@ class Training:
 
     def train(self) -> None:
         """All steps that are left, with the log and the checkpoints closed after them."""
-        try:
-            self.take_steps()
-        finally:
-            if self.log is not None:
-                self.log.close()
-        self.store.close()
+        with ExitStack() as polite:
+            try:
+                self.take_steps(polite)
+            finally:
+                if self.log is not None:
+                    self.log.close()
+            self.store.close()
 
-    def take_steps(self) -> None:
-        """Optimizer steps; reported one step late, so that devices stay busy."""
+    def take_steps(self, polite: ExitStack) -> None:
+        """Optimizer steps; reported one step late, so that devices stay busy.
+
+        Once the step is compiled, ``polite`` gets what lets a signal wait for the end of a step.
+        """
         training, mesh = self.run.config.training, self.run.mesh
         step_fn = steps.compile_step(self.parts, self.state, mesh)
         shares_fn = steps.gradient_shares(self.parts)
-        profile = Profile(training.profile_steps, self.folder / "profile")
+        profile = Profile(training.profile_steps, self.folder / PROFILE)
         self.report.restart()
         with progress(self.stop_at, self.start) as bar, profile:
             for step in range(self.start + 1, self.stop_at + 1):
@@ -116,6 +134,8 @@ class Training:
                 profile.before(step, self.state)
                 with profile.named(step):
                     self.state, values = step_fn(self.state, self.constants, batch, self.key)
+                if step == self.start + 1:
+                    polite.enter_context(self.signals.polite())
                 self.check_row(self.report.take(step, values | shares, bar))
                 profile.after(step, self.state)
                 self.store.poll()
@@ -175,16 +195,17 @@ class Training:
 
         With several processes all of them stop at the same step, whichever got the signal.
         """
+        received = self.signals.received
         if hosts.preempted(step):
-            self.interrupted.append("SIGTERM")
-        if not self.interrupted:
+            received.append("SIGTERM")
+        if not received:
             return
         self.check_row(self.report.flush(bar))
         if self.saved != step:
             self.save(step)
         self.store.wait()
         raise RunStoppedError(
-            f"interrupted by {self.interrupted[0]} after step {step}; everything is saved in "
+            f"interrupted by {received[0]} after step {step}; everything is saved in "
             f"{self.store.path_of(step)}. Go on with --resume."
         )
 
@@ -200,42 +221,59 @@ class Training:
             self.before = self.score("before")
 
 
-def open_folder(folder: Path, run: Run) -> None:
-    """Make a run's folder, with its config in it."""
-    make_folder(folder)
+def open_folder(folder: Path, run: Run, found: checkpoint.Found | None) -> None:
+    """The first writing: tidy the folder of a run to go on with, and put the config in it."""
     if hosts.is_first():
-        write_atomically(folder / "config.yaml", dump_config(run.config))
+        remove_leftovers(folder)
+        if found is not None:
+            checkpoint.tidy(folder / CHECKPOINTS, found)
+        write_atomically(folder / CONFIG, HEADER + dump_config(run.config))
+    if jax.process_count() > 1:
+        agree_on_folder(folder)
+    if found is not None:
+        hosts.say(*found.said)
 
 
-def open_store(folder: Path, keep: int, resumed: int | None) -> checkpoint.Checkpoints:
-    """The checkpoints of a run; what a killed first save left there is removed."""
-    folder = folder / CHECKPOINTS
-    if resumed is None and hosts.is_first():
-        checkpoint.discard(folder)
-    hosts.barrier("checkpoints")
-    return checkpoint.Checkpoints(folder, keep=keep)
+def open_store(folder: Path, keep: int) -> checkpoint.Checkpoints:
+    """The checkpoints of a run."""
+    return checkpoint.Checkpoints(folder / CHECKPOINTS, keep=keep)
 
 
 def open_log(folder: Path, start: int) -> metrics.MetricsLog | None:
     """The log of the first process, without rows after ``start``; None in all others."""
     if not hosts.is_first():
         return None
-    return metrics.MetricsLog(folder / "metrics.jsonl", keep_until=start)
+    log = metrics.MetricsLog(folder / METRICS, keep_until=start)
+    if log.unread:
+        hosts.say(f"{folder / METRICS}: {log.unread} lines are no rows; moved to {metrics.ASIDE}")
+    return log
 
 
-def last_step(run: Run, folder: Path) -> int | None:
-    """The step of the newest whole checkpoint; None where there is none.
+def resumable(run: Run, folder: Path) -> checkpoint.Found:
+    """The checkpoints of a run to go on with; changes nothing.
 
     Raises:
-        InputError: all are damaged, or that one is of another run.
+        InputError: all are damaged, or the newest whole one is of another run, of other data, or
+            of another version.
     """
-    step, found = hosts.by_first(lambda: checkpoint.newest_whole(folder / CHECKPOINTS))
-    hosts.say(*found)
-    if step is not None:
-        store = checkpoint.Checkpoints(folder / CHECKPOINTS, keep=10**6)
-        checkpoint.check_same_run(store.identity(step), identity_of(run), f"{folder}: --resume")
-        store.close()
-    return step
+    mine: list[checkpoint.Found] = []
+
+    def find() -> tuple[int | None, list[str]]:
+        mine.append(_found(run, folder))
+        return mine[0].step, mine[0].said
+
+    step, said = hosts.by_first(find)
+    return mine[0] if mine else checkpoint.Found(step, said, [], [])
+
+
+def _found(run: Run, folder: Path) -> checkpoint.Found:
+    found = checkpoint.look(folder / CHECKPOINTS)
+    if found.step is not None:
+        path = folder / CHECKPOINTS / str(found.step)
+        saved = checkpoint.read_identity(path)
+        checkpoint.check_same_run(saved, identity_of(run), f"{folder}: --resume")
+        run.batches().set_state(checkpoint.read_data(path)["batches"])
+    return found
 
 
 def identity_of(run: Run) -> checkpoint.Identity:

@@ -1,59 +1,168 @@
-"""Checks of the folder of a run: it may be written to, and all hosts see the same one."""
+"""The folder of a run: what may lie in it before the run begins, and who writes there."""
 
 import os
+import re
+import shutil
+import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from balora_jax.errors import InputError
+from balora_jax.io import lock, metrics
+from balora_jax.io.folders import begins_with
+from balora_jax.io.hf_export import is_merged
+from balora_jax.io.hf_files import CONFIG_FILE
+from balora_jax.io.peft_writer import is_adapter
 from balora_jax.parallel import hosts
-from balora_jax.pretrained import export
+from balora_jax.pretrained.export import ADAPTER, MODEL
+from balora_jax.training.trackers.tracker import SEEN
 
-TOKEN = "hosts_see_this"
+CONFIG = "config.yaml"
+HEADER = "# The resolved config of a run of balora_jax.\n"
+"""First line of ``config.yaml`` in the folder of a run: it tells one of a run from a user's."""
+
+METRICS, SUMMARY, CURVES = "metrics.jsonl", "summary.json", "curves.png"
+CHECKPOINTS, PROFILE = "checkpoints", "profile"
+TEACHER = "teacher_logits.safetensors"
+
+FILES = (CONFIG, METRICS, metrics.ASIDE, SUMMARY, CURVES, SEEN, TEACHER)
+FOLDERS = (CHECKPOINTS, ADAPTER, MODEL, PROFILE)
+"""Everything that a run writes into its folder, and replaces there when it goes on."""
+
+_TOKEN = ".hosts_see_this"
+_PARTIAL = ".partial"
 
 
-def check_workdir(folder: Path, resume: bool) -> None:
-    """Raises InputError unless the folder can be written and does not hold another run."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--workdir {folder}: expected a folder, got a file. Choose another.")
-    holds_run = (folder / "config.yaml").exists() or (folder / "checkpoints").exists()
-    if holds_run and not resume:
+def check_workdir(folder: Path, *, resume: bool) -> None:
+    """Raises InputError unless a run may begin, or go on, in a folder; writes nothing.
+
+    A run replaces only what a run has written: without the ``config.yaml`` of one, there must be
+    nothing of a name that a run uses.
+    """
+    check_writable(folder)
+    lock.check_not_held(folder)
+    _check_content(folder, resume=resume)
+
+
+@contextmanager
+def held(folder: Path, *, resume: bool) -> Iterator[None]:
+    """Hold a checked folder for a run: nobody else begins or goes on with one there.
+
+    Raises:
+        InputError: another process was quicker.
+    """
+    with ExitStack() as stack:
+
+        def take() -> None:
+            try:
+                stack.enter_context(lock.locked(folder))
+            except OSError as error:
+                raise _unwritable(folder, error) from error
+            _check_content(folder, resume=resume)
+
+        hosts.by_first(take)
+        yield
+
+
+def _check_content(folder: Path, *, resume: bool) -> None:
+    there = [name for name in (*FILES, *FOLDERS) if os.path.lexists(folder / name)]
+    if (folder / CONFIG_FILE).exists():
         raise InputError(
-            f"--workdir {folder}: expected a new or empty folder, got one that holds a run. "
-            "Add --resume to go on with it, or choose another folder."
+            f"--workdir {folder}: expected a folder for a run, got one that holds a model "
+            f"({CONFIG_FILE}). Choose another folder."
         )
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
+    if holds_run(folder):
+        if not resume:
+            raise InputError(
+                f"--workdir {folder}: expected a new or empty folder, got one that holds a run. "
+                "Add --resume to go on with it, or choose another folder."
+            )
+        _check_kinds(folder, there)
+    elif there:
+        raise InputError(
+            f"--workdir {folder}: expected a new or empty folder, got one with {there[0]} that no "
+            "run of this program wrote, and that a run would replace. Choose another folder."
+        )
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has begun in a folder: its ``config.yaml`` is one that a run wrote."""
+    return begins_with(folder / CONFIG, HEADER)
+
+
+def _check_kinds(folder: Path, there: list[str]) -> None:
+    """Raises InputError where something of a user's has the name of something of the run's."""
+    for name in there:
+        path = folder / name
+        wanted = "a folder" if name in FOLDERS else "a file"
+        if not (path.is_dir() if name in FOLDERS else path.is_file()):
+            raise InputError(
+                f"--workdir {folder}: expected {name} to be {wanted} of the run, got something "
+                "else. Move it elsewhere."
+            )
+    for name, is_ours in ((ADAPTER, is_adapter), (MODEL, is_merged)):
+        written = folder / name
+        if written.is_dir() and any(written.iterdir()) and not is_ours(written):
+            raise InputError(
+                f"{written}: expected what the run wrote, which its end replaces, got a folder "
+                "with other files in it. Move them elsewhere."
+            )
+
+
+def check_writable(folder: Path) -> None:
+    """Raises InputError unless a folder, or the nearest that is there, can be written."""
     try:
+        if os.path.lexists(folder) and not stat.S_ISDIR(os.stat(folder).st_mode):
+            raise InputError(f"--workdir {folder}: expected a folder, got a file. Choose another.")
+        existing = folder
+        while not _is_there(existing):
+            existing = existing.parent
         with tempfile.TemporaryFile(dir=existing):
             pass
-    except OSError as error:
-        raise InputError(
-            f"--workdir {folder}: expected a folder that can be written, got "
-            f"{os.strerror(error.errno or 0)}. Choose another or change its permissions."
-        ) from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise _unwritable(folder, error) from error
 
 
-def check_folders(folder: Path, *, resume: bool, full: bool) -> None:
-    """As :func:`check_workdir`; nor may a full fine-tuning replace a model of the user's there."""
-    check_workdir(folder, resume)
-    target = folder / export.MODEL
-    if full and target.exists() and not (resume and (folder / "config.yaml").exists()):
-        raise InputError(
-            f"--workdir {folder}: expected no {export.MODEL}/ in it before a full fine-tuning, "
-            "which writes one, got one. Choose another folder."
-        )
+def _unwritable(folder: Path, error: Exception) -> InputError:
+    reason = getattr(error, "strerror", None) or error
+    return InputError(
+        f"--workdir {folder}: expected a folder that can be written, got {reason}. Choose another "
+        "or change its permissions."
+    )
 
 
-def make_folder(folder: Path) -> None:
-    """Make the folder, and check that every host sees it.
+def _is_there(path: Path) -> bool:
+    """Whether something is there; other than ``Path.exists``, it raises where nobody can tell."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed run left half-written, by names that only this program uses."""
+    for name in FILES:
+        (folder / f"{name}{_PARTIAL}").unlink(missing_ok=True)
+    (folder / _TOKEN).unlink(missing_ok=True)
+    drafts = re.compile(rf"\.({ADAPTER}|{MODEL})\.(old\.)?[a-z0-9_]{{8}}{re.escape(_PARTIAL)}")
+    for child in folder.iterdir():
+        if drafts.fullmatch(child.name):
+            shutil.rmtree(child)
+
+
+def agree_on_folder(folder: Path) -> None:
+    """Check that every host sees the folder, which the first process has made.
 
     Raises:
         InputError: a host looks at another disk: its parts of the checkpoints would be lost.
     """
-    token = folder / TOKEN
+    token = folder / _TOKEN
     if hosts.is_first():
-        folder.mkdir(parents=True, exist_ok=True)
         token.touch()
     hosts.barrier("workdir made")
 

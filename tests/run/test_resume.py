@@ -116,8 +116,11 @@ def test_resume_without_a_checkpoint_starts(packed, tmp_path):
     part = tmp_path / "run" / "checkpoints" / "3.orbax-checkpoint-tmp-1" / "state"
     part.mkdir(parents=True)
     (part / "half").write_text("half")
+    (part.parents[1] / "writing").write_text("3\n")
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "lo')
+    shutil.copy(packed.straight / "config.yaml", tmp_path / "run")
     found = train(packed.config, tmp_path / "run", "--resume")
+    assert {path.name for path in part.parents[1].iterdir()} == {str(WHOLE)}
     assert "resumed" not in found.out
     same_runs(tmp_path / "run", packed.straight)
     assert checkpoint_steps(tmp_path / "run") == [WHOLE]
@@ -131,6 +134,23 @@ def test_metrics_are_repaired(packed, tmp_path):
     late = {**json.loads(lines[HALF]), "loss": 1234.5}
     file.write_text(file.read_text() + json.dumps(late) + "\n" + lines[HALF + 1][:40])
     train(packed.config, run, "--resume")
+    same_runs(run, packed.straight)
+
+
+def test_lines_that_are_no_rows_are_set_aside_and_counted(packed, tmp_path):
+    run = shutil.copytree(packed.half, tmp_path / "run")
+    file = run / "metrics.jsonl"
+    first, *rest = file.read_bytes().splitlines(keepends=True)
+    unread = [
+        b"", b"\0\0\0", b"\xff\xfe", b'{"step": 2, "lo', b"[1]", b'{"step": "2"}', b'{"loss": 1}',
+        b'{"step": null}', b"[" * 100_000,
+    ]  # fmt: skip
+    file.write_bytes(first + b"".join(line + b"\n" for line in unread) + b"".join(rest) + b"\0\0")
+    found = train(packed.config, run, "--resume")
+    assert (
+        f"metrics.jsonl: {len(unread) + 1} lines are no rows; moved to metrics.unread" in found.out
+    )
+    assert (run / "metrics.unread").read_bytes().split(b"\n") == [*unread, b"\0\0", b""]
     same_runs(run, packed.straight)
 
 
@@ -197,7 +217,7 @@ def test_a_run_with_a_schedule_may_not(tmp_path, inputs, unscheduled, bound_to_t
     for name, values in bound_to_the_length.items():
         record["config"][name] |= values
     saved.write_text(json.dumps(record))
-    seals.seal(saved.parents[1])
+    seals.seal(saved.parents[1], HALF)
     before = tree_digest(tmp_path)
     longer = settings({"training.max_steps": WHOLE})
     code, _, err = invoke("train", config, "--workdir", run, "--resume", *longer)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
-NAME = "teacher_logits.safetensors"
+from balora_jax.training.workdir import TEACHER
 
 
 class TeacherCache:
@@ -34,7 +34,7 @@ class TeacherCache:
         dtype: str,
         length: int,
     ):
-        self.file = folder / NAME
+        self.file = folder / TEACHER
         digest = hashlib.sha256(f"{base}|{examples}|{dtype}|{length}".encode())
         for path in sorted(head):
             digest.update(path.encode() + np.asarray(head[path]).tobytes())
@@ -55,6 +55,6 @@ class TeacherCache:
     def write(self, logits: np.ndarray) -> None:
         """Keep the logits, whole or not at all."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.file.with_suffix(".draft")
-        save_file({"logits": logits}, draft, metadata={"key": self.key})
+        draft = self.file.with_name(f"{TEACHER}.partial")
+        draft.write_bytes(save({"logits": logits}, metadata={"key": self.key}))
         os.replace(draft, self.file)

@@ -1,0 +1,95 @@
+"""Lock of a folder: one process at a time owns what lies in it, wherever the others run."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from balora_jax.errors import InputError
+
+NAME, HOLDER = "run.lock", "run.lock.json"
+"""The file that is locked, and the one that says by whom; both go when the lock is released."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which is made if it is not there.
+
+    The system holds the lock (``flock``, on NFS by the server), so a crash releases it on every
+    host. On leaving, its two files go, and folders that were made for it and are still empty.
+
+    Raises:
+        InputError: another process holds it; the sentence names it.
+        OSError: the folder cannot be written.
+    """
+    made = _make(folder)
+    lock = FileLock(folder / NAME, timeout=0, thread_local=False)
+    try:
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise InputError(
+                f"--workdir {folder}: expected a folder that no other run is using, got one in use "
+                f"by {_holder(folder)}. Wait for its end, or choose another folder."
+            ) from error
+        try:
+            _say_who(folder / HOLDER)
+            yield
+        finally:
+            for name in (HOLDER, NAME):  # while it is held: who waits for it looks again
+                with suppress(OSError):
+                    (folder / name).unlink()
+            lock.release()
+    finally:
+        for parent in made:
+            with suppress(OSError):  # not empty: the run wrote into it
+                parent.rmdir()
+
+
+def check_not_held(folder: Path) -> None:
+    """Raises InputError where another process holds the lock; writes nothing that was not there."""
+    if (folder / NAME).is_file():
+        lock = FileLock(folder / NAME, timeout=0, thread_local=False)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise InputError(
+                f"--workdir {folder}: expected a folder that no other run is using, got one in use "
+                f"by {_holder(folder)}. Wait for its end, or choose another folder."
+            ) from error
+        lock.release()
+
+
+def _make(folder: Path) -> list[Path]:
+    """Make a folder; returns those that were not there, the deepest first."""
+    made = []
+    for parent in (folder, *folder.parents):
+        if parent.exists():
+            break
+        made.append(parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def _say_who(file: Path) -> None:
+    who = {
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "start": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+    file.write_text(json.dumps(who) + "\n", encoding="utf-8")
+
+
+def _holder(folder: Path) -> str:
+    """Who holds the lock, in words; a holder that has just begun may not have written it yet."""
+    try:
+        who: dict[str, Any] = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
+        return f"process {who['process']} on {who['host']} since {who['start']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

@@ -1,0 +1,132 @@
+"""SIGTERM and SIGINT: a run that takes steps finishes the step, everything else ends at once.
+
+A handler of Python runs only between two instructions of Python. A compilation, or a forward pass
+of a large model, is one instruction that may take minutes; so the command line has a thread as
+well, which the system wakes at once and which ends the process where nothing else does.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from balora_jax.errors import RunStoppedError
+
+WANTED = (signal.SIGTERM, signal.SIGINT)
+PATIENCE = 5.0
+"""Seconds after which a command that was told to stop, and did not, is ended."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal came where nothing waits to be finished: raised wherever the program is."""
+
+
+class Signals:
+    """The signals that came, and what becomes of them.
+
+    Attributes:
+        received: their names, in order.
+        outcome: says what is saved, and how to go on.
+        several: other processes belong to this one: the runtime takes SIGTERM, and lets all of
+            them agree on the step to stop after.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[str] = []
+        self.outcome: Callable[[], str] = lambda: "nothing was written."
+        self.several = False
+        self._polite = False
+        self._ended = threading.Event()
+
+    @contextmanager
+    def polite(self) -> Iterator[None]:
+        """While steps are taken: a first signal is recorded, for the loop to end after a step."""
+        self._polite = True
+        try:
+            yield
+        finally:
+            self._polite = False
+        if self.received and not self.several:
+            raise Interrupted  # it came after the last look
+
+    def sentence(self) -> str:
+        """What is said of a command that a signal ended."""
+        return f"interrupted by {(self.received or ['SIGINT'])[0]}; {self.outcome()}"
+
+    def record(self, number: int, _frame: object) -> None:
+        """The handler of Python, in the main thread."""
+        if self.several:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        self.received.append(signal.Signals(number).name)
+        if not self._polite or len(self.received) > 1:
+            raise Interrupted
+
+    def watch(self, reader: int) -> None:
+        """Wait for the bytes of signals, and end the process that does not end by itself."""
+        seen = 0
+        while number := os.read(reader, 1):
+            if number[0] not in WANTED or self.several:
+                continue
+            seen += 1
+            if self._polite and seen == 1:
+                continue
+            if not self._ended.wait(PATIENCE):
+                if not self.received:  # the main thread has not come to its handler
+                    self.received.append(signal.Signals(number[0]).name)
+                os.write(2, f"balora: {self.sentence()}\n".encode())
+                os._exit(RunStoppedError.exit_code)
+
+    def end(self) -> None:
+        """Note that the command ends by itself, and says why."""
+        self._ended.set()
+
+
+_CURRENT: list[Signals] = []
+
+
+def current() -> Signals | None:
+    """What takes the signals now; None where the embedding program does."""
+    return _CURRENT[-1] if _CURRENT else None
+
+
+@contextmanager
+def taken() -> Iterator[Signals]:
+    """Take SIGTERM and SIGINT, unless a caller has taken them: then as that one does.
+
+    Outside of the main thread the embedding program handles signals: none is seen here.
+    """
+    if _CURRENT:
+        yield _CURRENT[-1]
+        return
+    signals = Signals()
+    with ExitStack() as undo:
+        if threading.current_thread() is threading.main_thread():
+            for number in WANTED:
+                before = signal.signal(number, signals.record)
+                undo.callback(signal.signal, number, before or signal.SIG_DFL)
+        _CURRENT.append(signals)
+        undo.callback(_CURRENT.remove, signals)
+        yield signals
+
+
+@contextmanager
+def watched(signals: Signals) -> Iterator[None]:
+    """End this process where a signal does not, while the block runs; for the command line."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    thread = threading.Thread(target=signals.watch, args=(reader,), name="signals", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signals.end()
+        signal.set_wakeup_fd(before)
+        os.close(writer)  # the thread's next read is the end of the file
+        thread.join()
+        os.close(reader)
