@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from balora_jax import __version__, signals
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.parallel import supervise
+from balora_jax.untyped.shown import one_line
 from balora_jax.verbs import bench, eval, export, generate, plan, study, train
 from balora_jax.verbs.verb import check_report
 
@@ -44,7 +45,7 @@ def _ended(options: argparse.Namespace, caught: signals.Signals) -> int:
     except KeyboardInterrupt:
         sentence, code = caught.sentence(), RunStoppedError.exit_code
     caught.end()
-    print(f"balora: {sentence}", file=sys.stderr, flush=True)
+    print(f"balora: {one_line(sentence)}", file=sys.stderr, flush=True)
     return code
 
 

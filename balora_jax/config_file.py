@@ -13,6 +13,7 @@ from balora_jax.config_schema import run_schema
 from balora_jax.errors import InputError
 from balora_jax.extensions import load_extensions
 from balora_jax.tasks.settings import check_settings
+from balora_jax.untyped.shown import one_line, shown
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -33,10 +34,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = " ".join(str(error).split())
+        line = one_line(" ".join(str(error).split()), most=200)
         raise InputError(f"{path}: expected YAML, got: {line}. Correct the file.") from error
     if not isinstance(tree, dict):
-        raise InputError(f"{path}: expected sections such as 'model:', got {tree!r}. Fill it in.")
+        raise InputError(
+            f"{path}: expected sections such as 'model:', got {shown(tree)}. Fill it in."
+        )
     for override in overrides:
         _apply_override(tree, override)
     load_extensions(_texts(tree.get("extensions"), str(path)), path.parent)
@@ -49,7 +52,7 @@ def _texts(value: Any, where: str) -> list[str]:
         return []
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise InputError(
-            f"{where}: extensions: expected a list of Python files, got {value!r}. Write "
+            f"{where}: extensions: expected a list of Python files, got {shown(value)}. Write "
             "extensions: [my_terms.py]."
         )
     return value
@@ -76,11 +79,13 @@ def dump_config(config: RunConfig) -> str:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise InputError(f"--set: expected key.path=value, got {override!r}. Write it so.")
+        raise InputError(f"--set: expected key.path=value, got {shown(override)}. Write it so.")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise InputError(f"--set {key}: expected a YAML value, got {text!r}. Quote it.") from error
+        raise InputError(
+            f"--set {key}: expected a YAML value, got {shown(text)}. Quote it."
+        ) from error
     *parents, leaf = key.strip().split(".")
     node = tree
     for parent in parents:
@@ -103,7 +108,7 @@ def _describe(error: ValidationError) -> str:
     if kind == "value_error":
         return str(first.get("ctx", {}).get("error", first["msg"]))
     expected = first["msg"].removeprefix("Input should be ").rstrip(".")
-    return f"{location}: expected {expected}, got {got!r}. Correct the value."
+    return f"{location}: expected {expected}, got {shown(got)}. Correct the value."
 
 
 def _is_type_tag(part: Any) -> bool:

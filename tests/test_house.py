@@ -28,6 +28,7 @@ MODULES = {
 # name that a module's own begins with decides.
 LAYERS = (
     ("errors",),
+    ("untyped",),
     ("array_types", "registry", "extensions", "hardware", "options"),
     ("paths", "signals", "parallel.launch", "parallel.supervise"),
     ("parallel.hosts",),
@@ -68,6 +69,7 @@ PURE = {
 }
 READS_OR_WRITES = {"open", "read_text", "write_text", "read_bytes", "write_bytes", "safe_open"}
 MAY_OPEN = (
+    "untyped",
     "config_file",
     "io",
     "data",
