@@ -4,6 +4,7 @@ A plain path is taken as it is. ``balora_jax:quickstart/train.jsonl`` means a fi
 inside the installed package, so that a configuration works from any folder.
 """
 
+import os
 from pathlib import Path, PurePosixPath
 
 from balora_jax.errors import InputError
@@ -23,7 +24,8 @@ def resolve_path(text: str) -> str:
         Whether anything is there is left to the reader, who knows what it expects.
 
     Raises:
-        InputError: The text is empty, or a package path is absolute or leads outside the package.
+        InputError: The text is empty or no path of this system's, or a package path is absolute or
+            leads outside the package.
 
     >>> resolve_path("org/model")
     'org/model'
@@ -33,7 +35,7 @@ def resolve_path(text: str) -> str:
     if not text.strip():
         raise InputError("path: expected a path or a hub name, got empty text. Give one.")
     if not text.startswith(PACKAGE_PREFIX):
-        return str(Path(text).expanduser()) if text.startswith("~") else text
+        return _expanded(text)
     inside = PurePosixPath(text.removeprefix(PACKAGE_PREFIX))
     if inside.is_absolute() or ".." in inside.parts or not inside.parts:
         raise InputError(
@@ -41,3 +43,18 @@ def resolve_path(text: str) -> str:
             f"got {str(inside)!r}. Leave the prefix out for a file elsewhere."
         )
     return str(_PACKAGE_ROOT.joinpath(*inside.parts))
+
+
+def _expanded(text: str) -> str:
+    """A path that the system can look for, its ``~`` expanded; whether it finds one is not said."""
+    try:
+        path = str(Path(text).expanduser()) if text.startswith("~") else text
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return path
+    except (OSError, ValueError, RuntimeError) as error:  # a zero byte, the home of nobody
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(
+            f"{text[:200]}: expected a path or a hub name, got: {reason}. Correct it."
+        ) from error
+    return path

@@ -1,7 +1,7 @@
-"""Rows from local files or a hub data set, all read by `datasets`.
+"""Rows from local files or a hub data set.
 
-Local files are read as a stream: no copy is cached, so an edited file is never read stale, and no
-network is used. A hub data set goes through the usual cache of `datasets`. Nothing here runs code
+Local files are read as they stand, JSON row by row and the rest by `datasets` as a stream: no copy
+is cached, so an edited file is never read stale, and no network is used. A hub data set goes through the usual cache of `datasets`. Nothing here runs code
 that comes with a data set.
 """
 
@@ -9,8 +9,8 @@ import contextlib
 import csv
 import glob
 import gzip
+import io
 import itertools
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -19,16 +19,17 @@ from typing import Any, Protocol, runtime_checkable
 
 import datasets
 from datasets.exceptions import DatasetsError
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
+from balora_jax.data.json_rows import MOST_OF_A_ROW, json_rows
 from balora_jax.errors import InputError
 from balora_jax.paths import PACKAGE_PREFIX, resolve_path
 
 Row = Mapping[str, Any]
 
 _SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-# Not load_dataset("json", …): that reports each local load to a counter on the network.
+# Not load_dataset("csv", …): that reports each local load to a counter on the network.
 _READERS: dict[str, Callable[..., Any]] = {
-    "json": datasets.Dataset.from_json,
     "csv": datasets.Dataset.from_csv,
     "parquet": datasets.Dataset.from_parquet,
 }
@@ -116,11 +117,15 @@ def _load_local(files: list[str], limit: int | None) -> list[Row]:
         if left == 0:
             break
         try:
-            # A header is part of every CSV file, an array may be the whole of a JSON file:
-            # each reader sees one file, and the pattern characters in its name are quoted.
-            options = _csv_options(file, files[0]) if kind == "csv" else {}
-            rows.extend(_stream(str(kind), file, options, left))
-        except (OSError, EOFError, zlib.error, ValueError, DatasetsError) as e:
+            # A header is part of every CSV file, an array may be the whole of a JSON file: each
+            # reader sees one file.
+            if kind == "json":
+                with _opened(file) as content:
+                    rows.extend(json_rows(file, content, left))
+            else:
+                options = _csv_options(file, files[0]) if kind == "csv" else {}
+                rows.extend(_stream(str(kind), file, options, left))
+        except (OSError, EOFError, zlib.error, ValueError, csv.Error, DatasetsError) as e:
             if isinstance(e, InputError):
                 raise
             raise InputError(_unreadable(file, e)) from e
@@ -182,46 +187,42 @@ def _csv_dialect(file: str) -> dict[str, Any]:
 
 def _csv_header(file: str) -> tuple[list[str], int]:
     """The names in the header, and how many cells the first row has."""
-    with _open_text(file, newline="") as lines:
-        records = csv.reader(lines, **_csv_dialect(file))
-        return next(records, []), len(next(records, []))
+    before = csv.field_size_limit(MOST_OF_A_ROW)
+    try:
+        with _opened(file) as content:
+            lines = io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
+            records = csv.reader(lines, **_csv_dialect(file))
+            return next(records, []), len(next(records, []))
+    finally:
+        csv.field_size_limit(before)
 
 
-def _open_text(file: str, newline: str | None = None) -> Any:
-    opener = gzip.open if file.lower().endswith(".gz") else open
-    return opener(file, "rt", encoding="utf-8-sig", newline=newline)
+def _opened(file: str) -> io.BufferedIOBase:
+    """The bytes of a file, unpacked."""
+    return gzip.GzipFile(file) if file.lower().endswith(".gz") else Path(file).open("rb")
 
 
 def _unreadable(file: str, error: Exception) -> str:
-    """One sentence for a file that its reader refused, with the line where one is at fault."""
-    reason = " ".join(str(error).split()) or type(error).__name__
+    """One sentence for a file that its reader refused."""
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
     if isinstance(error, OSError | EOFError | zlib.error) and file.lower().endswith(".gz"):
         what = f"a whole gzip file, got a damaged one ({reason})"
         return f"{file}: expected {what}. Copy or pack the file again."
-    if ".jsonl" in [suffix.lower() for suffix in Path(file).suffixes]:
-        with contextlib.suppress(OSError, EOFError, UnicodeDecodeError), _open_text(file) as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip() and (fault := _json_fault(line)):
-                    return (
-                        f"{file}: expected one JSON object a line, got {fault} in line {number}. "
-                        "Fix that line."
-                    )
     return f"{file}: expected a readable data file, got an error ({reason}). Fix the file."
-
-
-def _json_fault(line: str) -> str | None:
-    try:
-        return None if isinstance(json.loads(line), dict) else "something else"
-    except ValueError as error:
-        return f"broken JSON ({error})"
 
 
 def _load_hub(spec: str, split: str, limit: int | None) -> Rows:
     name, _, config = spec.partition(":")
+    if name in _PACKAGED_DATASETS_MODULES:
+        # It would read whatever lies in the working directory.
+        raise InputError(
+            f"{spec}: expected a data file or a hub data set, got the name of a file format. Name "
+            "the file."
+        )
     try:
         found = datasets.load_dataset(name, config or None, split=split)
     except (OSError, ValueError, DatasetsError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300]
         raise InputError(
             f"{spec}: expected a data file or a hub data set with the split {split!r}, got neither "
             f"({reason}). Check the name, the split and the network."
