@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from balora_jax import __version__, signals
 from balora_jax.errors import InputError, RunStoppedError
+from balora_jax.options import Parser
 from balora_jax.parallel import supervise
 from balora_jax.untyped.shown import one_line
 from balora_jax.verbs import bench, eval, export, generate, plan, study, train
@@ -25,10 +26,8 @@ VERBS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns 0 (done), 2 (bad input) or 3 (the run had to stop)."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = make_parser().parse_args(arguments)
-    options.arguments = arguments
     with signals.taken() as caught, signals.watched(caught):
-        code = _ended(options, caught)
+        code = _ended(arguments, caught)
     if supervise.is_child():
         from balora_jax.parallel import hosts
 
@@ -36,9 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _ended(options: argparse.Namespace, caught: signals.Signals) -> int:
+def _ended(arguments: list[str], caught: signals.Signals) -> int:
     """Run the command to its end, whatever that is; returns the exit code."""
     try:
+        options = make_parser().parse_args(arguments)
+        options.arguments = arguments
         return _run(options)
     except (InputError, RunStoppedError) as error:
         sentence, code = str(error), error.exit_code
@@ -56,9 +57,9 @@ def _run(options: argparse.Namespace) -> int:
     return options.run(load_config(options.config, options.set), options) or 0
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """All commands and their options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="balora",
         description="Fine-tune Hugging Face models on TPU and GPU with LoRA-family adapters and "
         "with regularizers that keep what the model knew (BA-LoRA).",

@@ -1,6 +1,17 @@
 """The options of every command and program that reads a config."""
 
 import argparse
+from typing import NoReturn
+
+from balora_jax.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser that says what is wrong in one sentence, as every other check does."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises InputError with what ``argparse`` found."""
+        raise InputError(f"{message}. See {self.prog} --help.")
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

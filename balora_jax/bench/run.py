@@ -21,6 +21,7 @@ from balora_jax.bench.measure import Measured
 from balora_jax.bench.weights import Weights, loaded_for, weights_of
 from balora_jax.config import RunConfig
 from balora_jax.errors import InputError
+from balora_jax.io.drawing import check_picture
 from balora_jax.plan.targets import parse_target
 from balora_jax.pretrained.checkpoint import Base
 from balora_jax.tasks import flops
@@ -53,6 +54,7 @@ def bench(
     Raises:
         InputError: no round, an unknown case, or a setting that does not fit.
     """
+    check_picture(picture)
     if rounds < 1:
         raise InputError(f"--rounds: expected at least 1, got {rounds}. Raise it.")
     kind = TASKS[config.task].model

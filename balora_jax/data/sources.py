@@ -1,8 +1,8 @@
 """Rows from local files or a hub data set.
 
 Local files are read as they stand, JSON row by row and the rest by `datasets` as a stream: no copy
-is cached, so an edited file is never read stale, and no network is used. A hub data set goes through the usual cache of `datasets`. Nothing here runs code
-that comes with a data set.
+is cached, so an edited file is never read stale, and no network is used. A hub data set goes
+through the usual cache of `datasets`. Nothing here runs code that comes with a data set.
 """
 
 import contextlib

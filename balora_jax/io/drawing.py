@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from balora_jax.errors import InputError
+from balora_jax.io.folders import check_file
 from balora_jax.numerics.terms import TERMS
 
 ACROSS = 3
@@ -19,6 +21,21 @@ def panels() -> list[tuple[str, tuple[str, ...]]]:
         ("weights λ", weights),
         ("gradient norm", ("grad_norm",)),
     ]
+
+
+def check_picture(path: Path | None) -> None:
+    """See that a picture can be written, before the work; None is for no picture.
+
+    Raises:
+        InputError: no ``.png``, or no file that can be written.
+    """
+    if path is None:
+        return
+    if path.suffix != ".png":
+        raise InputError(
+            f"--picture {path}: expected a name that ends in .png, got another. Choose another."
+        )
+    check_file(path, f"--picture {path}")
 
 
 def save_picture(path: Path, paint: Callable[[Any], Any]) -> bool:

@@ -1,10 +1,12 @@
 """Files and folders that a reader never sees half written."""
 
+import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from balora_jax.errors import InputError
@@ -12,9 +14,39 @@ from balora_jax.errors import InputError
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a whole file or nothing."""
-    temporary = path.with_name(path.name + ".partial")
+    temporary = _partial(path)
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def check_file(path: str | Path, where: str) -> None:
+    """See that :func:`write_atomically` could write a file: before the work, not after it.
+
+    Args:
+        path: of the file.
+        where: opens the message.
+
+    Raises:
+        InputError: a folder, or no folder to write to, or a name that the system refuses.
+    """
+    try:
+        if not str(path).strip() or Path(path).name != os.path.basename(path):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        for name in (Path(path), _partial(Path(path))):
+            with suppress(FileNotFoundError):
+                if stat.S_ISDIR(os.stat(name).st_mode):
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=Path(path).parent):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{where}: expected a file that can be written, got {reason}. Choose another."
+        ) from error
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
 
 
 def begins_with(file: Path, text: str) -> bool:

@@ -1,5 +1,6 @@
 """``balora plan``: the memory, the speed and the traffic of a run."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from balora_jax import hardware
 from balora_jax.config import RunConfig
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
+from balora_jax.io.drawing import check_picture
 from balora_jax.parallel import sharding
 from balora_jax.plan import ahead, arguments, search
 from balora_jax.plan import report as plan_report
@@ -45,6 +47,7 @@ def plan(
     Raises:
         InputError: a setting that does not fit, or no compiler for the devices.
     """
+    check_picture(picture)
     _check(config, candidates, utilisation)
     target = parse_target(topology)
     if head is not None:
@@ -102,7 +105,7 @@ def mesh_sizes(text: str) -> dict[str, int]:
     sizes: dict[str, int] = dict.fromkeys(sharding.AXES, 1)
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
-        if axis not in sizes or not size.lstrip("-").isdigit():
+        if axis not in sizes or not re.fullmatch(r"-?[0-9]{1,9}", size):
             raise InputError(
                 f"--mesh: expected auto or sizes of {', '.join(sizes)}, such as data=1,fsdp=16, "
                 f"got {text!r}. Correct it."

@@ -95,6 +95,8 @@ class Target:
 
 
 _TPU_NAMES = "|".join(one.name for one in TPUS)
+_NUMBER = "[0-9]{1,9}"
+_MOST_CHIPS = 2**20
 _COUNT = "--xla_force_host_platform_device_count"
 
 
@@ -113,15 +115,15 @@ def parse_target(text: str) -> Target:
     """
     if text == "auto":
         return _target_here()
-    if match := re.fullmatch(rf"({_TPU_NAMES}):(\d+(?:x\d+){{1,2}})", text):
+    if match := re.fullmatch(rf"({_TPU_NAMES}):({_NUMBER}(?:x{_NUMBER}){{1,2}})", text):
         accelerator = accelerator_named(match[1])
         assert accelerator is not None
         chips = math.prod(int(size) for size in match[2].split("x"))
         memory = accelerator.memory // accelerator.cores
         return _positive(Target(text, "tpu", chips, memory, accelerator))
-    if match := re.fullmatch(r"gpu:(\d+)x(?:(\d+)GB|([A-Z]\d+))", text):
+    if match := re.fullmatch(rf"gpu:({_NUMBER})x(?:({_NUMBER})GB|([A-Z]\d+))", text):
         return _positive(_gpu(text, int(match[1]), match[2], match[3]))
-    if match := re.fullmatch(r"cpu:(\d+)", text):
+    if match := re.fullmatch(rf"cpu:({_NUMBER})", text):
         count = int(match[1])
         return _positive(Target(text, "cpu", count, _share_of_memory(count), None))
     raise _unknown(text)
@@ -144,7 +146,7 @@ def _gpu(text: str, count: int, gigabytes: str | None, name: str | None) -> Targ
 
 
 def _positive(target: Target) -> Target:
-    if target.chips < 1:
+    if not 1 <= target.chips <= _MOST_CHIPS:
         raise _unknown(target.name)
     return target
 

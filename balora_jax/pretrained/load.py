@@ -19,6 +19,7 @@ from balora_jax.models.quantized import Quantization, floating_kernels
 from balora_jax.models.starts import STARTS
 from balora_jax.models.starts.stacks import start_adapters, start_from_factors
 from balora_jax.models.structure import Structure, structure
+from balora_jax.paths import resolve_path
 from balora_jax.pretrained.checkpoint import (
     Base,
     EncoderBase,
@@ -221,7 +222,7 @@ def load_decoder(
         attention: kernel of its attention.
         quantization: of its linear layers; adapters stand on the quantised base.
     """
-    peft = None if adapter is None else read_peft(adapter)
+    peft = None if adapter is None else read_peft(resolve_path(adapter))
     kernel = kernel_on(jax.default_backend(), attention, "attention")
     base = open_base(path, revision)
     made = partial(structure, base.config, dtype=dtype, kernel=kernel, quantization=quantization)
@@ -245,7 +246,7 @@ def load_encoder(
     quantization: Quantization = "none",
 ) -> PretrainedEncoder:
     """As :func:`load_decoder`, for a checkpoint that must be an encoder."""
-    peft = None if adapter is None else read_peft(adapter)
+    peft = None if adapter is None else read_peft(resolve_path(adapter))
     base = open_encoder(path, revision)
     brought = {} if peft is None else head_parts(peft.saved, base.head_rules)
     if "head.out.bias" in brought:

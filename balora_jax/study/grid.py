@@ -11,6 +11,9 @@ from balora_jax.config import RunConfig, StudyConfig
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 
+FIGURES, TABLE, PICTURE = FILES = ("study.json", "table.md", "study.png")
+"""What a study writes into its folder beside the folders of its data sets."""
+
 
 @dataclass(frozen=True)
 class StudyRun:
@@ -68,10 +71,15 @@ def _check_grid(study: StudyConfig) -> None:
         raise InputError("study.datasets: expected at least one name, got none. Add one.")
     for what, names in (("datasets", study.datasets), ("variants", study.variants)):
         for name in names:
-            if not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]*", name):
+            if not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,99}", name):
                 raise InputError(
-                    f"study.{what}: expected a name of letters, digits and . _ + -, got {name!r}. "
-                    "It becomes a folder's name: choose another."
+                    f"study.{what}: expected a name of at most 100 letters, digits and . _ + -, "
+                    f"got {name!r}. It becomes a folder's name: choose another."
+                )
+            if name in FILES:
+                raise InputError(
+                    f"study.{what}: expected a name that no file of a study has, got {name!r}. It "
+                    "becomes a folder's name: choose another."
                 )
     if not study.seeds or len(set(study.seeds)) < len(study.seeds):
         raise InputError(

@@ -14,9 +14,10 @@ from balora_jax.config import RunConfig
 from balora_jax.config_file import load_config
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.finetune import fit
+from balora_jax.io.drawing import check_picture
 from balora_jax.io.folders import write_atomically
 from balora_jax.signals import Interrupted, Signals, taken
-from balora_jax.study.grid import StudyRun, chosen, plan_runs
+from balora_jax.study.grid import FIGURES, PICTURE, TABLE, StudyRun, chosen, plan_runs
 from balora_jax.study.table import Figures, diverged, draw, figures_of, main_metric, table
 from balora_jax.training.workdir import check_writable
 
@@ -52,10 +53,7 @@ def conduct(
     runs = plan_runs(config, folder)
     wanted = chosen(runs, only)
     check_writable(folder)
-    if picture is not None and not (picture.suffix == ".png" and picture.parent.is_dir()):
-        raise InputError(
-            f"--picture {picture}: expected a .png in a folder that exists. Choose another."
-        )
+    check_picture(picture)
     summaries = {run.name: finished(run) for run in runs}
     records = {name: _record(found) for name, found in summaries.items() if found is not None}
     todo = [run for run in wanted if run.name not in records]
@@ -72,7 +70,7 @@ def conduct(
             bar.update(1)
     figures = figures_of(runs, records)
     print(table(figures))
-    drawn_to = picture or folder / "study.png"
+    drawn_to = picture or folder / PICTURE
     if draw(figures, drawn_to):
         print(f"picture: {drawn_to}")
     return figures
@@ -163,8 +161,8 @@ def _record(summary: Mapping[str, Any]) -> Figures:
 
 def _save(folder: Path, figures: Figures) -> None:
     text = json.dumps(figures, indent=2, ensure_ascii=False)
-    write_atomically(folder / "study.json", text + "\n")
-    write_atomically(folder / "table.md", table(figures) + "\n")
+    write_atomically(folder / FIGURES, text + "\n")
+    write_atomically(folder / TABLE, table(figures) + "\n")
 
 
 def _last_score(record: Mapping[str, Any]) -> str:

@@ -29,6 +29,7 @@ from balora_jax.models.starts.stacks import Moments, Stacks, start_adapters
 from balora_jax.models.starts.start import Start
 from balora_jax.parallel import hosts
 from balora_jax.parallel.sharding import Layout
+from balora_jax.paths import resolve_path
 from balora_jax.pretrained.peft_start import PeftStart
 
 Arrays = dict[str, Array]
@@ -40,8 +41,8 @@ def start_of(name: str) -> Start | PeftStart:
     Raises:
         InputError: neither a start nor a folder, or a folder that holds no usable adapter.
     """
-    if name not in STARTS and Path(name).is_dir():
-        return PeftStart(name, read_peft(name))
+    if name not in STARTS and Path(folder := resolve_path(name)).is_dir():
+        return PeftStart(folder, read_peft(folder))
     return STARTS[name]
 
 

@@ -1,10 +1,7 @@
 """The protocol of a verb, and the figures that most of them can write to a file."""
 
 import argparse
-import errno
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,21 +41,10 @@ class Verb:
 
 def check_report(file: str | None) -> None:
     """Raises InputError for a ``--json`` that cannot be written: before the work, not after it."""
-    if file is None:
-        return
-    try:
-        if Path(file).is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        with tempfile.TemporaryFile(dir=Path(file).parent):
-            pass
-    except OSError as error:
-        raise _unwritable(file, error) from error
+    if file is not None:
+        from balora_jax.io.folders import check_file
 
-
-def _unwritable(file: str, error: OSError) -> InputError:
-    return InputError(
-        f"--json {file}: expected a file that can be written, got {error.strerror}. Choose another."
-    )
+        check_file(file, f"--json {file}")
 
 
 def report(figures: Any, file: str | None) -> None:
@@ -72,7 +58,10 @@ def report(figures: Any, file: str | None) -> None:
     try:
         write_atomically(Path(file), text + "\n")
     except OSError as error:
-        raise _unwritable(file, error) from error
+        raise InputError(
+            f"--json {file}: expected a file that can be written, got {error.strerror}. Choose "
+            "another."
+        ) from error
     print(f"wrote {file}")
 
 

@@ -118,10 +118,7 @@ def _value(keys: list[str], value: Any) -> Callable[[Any], None]:
 def reseal(folder: Path) -> None:
     """Seal an edited checkpoint as this program would have."""
     (folder / seals.NAME).unlink(missing_ok=True)
-    import inspect
-
-    step = [int(folder.name)][: len(inspect.signature(seals.seal).parameters) - 1]
-    seals.seal(folder, *step)
+    seals.seal(folder, int(folder.name))
 
 
 def _only_newest(place: Place) -> Path:

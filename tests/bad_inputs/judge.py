@@ -37,6 +37,7 @@ from tests.bad_inputs.case import MINE, WRITERS, Case, Place, Sources
 from tests.registered import put_back
 from tests.tiny_run import tree_digest
 
+ROOT = Path(__file__).parents[2]
 SECONDS, SECONDS_APART = 20, 40
 """Time limits of a case, of the processor: here, and in a process of its own."""
 PATIENCE = 5
@@ -178,7 +179,7 @@ def _time_limit(seconds: int) -> Iterator[None]:
 def _kept_as_it_was(folder: Path) -> Iterator[None]:
     """Work in the folder, with nothing of the process changed afterwards."""
     here, signals = os.getcwd(), {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-    with mock.patch.dict(os.environ, {"HOME": str(folder)}):
+    with mock.patch.dict(os.environ, {"HOME": str(folder), "PYTHONPATH": str(ROOT)}):
         os.chdir(folder)
         try:
             yield

@@ -202,9 +202,9 @@ def test_a_folder_of_another_run_is_refused_before_the_first(fit, tmp_path):
         ({"datasets": {}}, "study.datasets: expected at least one name, got none. Add one."),
         ({"seeds": [1, 2, 1]}, "study.seeds: expected different seeds, got [1, 2, 1]. Name each"),
         ({"seeds": []}, "study.seeds: expected different seeds, got []"),
-        ({"variants": {"a/b": {}}}, "study.variants: expected a name of letters, digits and "
+        ({"variants": {"a/b": {}}}, "study.variants: expected a name of at most 100 letters, digits and "
          ". _ + -, got 'a/b'. It becomes a folder's name: choose another."),
-        ({"datasets": {"..": {}}}, "study.datasets: expected a name of letters, digits"),
+        ({"datasets": {"..": {}}}, "study.datasets: expected a name of at most 100 letters, digits"),
         ({"datasets": {"a\n": {}}}, "got 'a\\n'"),
         ({"seeds": [1, -1]}, "study d1/LoRA: training.seed: expected "),
         ({"variants": {"a": {}, "b": {"adapter.strat": 1}}},
@@ -230,10 +230,12 @@ def test_bad_settings_are_refused_before_the_first_run(fit, tmp_path, change, ph
 
 def test_other_refusals(fit, tmp_path):
     fit()
-    for name in ("absent/a.png", "a.pictures"):
+    for name, phrase in {
+        "absent/a.png": "expected a file that can be written, got No such file or directory.",
+        "a.pictures": "expected a name that ends in .png, got another.",
+    }.items():
         picture = tmp_path / name
-        refused(make(), tmp_path, f"--picture {picture}: expected a .png in a folder that exists. "
-                "Choose another.", picture=picture)  # fmt: skip
+        refused(make(), tmp_path, f"--picture {picture}: {phrase} Choose another.", picture=picture)
     (tmp_path / "out").write_text("")
     refused(make(), tmp_path, "--workdir", "expected a folder, got a file")
 
