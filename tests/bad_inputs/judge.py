@@ -150,7 +150,8 @@ def _outcome(code: int | str, said: _Said, changed: bool) -> str:
     if changed:
         return "wrote"
     line = said.err.removesuffix("\n")
-    fine = line.startswith("balora: ") and not _CONTROL.search(line) and len(line) <= LONGEST
+    sentence = line.removeprefix("balora: ")
+    fine = sentence != line and len(sentence) <= LONGEST and not _CONTROL.search(sentence)
     return "refused" if fine and not said.out else "noise"
 
 
