@@ -6,6 +6,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,10 +15,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from balora_jax.training import steps
+from balora_jax import finetune
+from balora_jax.io import checkpoint, lock
+from balora_jax.tasks.text import run as text_run
+from balora_jax.training import loop, steps
 from tests.run import workers
 from tests.run.conftest import invoke
-from tests.tiny_run import FEW, adapter_bytes, checkpoint_steps, metrics_of, write_config
+from tests.tiny_run import (
+    FEW,
+    adapter_bytes,
+    checkpoint_steps,
+    metrics_of,
+    tree_digest,
+    write_config,
+)
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
@@ -85,7 +96,7 @@ def test_sigterm_saves_and_ends(straight, tmp_path, process_environment):
 
 
 @pytest.mark.parametrize(
-    ("name", "at"), [("SIGTERM", 1), ("SIGTERM", 5), ("SIGINT", 7), ("SIGTERM", STEPS)]
+    ("name", "at"), [("SIGTERM", 2), ("SIGTERM", 5), ("SIGINT", 7), ("SIGTERM", STEPS)]
 )
 def test_a_signal_during_a_step(straight, tmp_path, monkeypatch, no_curves, name, at):
     """The step under way is finished, logged and saved, wherever the signal falls."""
@@ -112,17 +123,109 @@ def test_a_signal_during_a_step(straight, tmp_path, monkeypatch, no_curves, name
     same_runs(workdir, expected)
 
 
-def test_a_second_signal_ends_at_once(straight, tmp_path, monkeypatch):
+def test_a_second_signal_ends_at_once_and_names_the_newest_checkpoint(
+    straight, tmp_path, monkeypatch, no_curves
+):
+    place, calls = steps.place_batch, []
+
     def place_batch(batch, mesh):
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
+        calls.append(None)
+        if len(calls) == 12:  # 5 is sealed before 10 is begun
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return place(batch, mesh)
 
     monkeypatch.setattr(steps, "place_batch", place_batch)
-    config, _ = straight
-    code, _, err = invoke("train", config, "--workdir", tmp_path / "run")
+    config, expected = straight
+    workdir = tmp_path / "run"
+    code, _, err = invoke("train", config, "--workdir", workdir)
     assert code == 3
-    assert err.splitlines()[-1].startswith("balora: interrupted")
+    newest = checkpoint.sealed_steps(workdir / "checkpoints")[-1]
+    assert newest in (5, 10)
+    assert err.splitlines()[-1] == (
+        f"balora: interrupted by SIGINT; {workdir / 'checkpoints' / str(newest)} is the newest "
+        "whole checkpoint. Go on with --resume."
+    )
     assert "Traceback" not in err
+    monkeypatch.undo()
+    finish(config, workdir, expected)
+
+
+NOTHING = "nothing was written. Begin again."
+NO_CHECKPOINT = "no checkpoint is saved yet. Begin again with --resume."
+LAST = "is the newest whole checkpoint. Go on with --resume."
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    ("owner", "function", "truth"),
+    [
+        (text_run, "load_rows", NOTHING),
+        (text_run.TextRun, "load", NOTHING),
+        (finetune, "describe", NOTHING),
+        (loop.Training, "score_before", NO_CHECKPOINT),
+        (steps, "compile_step", NO_CHECKPOINT),
+        (finetune, "export_trained", LAST),
+        (finetune, "summarise", LAST),
+        (finetune, "write_results", LAST),
+    ],
+)
+def test_a_signal_in_any_other_phase_ends_at_once_with_the_truth(
+    straight, tmp_path, monkeypatch, no_curves, name, owner, function, truth
+):
+    config, expected = straight
+    workdir = tmp_path / "run"
+
+    def interrupted(*arguments, **options):
+        signal.raise_signal(getattr(signal, name))
+        pytest.fail("it went on")
+
+    monkeypatch.setattr(owner, function, interrupted)
+    code, _, err = invoke("train", config, "--workdir", workdir)
+    assert code == 3
+    message = err.splitlines()[-1]
+    assert message.startswith(f"balora: interrupted by {name}; ")
+    assert message.endswith(truth)
+    if truth == LAST:
+        assert str(workdir / "checkpoints" / str(STEPS)) in message
+    assert workdir.exists() == (truth != NOTHING)
+    assert err.count("balora: ") == 1
+    monkeypatch.undo()
+    again = ("--resume",) if workdir.exists() else ()
+    outcome = invoke("train", config, "--workdir", workdir, *again)
+    assert outcome.code == 0, outcome.err
+    if truth == LAST:
+        assert f"resumed at step {STEPS} " in outcome.out
+    same_runs(workdir, expected)
+
+
+def test_a_signal_ends_what_runs_no_handler(straight, tmp_path, cache_folder):
+    """A thread of the command line ends the process, and says what is saved."""
+    log, workdir = tmp_path / "log", tmp_path / "run"
+    arguments = ["train", straight[0], "--workdir", str(workdir)]
+    process = workers.start(workers.stuck, arguments, str(log), str(cache_folder))
+    wait_for(lambda: log.exists() and "scoring" in log.read_text(), process.is_alive)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 3, log.read_text()
+    assert log.read_text().splitlines()[-1] == f"balora: interrupted by SIGTERM; {NO_CHECKPOINT}"
+
+
+def test_two_live_commands_on_one_workdir(straight, tmp_path):
+    """The second is refused, names the first, and changes nothing."""
+    config, _ = straight
+    workdir = tmp_path / "run"
+    for resume in ((), ("--resume",)):
+        with lock.locked(workdir):
+            before = tree_digest(tmp_path)
+            code, out, err = invoke("train", config, "--workdir", workdir, *resume)
+            assert (code, out) == (2, "")
+            assert err.startswith(
+                f"balora: --workdir {workdir}: expected a folder that no other run is using, got "
+                f"one in use by process {os.getpid()} on {socket.gethostname()} since "
+            )
+            assert tree_digest(tmp_path) == before
+        assert not workdir.exists()
 
 
 def killed(config, workdir, cache, when, log):
@@ -141,7 +244,9 @@ def finish(config, workdir, expected):
     assert outcome.code == 0, outcome.err
     same_runs(workdir, expected)
     kept = [child.name for child in (workdir / "checkpoints").iterdir()]
-    assert all(name.removeprefix("unsealed-").isdigit() for name in kept), kept
+    assert all(name.isdigit() for name in kept), kept
+    files = {child.name for child in workdir.iterdir()}
+    assert files | {"curves.png"} == {child.name for child in expected.iterdir()} | {"curves.png"}
     return outcome
 
 

@@ -47,6 +47,20 @@ def command(arguments, log, cache, devices=1):
     sys.exit(cli.main(arguments))
 
 
+def stuck(arguments, log, cache):
+    """As :func:`command`, but the first score is one long instruction in which no handler runs."""
+    _prepare(log, cache, 1)
+
+    class Stuck(_TRAINING):
+        def score(self, title):
+            print("scoring", flush=True)
+            forever = jax.jit(lambda x: jax.lax.while_loop(lambda x: x >= 0, lambda x: x * 0, x))
+            return forever(jax.numpy.float32(1)).block_until_ready()
+
+    finetune.Training = Stuck
+    sys.exit(cli.main(arguments))
+
+
 def _prepare(log, cache, devices):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
