@@ -35,3 +35,23 @@ def test_paths_out_of_the_package_are_refused(inside):
 def test_empty_text_is_refused(text):
     with pytest.raises(InputError, match="path: expected a path or a hub name, got empty text"):
         resolve_path(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("x" * 300, "File name too long"),
+        ("x/" * 3000, "File name too long"),
+        ("a\0b", "embedded null byte"),
+        ("~nobody_of_this_name/a", "Could not determine home directory."),
+        ("loop", "Too many levels of symbolic links"),
+    ],
+)
+def test_what_is_no_path_here_is_refused(text, reason, tmp_path, monkeypatch):
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as refused:
+        resolve_path(text)
+    assert str(refused.value) == (
+        f"{text[:200]}: expected a path or a hub name, got: {reason}. Correct it."
+    )

@@ -197,7 +197,7 @@ def _csv_header(file: str) -> tuple[list[str], int]:
         csv.field_size_limit(before)
 
 
-def _opened(file: str) -> io.BufferedIOBase:
+def _opened(file: str) -> Any:
     """The bytes of a file, unpacked."""
     return gzip.GzipFile(file) if file.lower().endswith(".gz") else Path(file).open("rb")
 

@@ -89,15 +89,14 @@ def write_adapter(folder: Path) -> None:
 
 
 def write_run(folder: Path) -> None:
-    """A run of two of its four steps; its checkpoints hold no path."""
+    """Two of the four steps of :func:`run_tree`, made beside a folder ``text`` as places have it."""
     from balora_jax import cli
 
-    with tempfile.TemporaryDirectory() as inputs, contextlib.redirect_stdout(io.StringIO()):
-        text = tiny_run.write_inputs(Path(inputs) / "text")
-        config = Path(inputs) / "config.yaml"
-        config.write_text(yaml.safe_dump(run_tree(text, training={"stop_at": 2})))
-        with contextlib.redirect_stderr(io.StringIO()):
-            assert cli.main(["train", str(config), "--workdir", str(folder)]) == 0
+    with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
+        tiny_run.write_inputs("text")
+        Path("config.yaml").write_text(yaml.safe_dump(run_tree(training={"stop_at": 2})))
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            assert cli.main(["train", "config.yaml", "--workdir", str(folder)]) == 0
 
 
 WRITERS: dict[str, Callable[[Path], Any]] = {
@@ -160,8 +159,9 @@ class Place:
         return merged(tiny_labels_run.label_config_tree(self.labels), sections)
 
     def run_tree(self, **sections: Any) -> dict[str, Any]:
-        """The config of :attr:`run`."""
-        return run_tree(self.text, **sections)
+        """The config of :attr:`run`, with its inputs."""
+        assert self.text
+        return run_tree(**sections)
 
     def config(self, tree: Any = None) -> Path:
         """A config file: a tree as YAML, a text or bytes as they are."""
@@ -191,14 +191,14 @@ class Place:
         file.write_text(json.dumps(content if found is None else found))
 
 
-def run_tree(inputs: Path, **sections: Any) -> dict[str, Any]:
-    """A run that compiles quickly: four steps, a checkpoint after each."""
+def run_tree(**sections: Any) -> dict[str, Any]:
+    """A run that compiles quickly: four steps, a checkpoint after each; paths are relative."""
     few = {
         "adapter": {"start": "lora", "target_modules": ["q_proj"]},
         "regularizers": {"consistency": 0.0, "diversity": 0.0, "spectral": 0.0},
         "training": {"max_steps": 4, "checkpoint_every": 1, "accumulation": 1},
     }
-    return merged(merged(tiny_run.config_tree(inputs), few), sections)
+    return merged(merged(tiny_run.config_tree("text"), few), sections)
 
 
 def merged(tree: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:

@@ -179,13 +179,12 @@ def _time_limit(seconds: int) -> Iterator[None]:
 @contextlib.contextmanager
 def _kept_as_it_was(folder: Path) -> Iterator[None]:
     """Work in the folder, with nothing of the process changed afterwards."""
-    here, signals = os.getcwd(), {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-    with mock.patch.dict(os.environ, {"HOME": str(folder), "PYTHONPATH": str(ROOT)}):
-        os.chdir(folder)
+    signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    environment = {"HOME": str(folder), "PYTHONPATH": str(ROOT)}
+    with mock.patch.dict(os.environ, environment), contextlib.chdir(folder):
         try:
             yield
         finally:
-            os.chdir(here)
             for number, handler in signals.items():
                 signal.signal(number, handler)
 

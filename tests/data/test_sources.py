@@ -101,6 +101,32 @@ def test_cells_keep_their_types_in_json(tmp_path):
     assert load_rows(str(path))[0] == {"a": 5, "m": [{"role": "user", "content": "x"}]}
 
 
+def test_a_cell_of_json_is_as_it_stands(tmp_path):
+    """A reader of tables would give a column one type, and a date its own."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": "007", "b": "2020-01-31"}\n{"a": 7, "b": 1.0}\n{"c": null}\n')
+    expected = [{"a": "007", "b": "2020-01-31"}, {"a": 7, "b": 1.0}, {"c": None}]
+    assert list(load_rows(str(path))) == expected
+
+
+@pytest.mark.parametrize("columns", ["q,a", "a,q"])
+def test_a_cell_of_csv_may_be_long(tmp_path, columns):
+    path = tmp_path / "a.csv"
+    path.write_text(f"{columns}\n1,{'2' * 200_000}\n")
+    assert len(load_rows(str(path))[0][columns[-1]]) == 200_000
+
+
+@pytest.mark.parametrize("name", ["json", "csv", "json:default"])
+def test_the_name_of_a_format_is_no_data_set(tmp_path, monkeypatch, name):
+    """`datasets` would read every file of the working directory."""
+    (tmp_path / "secret.jsonl").write_text('{"a": 1}\n')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        InputError, match=f"{name}: expected a data file or a hub data set, got the n"
+    ):
+        load_rows(name)
+
+
 def write(path, data):
     if isinstance(data, bytes):
         path.write_bytes(data)
@@ -119,6 +145,28 @@ REFUSED = {
     "broken.jsonl": ('{"a": 1}\n{"a": oops\n', "got broken JSON (Expecting value"),
     "where.jsonl": ('{"a": 1}\n{"a": oops\n', ") in line 2. Fix that line."),
     "number.jsonl": ('{"a": 1}\n5\n', "got something else in line 2."),
+    "deep.jsonl": (
+        "[" * 10**5 + "\n",
+        "expected a readable data file, got an error (nested too de",
+    ),
+    "deep_row.jsonl": (
+        '{"a": 1}\n' + '{"a": ' * 10**5 + "}" * 10**5,
+        "got broken JSON (nested too deep) in line 2. Fix that line.",
+    ),
+    "digits.jsonl": (
+        '{"a": ' + "9" * 5000 + "}\n",
+        "got broken JSON (Exceeds the limit (4300 digits)",
+    ),
+    "zeros.jsonl": (b"\0" * 10**5, "got broken JSON (Expecting value: line 1"),
+    "half.jsonl": ('{"a": "\\ud800"}\n', "surrogates not allowed) in line 1. Fix that line."),
+    "bomb.jsonl.gz": (
+        gzip.compress(b'{"a": "' + bytes(2**26), 1),
+        "expected one JSON object a line, got more than 64 MiB in line 1. Fix that line.",
+    ),
+    "mixed.json": (
+        '[{"a": 1}, 5]',
+        "expected an array of JSON objects, got something else at its pl",
+    ),
     "broken.json": ("[{", "expected a readable data file, got an error ("),
     "not.jsonl.gz": ("text", "expected a whole gzip file, got a damaged one (Not a gzipped file"),
     "cut.jsonl.gz": (PACKED[: len(PACKED) // 2], "expected a whole gzip file, got a damaged one"),

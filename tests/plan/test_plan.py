@@ -298,6 +298,16 @@ def test_a_step_that_is_too_large_is_a_result(tree):
         "v5e:4x4 or v5p:2x2x1, or gpu:8x80GB, gpu:8xH100, cpu:8 or auto, got 'v5e'. Correct it.",
         ("--topology", "cpu:0"): "--topology: expected v4, v5e, v5p, v6e and a shape, such as "
         "v5e:4x4 or v5p:2x2x1, or gpu:8x80GB, gpu:8xH100, cpu:8 or auto, got 'cpu:0'. Correct it.",
+        (
+            "--topology",
+            f"cpu:{10**9}",
+        ): "--topology: expected v4, v5e, v5p, v6e and a shape, such as ",
+        ("--topology", "cpu:" + "9" * 5000): "--topology: expected v4, v5e, v5p, v6e and a shape, ",
+        (
+            "--mesh",
+            "fsdp=²",
+        ): f"--mesh: expected auto or sizes of {', '.join(sharding.AXES)}, such ",
+        ("--mesh", "fsdp=--1"): f"--mesh: expected auto or sizes of {', '.join(sharding.AXES)}, s",
         ("--topology", "gpu:8xB7"): "--topology: expected v4, v5e, v5p, v6e and a shape, such as "
         "v5e:4x4 or v5p:2x2x1, or gpu:8x80GB, gpu:8xH100, cpu:8 or auto, got 'gpu:8xB7'. Correct "
         "it.",

@@ -136,6 +136,42 @@ def test_figures_that_cannot_be_written(place, finished, command, target):
     )
 
 
+@pytest.mark.parametrize("command", ["plan", "bench", "study"])
+@pytest.mark.parametrize(
+    ("name", "phrase"),
+    [
+        ("x.xyz", "expected a name that ends in .png, got another. Choose another."),
+        ("gone/x.png", "expected a file that can be written, got No such file or directory."),
+        ("x" * 300 + ".png", "expected a file that can be written, got File name too long."),
+        ("x" * 245 + ".png", "expected a file that can be written, got File name too long."),
+        ("out.png", "expected a file that can be written, got Is a directory."),
+        ("loop.png", "expected a file that can be written, got Too many levels of symbolic links."),
+    ],
+)
+def test_pictures_that_cannot_be_drawn(place, command, name, phrase):
+    """Before the work: the step would be compiled, or the runs done, for nothing."""
+    (place.folder / "out.png").mkdir()
+    (place.folder / "loop.png").symlink_to("loop.png")
+    config = place.config(study={"variants": {"a": {}}})
+    more = ["--workdir", place.workdir] if command == "study" else []
+    arguments = [command, config, *more, "--picture", place.folder / name]
+    place.refused("--picture ", phrase, arguments=arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "phrase"),
+    [
+        ([], "the following arguments are required: COMMAND. See balora --help."),
+        (["trian"], "argument COMMAND: invalid choice: 'trian'"),
+        (["train", "c.yaml"], "required: --workdir. See balora train --help."),
+        (["bench", "c.yaml", "--rounds", "x"], "argument --rounds: invalid int value: 'x'. See"),
+        (["eval", "c.yaml", "--adaptor", "x"], "unrecognized arguments: --adaptor x. See balora"),
+    ],
+)
+def test_a_command_line_that_is_none(place, arguments, phrase):
+    place.refused(phrase, arguments=arguments)
+
+
 @pytest.mark.parametrize("command", ["eval", "generate"])
 def test_no_adapter_there(place, command):
     more = ["--prompt", "1+1"] if command == "generate" else []

@@ -205,6 +205,9 @@ def test_a_folder_of_another_run_is_refused_before_the_first(fit, tmp_path):
         ({"variants": {"a/b": {}}}, "study.variants: expected a name of at most 100 letters, digits and "
          ". _ + -, got 'a/b'. It becomes a folder's name: choose another."),
         ({"datasets": {"..": {}}}, "study.datasets: expected a name of at most 100 letters, digits"),
+        ({"variants": {"a" * 101: {}}}, "study.variants: expected a name of at most 100 letters,"),
+        ({"datasets": {"study.json": {}}}, "study.datasets: expected a name that no file of a study "
+         "has, got 'study.json'. It becomes a folder's name: choose another."),
         ({"datasets": {"a\n": {}}}, "got 'a\\n'"),
         ({"seeds": [1, -1]}, "study d1/LoRA: training.seed: expected "),
         ({"variants": {"a": {}, "b": {"adapter.strat": 1}}},
