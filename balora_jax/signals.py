@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from balora_jax.errors import RunStoppedError
+from balora_jax.untyped.shown import one_line
 
 WANTED = (signal.SIGTERM, signal.SIGINT)
 PATIENCE = 5.0
@@ -75,7 +76,7 @@ class Signals:
             if not self._ended.wait(PATIENCE):
                 if not self.received:  # the main thread has not come to its handler
                     self.received.append(signal.Signals(number[0]).name)
-                os.write(2, f"balora: {self.sentence()}\n".encode())
+                os.write(2, f"balora: {one_line(self.sentence())}\n".encode())
                 os._exit(RunStoppedError.exit_code)
 
     def end(self) -> None:
