@@ -29,7 +29,7 @@ MODULES = {
 LAYERS = (
     ("errors",),
     ("untyped",),
-    ("array_types", "registry", "extensions", "hardware", "options"),
+    ("array_types", "registry", "extensions", "hardware", "options", "progress"),
     ("paths", "signals", "parallel.launch", "parallel.supervise"),
     ("parallel.hosts",),
     ("numerics",),
@@ -202,6 +202,12 @@ def test_no_torch_and_no_pickle():
             if getattr(call.func, "id", "") in ("eval", "exec", "compile", "__import__"):
                 wrong.append((path, f"line {call.lineno}: {call.func.id}"))
     assert not wrong
+
+
+def test_one_file_shows_progress():
+    """Others ask it for a bar, so that no log gets one line of carriage returns."""
+    found = {module for module, path in MODULES.items() if "tqdm" in imported(path)}
+    assert found == {"balora_jax.progress"}
 
 
 def test_no_error_is_caught_blindly():

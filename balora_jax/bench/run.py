@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from balora_jax import hardware
 from balora_jax.bench import labels, measure, report
@@ -24,6 +23,7 @@ from balora_jax.errors import InputError
 from balora_jax.io.drawing import check_picture
 from balora_jax.plan.targets import parse_target
 from balora_jax.pretrained.checkpoint import Base
+from balora_jax.progress import Bar, progress_bar
 from balora_jax.tasks import flops
 from balora_jax.tasks.registry import TASKS
 from balora_jax.tasks.text.program import TextProgram, text_program
@@ -90,7 +90,7 @@ def _measured(
         rounds = max(rounds, COMPARED_STEPS - 2)
     base, weights = weights_of(config)
     programs = {case.name: _program(config, case, base) for case in cases}
-    with contextlib.ExitStack() as stack, tqdm(total=1, unit="step") as bar:
+    with contextlib.ExitStack() as stack, _shown() as bar:
         named: dict[str, Any] = {}
         for name, program in programs.items():
             bar.set_description_str(f"compiling: {name}")
@@ -115,9 +115,14 @@ def _measured(
     }
 
 
+def _shown() -> Bar:
+    """What is being compiled or measured, and since when."""
+    return progress_bar(desc="bench", bar_format="{desc} [{elapsed}]")
+
+
 def _measured_labels(config: RunConfig, rounds: int, cases: Sequence[Case]) -> dict[str, Any]:
     compiled: dict[str, LabelsCase] = {}
-    with tqdm(total=1, unit="step") as bar:
+    with _shown() as bar:
         for case in cases:
             bar.set_description_str(f"compiling: {case.name}")
             compiled[case.name] = labels.compiled_case(config, case)

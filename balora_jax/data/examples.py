@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from balora_jax.data.templates import (
     ExampleSettings,
@@ -30,6 +29,7 @@ from balora_jax.data.templates import (
     response_text,
 )
 from balora_jax.errors import InputError
+from balora_jax.progress import progress_bar
 
 __all__ = [
     "EncodedSet",
@@ -159,7 +159,7 @@ def _tokenised(
     numbered = enumerate(part, start=start + 1)
     packed = [np.zeros(0, np.int32)]
     total = stop - start
-    with tqdm(
+    with progress_bar(
         total=total, desc="tokenising", unit="row", disable=total <= _SHOW_PROGRESS_ABOVE
     ) as bar:
         while chunk := list(itertools.islice(numbered, _CHUNK)):

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from tqdm import tqdm
 
 from balora_jax.data.batches import Batch, Resumable
 from balora_jax.data.glue import Label, LabelsTask, label_cell, label_of, texts_of
 from balora_jax.data.templates import Row
 from balora_jax.errors import InputError
+from balora_jax.progress import progress_bar
 
 _CHUNK = 1000
 _SHOW_PROGRESS_ABOVE = 2000
@@ -92,7 +92,7 @@ def encode_labels(rows: Any, tokenizer: Any, task: LabelsTask, max_length: int) 
     _check_max_length(tokenizer, task, max_length)
     examples: list[LabelsExample] = []
     truncated = 0
-    with tqdm(
+    with progress_bar(
         total=len(rows), desc="tokenising", unit="row", disable=len(rows) <= _SHOW_PROGRESS_ABOVE
     ) as bar:
         numbered = enumerate(rows, start=1)

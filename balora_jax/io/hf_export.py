@@ -11,7 +11,6 @@ from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from balora_jax.errors import InputError
 from balora_jax.io.folders import replaced_folder
@@ -28,6 +27,7 @@ from balora_jax.io.hf_files import (
 from balora_jax.io.peft_writer import delta_pair, magnitude_of
 from balora_jax.models.adapters import AdaptedModule
 from balora_jax.models.weight_names import WeightRule, stored_names
+from balora_jax.progress import progress_bar
 
 MAX_SHARD_BYTES = 4 * 2**30
 
@@ -265,7 +265,7 @@ def _write_shards(
     names = [SINGLE_FILE] if count == 1 else names
     total = sum(entry.nbytes for shard in shards for entry in shard)
     merged = 0
-    with tqdm(
+    with progress_bar(
         total=total, desc="merge", unit="B", unit_scale=True, disable=total < _PROGRESS_FROM_BYTES
     ) as bar:
         for name, shard in zip(names, shards, strict=True):

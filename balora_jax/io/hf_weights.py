@@ -32,7 +32,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from tqdm import tqdm
 
 from balora_jax.errors import InputError
 from balora_jax.io.hf_files import (
@@ -47,6 +46,7 @@ from balora_jax.io.hf_files import (
     shortened,
 )
 from balora_jax.models.weight_names import WeightRule, stored_names
+from balora_jax.progress import progress_bar
 
 __all__ = ["find_checkpoint", "fingerprint", "load_weights", "read_json_config"]
 
@@ -108,7 +108,7 @@ def load_weights(
         size = sum(_bytes_to_read(p, tensors) for p in parameters.values())
         quiet = size < _PROGRESS_FROM_BYTES or jax.process_index() != 0
         limit = _piece_bytes(tensors.values())
-        with tqdm(
+        with progress_bar(
             total=size, desc="weights", unit="B", unit_scale=True, unit_divisor=1024, disable=quiet
         ) as bar:
             return {p: _load(parameters[p], tensors, limit, bar.update) for p in parameters}

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from balora_jax import hardware
 from balora_jax.config import RunConfig
 from balora_jax.config_file import parse_config
@@ -17,6 +15,7 @@ from balora_jax.plan import ahead, arguments, search
 from balora_jax.plan import report as plan_report
 from balora_jax.plan.ahead import Compile
 from balora_jax.plan.targets import Target, parse_target
+from balora_jax.progress import progress_bar
 from balora_jax.tasks.registry import TASKS
 
 Row = dict[str, Any]
@@ -137,7 +136,7 @@ def _searched(
     """Compile promising layouts until the number is spent."""
     space = search.Space(config, arguments.opened_base(config.model).config, target)
     found: list[tuple[search.Layout, Row]] = []
-    with tqdm(total=candidates, unit="compilation", desc="plan") as bar:
+    with progress_bar(total=candidates, unit="compilation", desc="plan") as bar:
         while len(found) < candidates:
             layout = space.next(found, candidates)
             if layout is None:

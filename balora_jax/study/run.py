@@ -2,13 +2,10 @@
 
 import gc
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from balora_jax.config import RunConfig
 from balora_jax.config_file import load_config
@@ -16,6 +13,7 @@ from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.finetune import fit
 from balora_jax.io.drawing import check_picture
 from balora_jax.io.folders import write_atomically
+from balora_jax.progress import progress_bar
 from balora_jax.signals import Interrupted, Signals, taken
 from balora_jax.study.grid import FIGURES, PICTURE, TABLE, StudyRun, chosen, plan_runs
 from balora_jax.study.table import Figures, diverged, draw, figures_of, main_metric, table
@@ -60,10 +58,10 @@ def conduct(
     folder.mkdir(parents=True, exist_ok=True)
     _save(folder, figures_of(runs, records))
     done = len(wanted) - len(todo)
-    bar = tqdm(total=len(wanted), initial=done, desc="study", unit="run", file=sys.stderr)
+    bar = progress_bar(total=len(wanted), initial=done, desc="study", unit="run")
     with bar, _stoppable() as signals:
         for run in todo:
-            bar.set_description(run.name)
+            bar.set_description_str(run.name)
             records[run.name] = _perform(run, signals)
             _save(folder, figures_of(runs, records))
             bar.set_postfix_str(_last_score(records[run.name]), refresh=False)

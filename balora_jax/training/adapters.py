@@ -7,7 +7,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from tqdm import tqdm
 
 from balora_jax.array_types import Array
 from balora_jax.config import AdapterConfig, ModelConfig
@@ -31,6 +30,7 @@ from balora_jax.parallel import hosts
 from balora_jax.parallel.sharding import Layout
 from balora_jax.paths import resolve_path
 from balora_jax.pretrained.peft_start import PeftStart
+from balora_jax.progress import progress_bar
 
 Arrays = dict[str, Array]
 
@@ -146,7 +146,7 @@ def adapters_of(config: AdapterConfig, linears: Sequence[LinearShape]) -> Adapte
 def layer_bar(layers: int) -> Iterator[Callable[[Stacks], None]]:
     """A bar that moves on by a layer, shown where it takes long: its rate is the time of one."""
     quiet = not hosts.is_first()
-    with tqdm(total=layers, desc="start", unit="layer", delay=5, disable=quiet) as bar:
+    with progress_bar(total=layers, desc="start", unit="layer", delay=5, disable=quiet) as bar:
 
         def report(stacks: Stacks) -> None:
             jax.block_until_ready(stacks)

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from balora_jax import hardware
 from balora_jax.config import TrainingConfig
@@ -17,6 +16,7 @@ from balora_jax.errors import RunStoppedError
 from balora_jax.io import checkpoint, metrics
 from balora_jax.io.folders import write_atomically
 from balora_jax.parallel import hosts
+from balora_jax.progress import Bar
 from balora_jax.signals import Signals
 from balora_jax.training import steps
 from balora_jax.training.profiling import Profile
@@ -144,7 +144,7 @@ class Training:
                     self.save_if_good(step, bar)
             self.stop_if_interrupted(self.stop_at, bar)
 
-    def save_if_good(self, step: int, bar: tqdm) -> None:
+    def save_if_good(self, step: int, bar: Bar) -> None:
         """A checkpoint of this step, or of the next one whose update was made.
 
         While updates are skipped the weights may be to blame, and older checkpoints must stay.
@@ -190,7 +190,7 @@ class Training:
             return "there is no good checkpoint yet"
         return f"the last good checkpoint is {self.store.path_of(good)}"
 
-    def stop_if_interrupted(self, step: int, bar: tqdm) -> None:
+    def stop_if_interrupted(self, step: int, bar: Bar) -> None:
         """On SIGTERM or SIGINT: log and save the steps done, and end with exit code 3.
 
         With several processes all of them stop at the same step, whichever got the signal.

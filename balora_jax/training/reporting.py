@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from balora_jax.io import metrics
 from balora_jax.parallel import hosts
+from balora_jax.progress import Bar, progress_bar
 from balora_jax.training.trackers.tracker import Trackers
 
 COUNTS = ("tokens", "skipped", "skipped_in_a_row")
@@ -43,13 +43,13 @@ class Reporter:
         """Measure the speed from now on."""
         self.clock, self.tokens, self.steps, self.work = time.monotonic(), 0.0, 0, 0.0
 
-    def take(self, step: int, values: Any, bar: tqdm) -> dict[str, float] | None:
+    def take(self, step: int, values: Any, bar: Bar) -> dict[str, float] | None:
         """Remember a step's metrics; log and return those of the step before."""
         row = self.flush(bar)
         self.pending = (step, values)
         return row
 
-    def flush(self, bar: tqdm) -> dict[str, float] | None:
+    def flush(self, bar: Bar) -> dict[str, float] | None:
         """Wait for the remembered step, log it if it is due, return it."""
         if self.pending is None:
             return None
@@ -59,11 +59,11 @@ class Reporter:
         self.tokens += row["tokens"]
         self.steps += 1
         self.work += self.flops(row["tokens"])
-        bar.update(1)
         shown = {"loss": f"{row['loss']:.4f}"}
         if row["skipped"]:
             shown["skipped"] = f"{row['skipped']:.0f}"
         bar.set_postfix(shown, refresh=False)
+        bar.update(1)
         if step % self.every == 0 or step == 1 or row["skipped_in_a_row"]:
             self._write(row)
         return row
@@ -83,9 +83,9 @@ class Reporter:
         self.restart()
 
 
-def progress(total: int, start: int) -> tqdm:
+def progress(total: int, start: int) -> Bar:
     """The bar of the optimizer steps; the first process shows it."""
-    return tqdm(
+    return progress_bar(
         total=total, initial=start, desc="training", unit="step", disable=not hosts.is_first()
     )
 

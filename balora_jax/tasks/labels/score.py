@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from balora_jax.array_types import Array, PRNGKeyArray
 from balora_jax.config import DataConfig, EvalConfig
@@ -22,6 +21,7 @@ from balora_jax.evals.classification import score_labels
 from balora_jax.models.encoder import Encoder
 from balora_jax.parallel import hosts, sharding
 from balora_jax.parallel.sharding import rows_sharding
+from balora_jax.progress import progress_bar
 from balora_jax.tasks.labels.loss import Constants
 
 Arrays = dict[str, Array]
@@ -151,7 +151,7 @@ def over_rows(
     """
     place, found = rows_sharding(mesh), []
     quiet = len(examples) < SHOW_PROGRESS_ABOVE or not hosts.is_first()
-    with tqdm(total=len(examples), desc=title, unit="row", disable=quiet) as bar:
+    with progress_bar(total=len(examples), desc=title, unit="row", disable=quiet) as bar:
         for batch in labels_epoch(examples, batch_size, length, pad_id):
             arrays = [hosts.place(batch[name], place) for name in NAMES]
             real = batch["row"] >= 0

@@ -4,8 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tqdm import tqdm
-
 from balora_jax.array_types import Array, PRNGKeyArray
 from balora_jax.config import DataConfig, EvalConfig
 from balora_jax.data.examples import encode_prompt
@@ -17,6 +15,7 @@ from balora_jax.models.generation import Sampling, generate, make_decoder
 from balora_jax.parallel import hosts
 from balora_jax.pretrained.checkpoint import Base
 from balora_jax.pretrained.load import sampling_for
+from balora_jax.progress import progress_bar
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -45,7 +44,7 @@ class Answerer:
     ) -> list[str]:
         """Texts after each prompt (token ids), with a progress bar called ``title``."""
         quiet = not hosts.is_first()
-        with tqdm(total=len(prompts), desc=title, unit="row", disable=quiet) as bar:
+        with progress_bar(total=len(prompts), desc=title, unit="row", disable=quiet) as bar:
             tokens = generate(
                 self._decoder,
                 parts,
