@@ -24,7 +24,7 @@ def progress_bar(**options: Any) -> Bar:
     Args:
         **options: those of :class:`tqdm.tqdm`.
     """
-    return (tqdm if _is_live(sys.stderr) else Lines)(**options)
+    return (tqdm if is_live(sys.stderr) else Lines)(**options)
 
 
 class Lines(tqdm):
@@ -73,6 +73,6 @@ class Lines(tqdm):
         self._said, self._line = now["elapsed"], line
 
 
-def _is_live(stream: Any) -> bool:
+def is_live(stream: Any) -> bool:
     """Whether a line of a stream can be written over: on a terminal and in a notebook."""
     return stream.isatty() or type(stream).__module__.startswith("ipykernel")

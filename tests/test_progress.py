@@ -80,7 +80,7 @@ def test_bytes_are_written_with_their_unit(clock, log):
     with bar_on(log, total=4 * 2**30, desc="weights", **size) as bar:
         clock[0] += 20.0
         bar.update(4 * 2**30)
-    assert log.lines()[-1] == "weights: 4.00G of 4.00G, 00:20 elapsed, 00:00 left, 205MB/s"
+    assert log.lines()[-1] == "weights: 4.00G of 4.00G, 00:20 elapsed, 00:00 left, 215MB/s"
 
 
 @pytest.mark.parametrize(("seconds", "lines"), [(4, 0), (5, 1), (40, 3)])

@@ -12,6 +12,7 @@ import gzip
 import io
 import itertools
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from balora_jax.data.json_rows import MOST_OF_A_ROW, json_rows
 from balora_jax.errors import InputError
 from balora_jax.paths import PACKAGE_PREFIX, resolve_path
+from balora_jax.progress import is_live
 
 Row = Mapping[str, Any]
 
@@ -211,6 +213,19 @@ def _unreadable(file: str, error: Exception) -> str:
     return f"{file}: expected a readable data file, got an error ({reason}). Fix the file."
 
 
+@contextlib.contextmanager
+def _no_bars_in_logs() -> Iterator[None]:
+    """Keep the bars of `datasets` out of what is not a terminal: they would be one endless line."""
+    if is_live(sys.stderr) or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
 def _load_hub(spec: str, split: str, limit: int | None) -> Rows:
     name, _, config = spec.partition(":")
     if name in _PACKAGED_DATASETS_MODULES:
@@ -220,7 +235,8 @@ def _load_hub(spec: str, split: str, limit: int | None) -> Rows:
             "the file."
         )
     try:
-        found = datasets.load_dataset(name, config or None, split=split)
+        with _no_bars_in_logs():
+            found = datasets.load_dataset(name, config or None, split=split)
     except (OSError, ValueError, DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.parallel.launch import Start
+from balora_jax.untyped.shown import for_a_log
 
 Result = TypeVar("Result")
 
@@ -57,9 +58,9 @@ def is_first() -> bool:
 
 
 def say(*lines: object) -> None:
-    """Print lines, once for all processes."""
+    """Print lines, once for all processes; no control character of the data gets into a log."""
     if lines and is_first():
-        print(*lines, sep="\n", flush=True)
+        print(*(for_a_log(str(line)) for line in lines), sep="\n", flush=True)
 
 
 def barrier(name: str) -> None:

@@ -54,6 +54,16 @@ def one_line(text: str, most: int = _MOST_OF_A_SENTENCE) -> str:
     return line[: most - 1 - end] + _ELLIPSIS + line[len(line) - end :]
 
 
+def for_a_log(text: str) -> str:
+    r"""A text of one line or more: everything but its line breaks is escaped as in a sentence.
+
+    >>> print(for_a_log("first\nsecond\r\x1b[2K"))
+    first
+    second\r\x1b[2K
+    """
+    return "\n".join("".join(map(_escaped, line)) for line in text.split("\n"))
+
+
 def _escaped(character: str) -> str:
     # Not printable: control characters, all line breaks, marks of direction, lone surrogates.
     return character if character.isprintable() else repr(character)[1:-1]

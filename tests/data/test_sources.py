@@ -1,6 +1,8 @@
 """Sources: every kind of file, no stale cache, no network, and every refusal."""
 
+import contextlib
 import gzip
+import io
 import json
 import socket
 from pathlib import Path
@@ -242,6 +244,24 @@ def hub(monkeypatch, answer):
     stand_in = Hub(answer)
     monkeypatch.setattr(datasets, "load_dataset", stand_in)
     return stand_in
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_bars_of_the_hub_are_for_terminals(monkeypatch, terminal):
+    class Stream(io.StringIO):
+        def isatty(self):
+            return terminal
+
+    def download(*_, **__):
+        with datasets.utils.tqdm(total=1, desc="download") as bar:
+            bar.update()
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", download)
+    with contextlib.redirect_stderr(Stream()) as stream:
+        load_rows("imdb", split="test")
+    assert ("download: 100%" in stream.getvalue()) == terminal
+    assert not datasets.are_progress_bars_disabled()
 
 
 @pytest.mark.parametrize(
