@@ -98,15 +98,17 @@ def taken() -> Iterator[Signals]:
 
     Outside of the main thread the embedding program handles signals: none is seen here.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield Signals()
+        return
     if _CURRENT:
         yield _CURRENT[-1]
         return
     signals = Signals()
     with ExitStack() as undo:
-        if threading.current_thread() is threading.main_thread():
-            for number in WANTED:
-                before = signal.signal(number, signals.record)
-                undo.callback(signal.signal, number, before or signal.SIG_DFL)
+        for number in WANTED:
+            before = signal.signal(number, signals.record)
+            undo.callback(signal.signal, number, before or signal.SIG_DFL)
         _CURRENT.append(signals)
         undo.callback(_CURRENT.remove, signals)
         yield signals

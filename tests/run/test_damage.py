@@ -11,8 +11,10 @@ import subprocess
 import numpy as np
 import pytest
 
+from balora_jax import finetune
 from balora_jax.errors import InputError
-from balora_jax.io import checkpoint, metrics, seals
+from balora_jax.io import checkpoint, folders, metrics, peft_writer, seals
+from balora_jax.training import loop
 from tests.run.conftest import invoke
 from tests.tiny_run import adapter_bytes, checkpoint_steps, metrics_of, tree_digest
 
@@ -294,6 +296,43 @@ def test_a_log_that_cannot_be_written_ends_the_run(finished, tmp_path, monkeypat
         f"{os.strerror(errno.ENOSPC)}. Correct that; no checkpoint is saved yet. Begin again with "
         "--resume."
     )
+
+
+@pytest.mark.parametrize(
+    ("owner", "function"),
+    [
+        (loop, "write_atomically"),
+        (finetune, "write_atomically"),
+        (finetune.drawing, "draw_curves"),
+        (metrics.MetricsLog, "write"),
+        (peft_writer, "_save"),
+        (folders.os, "rename"),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_disk_that_fills_anywhere_names_the_newest_checkpoint(
+    finished, tmp_path, monkeypatch, owner, function
+):
+    workdir = unfinished(finished, tmp_path)
+    shutil.rmtree(workdir / "checkpoints" / "4")
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, function, full)
+        code, _, err = invoke("train", finished.config, "--workdir", workdir, "--resume")
+    assert code == 3
+    newest = workdir / "checkpoints" / str(checkpoint.sealed_steps(workdir / "checkpoints")[-1])
+    said = err.splitlines()[-1]
+    assert os.strerror(errno.ENOSPC) in said
+    assert str(newest) in said
+    assert "Traceback" not in err
+    outcome = invoke("train", finished.config, "--workdir", workdir, "--resume")
+    assert outcome.code == 0, outcome.err
+    assert adapter_bytes(workdir) == adapter_bytes(finished.workdir)
+    left = {path.name for path in workdir.iterdir()}
+    assert left - {"curves.png"} == {p.name for p in finished.workdir.iterdir()} - {"curves.png"}
 
 
 def test_nothing_there_is_nothing_to_resume(tmp_path):
