@@ -1,5 +1,6 @@
 """Lock of a folder: one process at a time owns what lies in it, wherever the others run."""
 
+import errno
 import json
 import os
 import socket
@@ -16,6 +17,8 @@ from balora_jax.errors import InputError
 NAME, HOLDER = "run.lock", "run.lock.json"
 """The file that is locked, and the one that says by whom; both go when the lock is released."""
 
+_TRIES = 20
+
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
@@ -28,25 +31,15 @@ def locked(folder: Path) -> Iterator[None]:
         InputError: another process holds it; the sentence names it.
         OSError: the folder cannot be written.
     """
-    made = _make(folder)
-    lock = FileLock(folder / NAME, timeout=0, thread_local=False)
+    lock, made = _taken(folder)
     try:
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise InputError(
-                f"--workdir {folder}: expected a folder that no other run is using, got one in use "
-                f"by {_holder(folder)}. Wait for its end, or choose another folder."
-            ) from error
-        try:
-            _say_who(folder / HOLDER)
-            yield
-        finally:
-            for name in (HOLDER, NAME):  # while it is held: who waits for it looks again
-                with suppress(OSError):
-                    (folder / name).unlink()
-            lock.release()
+        _say_who(folder / HOLDER)
+        yield
     finally:
+        for name in (HOLDER, NAME):  # while it is held: who waits for it looks again
+            with suppress(OSError):
+                (folder / name).unlink()
+        lock.release()
         for parent in made:
             with suppress(OSError):  # not empty: the run wrote into it
                 parent.rmdir()
@@ -55,15 +48,30 @@ def locked(folder: Path) -> Iterator[None]:
 def check_not_held(folder: Path) -> None:
     """Raises InputError where another process holds the lock; writes nothing that was not there."""
     if (folder / NAME).is_file():
-        lock = FileLock(folder / NAME, timeout=0, thread_local=False)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise InputError(
-                f"--workdir {folder}: expected a folder that no other run is using, got one in use "
-                f"by {_holder(folder)}. Wait for its end, or choose another folder."
-            ) from error
-        lock.release()
+        _acquired(folder).release()
+
+
+def _taken(folder: Path) -> tuple[FileLock, list[Path]]:
+    """The lock, held, and the folders that were made for it."""
+    for _ in range(_TRIES):
+        made = _make(folder)
+        with suppress(
+            FileNotFoundError
+        ):  # another process has removed the folder again
+            return _acquired(folder), made
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+
+
+def _acquired(folder: Path) -> FileLock:
+    lock = FileLock(folder / NAME, timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"--workdir {folder}: expected a folder that no other run is using, got one in use by "
+            f"{_holder(folder)}. Wait for its end, or choose another folder."
+        ) from error
+    return lock
 
 
 def _make(folder: Path) -> list[Path]:
