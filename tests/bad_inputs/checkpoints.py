@@ -23,7 +23,7 @@ def cases() -> Iterator[Case]:
             name = f"ck/{'.'.join(path)}-value-{kind}"
             yield Case(name, _json(file, _value(keys, KINDS[kind])), "any", stop="step")
     for name, change in STATE.items():
-        yield Case(f"ck/{name}", _folder(change), "any", apart=True, stop="step")
+        yield Case(f"ck/{name}", _folder(change), "any", stop="step")
     for name, change in UNSEALED.items():
         yield Case(f"ck/{name}", _folder(change, sealed=False), "any", stop="step")
     for name, edit in METRICS.items():

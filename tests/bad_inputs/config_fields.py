@@ -215,7 +215,6 @@ def _special() -> Iterator[Case]:
     for key in ("rank_pattern", "alpha_pattern"):
         make = _pairs(adapter={key: {evil: 1}})
         yield Case(f"cfg/{key.replace('_pattern', 'pat')}-redos", make, apart=True)
-    yield Case("cfg/extension-loops", _extension("while True: pass"), "any", apart=True)
     yield Case("cfg/extension-exits", _extension("raise SystemExit(0)"))
     yield Case("cfg/extension-deep", _extension("def f(): return f()\nf()"))
     yield Case("cfg/extension-syntax", _extension("def"))

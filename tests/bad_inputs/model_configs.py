@@ -105,8 +105,8 @@ def _llama() -> Iterator[Case]:
         for kind in kinds:
             yield _one(key, kind, "any")
     for kind, value in ROPES.items():
-        yield Case(f"cj/rope_scaling-{kind}", _keys(rope_scaling=value), "any", apart=True)
-        yield Case(f"cj/rope_parameters-{kind}", _keys(rope_parameters=value), "any", apart=True)
+        yield Case(f"cj/rope_scaling-{kind}", _keys(rope_scaling=value), "any")
+        yield Case(f"cj/rope_parameters-{kind}", _keys(rope_parameters=value), "any")
     for kind, keys in {
         "heads-no-divisor": {"num_attention_heads": 3},
         "kv-heads-no-divisor": {"num_key_value_heads": 3},
@@ -119,7 +119,7 @@ def _llama() -> Iterator[Case]:
         "huge-all": dict.fromkeys(SIZES, 10**12),
     }.items():
         unsure = kind in ("auto-map", "quantized", "head-dim-odd")
-        yield Case(f"cj/{kind}", _keys(**keys), "any" if unsure else "refuse", apart=True)
+        yield Case(f"cj/{kind}", _keys(**keys), "any" if unsure else "refuse")
 
 
 ROPES: dict[str, Any] = {
@@ -185,7 +185,7 @@ def _found() -> Iterator[Case]:
         "gemma-hidden-str": hidden,
         "qwen-window-layers": window,
     }.items():
-        yield Case(f"cj/{name}", _keys(**keys), apart=name.endswith("1e9"))
+        yield Case(f"cj/{name}", _keys(**keys))
     for name, key, value in (
         ("rms_norm_eps-0", "rms_norm_eps", "x"),
         ("rms_norm_eps-2", "rms_norm_eps", [1e-5]),
@@ -239,8 +239,7 @@ def _files() -> Iterator[Case]:
 
 
 def _one(key: str, kind: str, expect: Any) -> Case:
-    large = kind in ("1e9", "1e18", "1e30")
-    return Case(f"cj/{key}-{kind}", _keys(**{key: KINDS[kind]}), expect, apart=large)
+    return Case(f"cj/{key}-{kind}", _keys(**{key: KINDS[kind]}), expect)
 
 
 def _keys(task: str = "text", **keys: Any) -> Callable[[Place], Arguments]:
