@@ -65,14 +65,14 @@ class Resumable:
 
 
 def _same_kind(known: Any, found: Any) -> bool:
-    """Whether a saved position has the keys and types of one; numbers count from 0."""
+    """Whether a saved position has the keys and types of one; numbers count from 0, in 64 bits."""
     if isinstance(known, dict):
         return (
             isinstance(found, dict)
             and found.keys() == known.keys()
             and all(_same_kind(value, found[key]) for key, value in known.items())
         )
-    return type(known) is type(found) and not (isinstance(found, int) and found < 0)
+    return type(known) is type(found) and not (isinstance(found, int) and not 0 <= found < 2**62)
 
 
 class TextBatches(Resumable):

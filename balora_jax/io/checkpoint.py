@@ -389,7 +389,7 @@ def _extends(config: Mapping[str, Any], before: Any, after: Any) -> bool:
     """A run may be lengthened where nothing depends on its length."""
     training = config["training"]
     steady = training["schedule"] == "constant" and training["warmup"] == 0.0
-    longer = before is not None and after is not None and after > before
+    longer = isinstance(before, int) and isinstance(after, int) and after > before
     return longer and steady and not depends_on_length(config["regularizers"])
 
 

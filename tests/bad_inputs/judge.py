@@ -40,7 +40,7 @@ from tests.tiny_run import tree_digest
 ROOT = Path(__file__).parents[2]
 SECONDS, SECONDS_APART = 20, 40
 """Time limits of a case, of the processor: here, and in a process of its own."""
-PATIENCE = 5
+PATIENCE = 15
 """How many times longer a case may take by the clock, on a machine that does other things."""
 MOST_BYTES = 12 * 2**30
 """Of addresses, for a process of its own: an input that asks for more memory is not swapped out."""
