@@ -158,9 +158,11 @@ def _sample(process: subprocess.Popen, samples: list[tuple[float, int]]) -> None
     """Anonymous memory of a process by time until it ends."""
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
-        for line in status.read_text(encoding="ascii").splitlines():
-            if line.startswith("RssAnon"):
-                samples.append((time.monotonic(), int(line.split()[1]) * 1024))
+        # The thread that waits for the process may let it go between two lines of this one.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            for line in status.read_text(encoding="ascii").splitlines():
+                if line.startswith("RssAnon"):
+                    samples.append((time.monotonic(), int(line.split()[1]) * 1024))
         time.sleep(0.001)
 
 
