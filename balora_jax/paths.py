@@ -49,12 +49,33 @@ def _expanded(text: str) -> str:
     """A path that the system can look for, its ``~`` expanded; whether it finds one is not said."""
     try:
         path = str(Path(text).expanduser()) if text.startswith("~") else text
+    except RuntimeError as error:  # the home of nobody
+        raise InputError(
+            f"{text[:200]}: expected a path or a hub name, got: {error}. Correct it."
+        ) from error
+    if fault := path_fault(path):
+        raise InputError(f"{text[:200]}: expected a path or a hub name, got: {fault}. Correct it.")
+    return path
+
+
+def path_fault(path: str | Path) -> str | None:
+    """Reason of the system for which nothing can lie at a path; None where something could."""
+    try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return path
-    except (OSError, ValueError, RuntimeError) as error:  # a zero byte, the home of nobody
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(
-            f"{text[:200]}: expected a path or a hub name, got: {reason}. Correct it."
-        ) from error
-    return path
+        return None
+    except (OSError, ValueError) as error:  # too long, a loop of links, a zero byte
+        return error.strerror if isinstance(error, OSError) else str(error)
+    return None
+
+
+def named_folder(name: str | Path, option: str) -> Path:
+    """The folder that an option names, whether it is there or not.
+
+    Raises:
+        InputError: The text is empty or no path of this system's.
+    """
+    fault = path_fault(name) if str(name).strip() else "empty text"
+    if fault:
+        raise InputError(f"{option} {name}: expected a folder, got {fault}. Name another.")
+    return Path(name)

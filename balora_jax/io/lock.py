@@ -55,9 +55,7 @@ def _taken(folder: Path) -> tuple[FileLock, list[Path]]:
     """The lock, held, and the folders that were made for it."""
     for _ in range(_TRIES):
         made = _make(folder)
-        with suppress(
-            FileNotFoundError
-        ):  # another process has removed the folder again
+        with suppress(FileNotFoundError):  # another process has removed the folder again
             return _acquired(folder), made
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
 

@@ -13,6 +13,7 @@ from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.finetune import fit
 from balora_jax.io.drawing import check_picture
 from balora_jax.io.folders import write_atomically
+from balora_jax.paths import named_folder
 from balora_jax.progress import progress_bar
 from balora_jax.signals import Interrupted, Signals, taken
 from balora_jax.study.grid import FIGURES, PICTURE, TABLE, StudyRun, chosen, plan_runs
@@ -47,7 +48,7 @@ def conduct(
             run begins; or what ``fit`` says of the data or the model of a run.
         RunStoppedError: interrupted; everything done so far is kept.
     """
-    folder = Path(workdir)
+    folder = named_folder(workdir, "--workdir")
     runs = plan_runs(config, folder)
     wanted = chosen(runs, only)
     check_writable(folder)

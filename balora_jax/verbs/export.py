@@ -1,7 +1,6 @@
 """``balora export``: the adapter of a run as other tools read it."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from balora_jax.verbs.verb import Verb, report
@@ -21,10 +20,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(config: "RunConfig", options: argparse.Namespace) -> None:
     """Write the newest adapter of the run."""
+    from balora_jax.paths import named_folder
     from balora_jax.pretrained.export import export_run
 
     figures = export_run(
-        config, Path(options.workdir), Path(options.out), format=options.format, rank=options.rank
+        config,
+        named_folder(options.workdir, "--workdir"),
+        named_folder(options.out, "--out"),
+        format=options.format,
+        rank=options.rank,
     )
     report(figures, options.json)
 

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.update(compiler.on_cpu())  # before JAX is imported
     from tests.bad_inputs.case import Sources
     from tests.bad_inputs.cases import by_name, in_the_sixth
-    from tests.bad_inputs.judge import Result, judge
+    from tests.bad_inputs.judge import Result, good, judge
 
     chosen = [
         case
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     slow: list[tuple[float, str]] = []
     with tempfile.TemporaryDirectory() as folder:
         sources = Sources(Path(folder))
+        print("good inputs:", good(sources), flush=True)
         for case in chosen:
             began = time.monotonic()
             result = judge(case, sources)

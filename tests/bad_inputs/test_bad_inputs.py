@@ -20,7 +20,11 @@ KNOWN: dict[str, str] = {}
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """The good inputs that every case spoils a copy of."""
-    return Sources(tmp_path_factory.mktemp("sources"))
+    from tests.bad_inputs.judge import good
+
+    found = Sources(tmp_path_factory.mktemp("sources"))
+    assert set(good(found).values()) == {"accepted"}
+    return found
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if ALL or in_the_sixth(name)])

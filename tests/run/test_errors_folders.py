@@ -109,6 +109,19 @@ def test_export_with_a_bad_rank(place, finished, more, phrase):
     place.refused(phrase, arguments=[*arguments, "--out", place.folder / "new", *more])
 
 
+@pytest.mark.parametrize("command", ["study", "export"])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("", "empty text"), (" ", "empty text"), ("x" * 300, "File name too long")]
+)
+def test_a_folder_that_cannot_be(place, command, name, reason):
+    config = place.config(study={"variants": {"a": {}}})
+    more = ["--out", place.folder / "new"] if command == "export" else []
+    place.refused(
+        f"--workdir {name}: expected a folder, got {reason}. Name another.",
+        arguments=[command, config, "--workdir", name, *more],
+    )
+
+
 @pytest.mark.parametrize("format", ["peft", "merged"])
 def test_export_over_something_else(place, finished, format):
     (place.folder / "full").mkdir()
