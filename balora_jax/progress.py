@@ -66,7 +66,7 @@ class Lines(tqdm):
         form = self.bar_format or (_BEGUN if self.n == self.initial else _GOING)
         # Without a rate it is that of all the time, not of the last few steps.
         shown = {"bar_format": form, "rate": None, "prefix": now["prefix"].removesuffix(": ")}
-        line = " ".join(self.format_meter(**now | shown).split())
+        line = " ".join(self.format_meter(**{**now, **shown}).split())
         if line != self._line:
             now_and_what = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {one_line(line)}"
             print(now_and_what, file=self.fp, flush=True)

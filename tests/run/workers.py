@@ -19,7 +19,12 @@ from balora_jax.parallel import supervise
 from tests import compiler
 
 _ROOT = str(Path(__file__).parents[2])
-_TOKENIZERS = (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast)  # imported now
+# Imported now; the last one brings torch along, where that is installed.
+_IMPORTED = (
+    transformers.AutoTokenizer,
+    transformers.PreTrainedTokenizerFast,
+    transformers.LlamaConfig,
+)
 _TRAINING = finetune.Training
 
 
