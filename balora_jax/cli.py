@@ -40,7 +40,9 @@ def _ended(arguments: list[str], caught: signals.Signals) -> int:
     try:
         options = make_parser().parse_args(arguments)
         options.arguments = arguments
-        return _run(options)
+        code = _run(options)
+        caught.end()
+        return code
     except (InputError, RunStoppedError) as error:
         sentence, code = str(error), error.exit_code
     except KeyboardInterrupt:

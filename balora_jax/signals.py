@@ -60,6 +60,8 @@ class Signals:
         if self.several:
             os.kill(os.getpid(), signal.SIGTERM)
             return
+        if self._ended.is_set():
+            return
         self.received.append(signal.Signals(number).name)
         if not self._polite or len(self.received) > 1:
             raise Interrupted
