@@ -2,7 +2,10 @@
 
 import sys
 
-from balora_jax.cli import main
+from balora_jax.parallel import child
 
 if __name__ == "__main__":
+    child.divert_native_log()  # before other modules find a sys.stderr to keep
+    from balora_jax.cli import main
+
     sys.exit(main())

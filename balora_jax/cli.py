@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from balora_jax import __version__, signals
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.options import Parser
-from balora_jax.parallel import supervise
+from balora_jax.parallel import child
 from balora_jax.untyped.shown import one_line
 from balora_jax.verbs import bench, eval, export, generate, plan, study, train
 from balora_jax.verbs.verb import check_report
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     with signals.taken() as caught, signals.watched(caught):
         code = _ended(arguments, caught)
-    if supervise.is_child():
+    if child.is_child():
         from balora_jax.parallel import hosts
 
         hosts.leave(code)

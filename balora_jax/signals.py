@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from balora_jax.errors import RunStoppedError
+from balora_jax.parallel import child
 from balora_jax.untyped.shown import one_line
 
 WANTED = (signal.SIGTERM, signal.SIGINT)
@@ -29,8 +30,9 @@ class Signals:
     Attributes:
         received: their names, in order.
         outcome: says what is saved, and how to go on.
-        several: other processes belong to this one: the runtime takes SIGTERM, and lets all of
-            them agree on the step to stop after.
+        several: other processes belong to this one. In a parent :mod:`parallel.supervise` takes
+            the signals; in its child the runtime takes SIGTERM, and lets all processes agree on
+            the step to stop after.
     """
 
     def __init__(self) -> None:
@@ -44,10 +46,12 @@ class Signals:
     def polite(self) -> Iterator[None]:
         """While steps are taken: a first signal is recorded, for the loop to end after a step."""
         self._polite = True
+        child.tell(steady=True)
         try:
             yield
         finally:
             self._polite = False
+            child.tell(steady=False)
         if self.received and not self.several:
             raise Interrupted  # it came after the last look
 

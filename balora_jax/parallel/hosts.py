@@ -3,53 +3,123 @@
 Everything here is also right, and does nothing, in a run of one process.
 """
 
+import contextlib
 import json
 import os
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed  # the keys that processes share have no public name
 from jax.experimental import multihost_utils
 
 from balora_jax.errors import InputError, RunStoppedError
+from balora_jax.parallel import child
 from balora_jax.parallel.launch import Start
 from balora_jax.untyped.shown import for_a_log
 
 Result = TypeVar("Result")
 
-START_TIMEOUT = 300
-"""Seconds that a process waits for all others to appear."""
+ENDED = "balora_jax/ended/"
+"""Where processes that end before the run does leave the reason for the others."""
 
 _PIECE = 2**20
 """Numbers of each process that all of them exchange at a time: they pass through the devices."""
 
 
+_ADVICE = (
+    ": check that every host runs the same command and can reach that address, or raise "
+    "--start-timeout"
+)
+_POLL, _LINGER = 1.0, 3.0  # seconds between two looks for a reason, and of leaving one there
+
+_member = threading.Event()
+"""Set once this process has joined the others."""
+
+
 def connect(start: Start) -> None:
     """Join the other processes; to be called before anything asks for a device.
 
+    From then on this process ends when another one has said why all must.
+
     Raises:
-        InputError: the environment does not tell who the others are.
+        InputError: the environment does not tell who the others are, or forbids to stop together.
         RunStoppedError: they do not appear, or go before all have begun.
     """
+    _check_settings()
+    seconds = start.timeouts.start
+    whom = "the other processes" + (f" at {start.coordinator}" if start.coordinator else "")
+    if start.processes is not None:
+        child.tell(name=f"process {start.process} of {start.processes}")
     try:
-        jax.distributed.initialize(
-            start.coordinator,
-            start.processes,
-            start.process,
-            initialization_timeout=START_TIMEOUT,
-            heartbeat_timeout_seconds=start.timeout,
-        )
-        jax.devices()  # all processes tell each other here what they have
-    except (ValueError, RuntimeError) as error:
-        kind = InputError if isinstance(error, ValueError) else RunStoppedError
+        with _waiting(whom, limit=seconds, advice=_ADVICE):
+            jax.distributed.initialize(
+                start.coordinator,
+                start.processes,
+                start.process,
+                initialization_timeout=seconds + 60,  # the parent says it before
+                heartbeat_timeout_seconds=start.timeouts.host,
+            )
+        with _waiting("the devices of the other processes", limit=seconds, advice=_ADVICE):
+            jax.devices()  # all processes tell each other here what they have
+    except (ValueError, LookupError, TypeError, RuntimeError) as error:
+        kind = RunStoppedError if isinstance(error, RuntimeError) else InputError
         line = " ".join(str(error).split())[:300]
         raise kind(
             f"start of {start.processes or 'several'} processes: expected all of them to find "
             f"{start.coordinator or 'each other'}, got: {line} Check that every host runs the same "
             "command and can reach that address, or give --coordinator, --processes and --process."
         ) from error
+    child.tell(name=f"process {jax.process_index()} of {jax.process_count()}")
+    _member.set()
+    threading.Thread(target=_listen, name="others", daemon=True).start()
+
+
+def _check_settings() -> None:
+    """Raises InputError for settings of JAX under which the processes would not end together."""
+    for name, wanted, reason in (
+        ("jax_enable_preemption_service", True, "at a signal all of them stop after one step"),
+        ("jax_enable_recoverability", False, "where one has died the others must not go on"),
+    ):
+        found = jax.config.values.get(name, wanted)
+        if found is not wanted:
+            raise InputError(
+                f"{name.upper()}: expected {str(wanted).lower()} with several processes, as "
+                f"{reason}, got {str(found).lower()}. Unset it."
+            )
+
+
+@contextmanager
+def _waiting(what: str, **more: Any) -> Iterator[None]:
+    """Let the parent say what this process waits for, and end it after too long."""
+    child.tell(wait=what, **more)
+    try:
+        yield
+    finally:
+        child.tell(wait=None)
+
+
+def announce(reason: str) -> None:
+    """Tell the other processes that this one ends and why, so that they end as well."""
+    if not _member.is_set():
+        return
+    client: Any = distributed.global_state.client
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the first process has gone before
+        client.key_value_set(f"{ENDED}{jax.process_index()}", reason)
+        time.sleep(_LINGER)
+
+
+def _listen() -> None:
+    """End this process once another one has left a reason."""
+    client: Any = distributed.global_state.client
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the run is over, or soon is
+        while not (reasons := client.key_value_dir_get(ENDED)):
+            time.sleep(_POLL)
+        child.end(reasons[0][1])
 
 
 def is_first() -> bool:
@@ -66,7 +136,8 @@ def say(*lines: object) -> None:
 def barrier(name: str) -> None:
     """Wait for all processes; ``name`` must be the same everywhere."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        with _waiting(f"the other processes ({name})"):
+            multihost_utils.sync_global_devices(name)
 
 
 def from_first(value: Any) -> Any:
@@ -74,9 +145,10 @@ def from_first(value: Any) -> Any:
     if jax.process_count() == 1:
         return value
     text = np.frombuffer(json.dumps(value).encode(), np.uint8) if is_first() else np.zeros(0)
-    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(text), np.int32)))
-    padded = text.astype(np.uint8) if is_first() else np.zeros(size, np.uint8)
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+    with _waiting("the other processes"):
+        size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(text), np.int32)))
+        padded = text.astype(np.uint8) if is_first() else np.zeros(size, np.uint8)
+        return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
 
 
 def by_first(action: Callable[[], Result]) -> Result:
@@ -113,7 +185,9 @@ def together(action: Callable[[], Result]) -> Result:
         result = action()
     except InputError as error:
         failure = error
-    failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(failure is not None)))
+    with _waiting("the other processes"):
+        failures = multihost_utils.process_allgather(np.asarray(failure is not None))
+    failed = np.flatnonzero(failures)
     if failure is not None:
         raise failure
     if failed.size:
@@ -180,8 +254,10 @@ def gathered_all(values: Mapping[str, Any]) -> dict[str, Any]:
 def preempted(step: int) -> bool:
     """Whether all processes are to save and stop after this step; asked at every step.
 
-    Any process's SIGTERM makes it true, in all of them at the same step.
+    Any process's SIGTERM makes it true, in all of them at the same step. To be asked is progress,
+    which the parent watches.
     """
+    child.tell(step=step)
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
 

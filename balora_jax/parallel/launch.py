@@ -1,5 +1,6 @@
 """Membership in a job of several processes, and how a process finds the others."""
 
+import dataclasses
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,23 @@ CLUSTERS = {
 }
 """Environment variables that count the processes of a job, and who sets them."""
 
+_LEAST_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """Seconds that the processes of a run wait for each other.
+
+    Attributes:
+        start: for all of them to appear.
+        host: for a sign of a silent one, which then counts as dead.
+        stall: for progress of any of them.
+    """
+
+    start: int = 300
+    host: int = 60
+    stall: int = 1800
+
 
 @dataclass(frozen=True)
 class Start:
@@ -23,41 +41,45 @@ class Start:
         coordinator: ``HOST:PORT`` of process 0.
         processes: how many there are.
         process: number of this one, from 0.
-        timeout: seconds after which a silent process counts as dead.
+        timeouts: how long it waits for them.
     """
 
     coordinator: str | None
     processes: int | None
     process: int | None
-    timeout: int
+    timeouts: Timeouts
 
 
 def start_of(
     coordinator: str | None,
     processes: int | None,
     process: int | None,
-    timeout: int,
+    timeouts: Timeouts,
     environment: Mapping[str, str],
 ) -> Start | None:
     """How to start with these options in this environment; None for a run of one process.
 
     Raises:
-        InputError: options that do not belong together.
+        InputError: options that do not belong together, or a variable that is no number.
 
     Example:
-        >>> start_of(None, None, None, 60, {"SLURM_NTASKS": "4", "SLURM_PROCID": "1"})
-        Start(coordinator=None, processes=None, process=None, timeout=60)
-        >>> start_of(None, None, None, 60, {}) is None
+        >>> found = start_of(
+        ...     None, None, None, Timeouts(), {"SLURM_NTASKS": "4", "SLURM_PROCID": "1"}
+        ... )
+        >>> found == Start(None, None, None, Timeouts())
+        True
+        >>> start_of(None, None, None, Timeouts(), {}) is None
         True
     """
-    if timeout < 5:
-        raise InputError(
-            f"--host-timeout: expected at least 5 seconds, got {timeout}. Raise it: a slow network "
-            "would look like a dead host."
-        )
+    for name, seconds in dataclasses.asdict(timeouts).items():
+        if seconds < _LEAST_SECONDS:
+            raise InputError(
+                f"--{name}-timeout: expected at least {_LEAST_SECONDS} seconds, got {seconds}. "
+                "Raise it: a slow network would look like a dead host."
+            )
     given = (coordinator, processes, process)
     if all(value is None for value in given):
-        return Start(None, None, None, timeout) if _in_cluster(environment) else None
+        return Start(None, None, None, timeouts) if _in_cluster(environment) else None
     if coordinator is None or processes is None or process is None:
         raise InputError(
             "--coordinator, --processes, --process: expected all three or none, got "
@@ -75,13 +97,20 @@ def start_of(
             f"--process: expected a number from 0 to {processes - 1}, got {process}. Number the "
             "processes from 0."
         )
-    return Start(coordinator, processes, process, timeout)
+    return Start(coordinator, processes, process, timeouts)
 
 
 def _in_cluster(environment: Mapping[str, str]) -> bool:
     """Whether a launcher started several processes, or this is a host of a TPU slice of several."""
-    if any(int(environment.get(name) or 1) > 1 for name in CLUSTERS):
-        return True
+    for name, launcher in CLUSTERS.items():
+        text = environment.get(name) or "1"
+        if not (text.isascii() and text.isdigit()):
+            raise InputError(
+                f"{name}: expected the number of processes that {launcher} started, got {text!r}. "
+                "Unset it, or start through the launcher."
+            )
+        if int(text) > 1:
+            return True
     if "TPU_SKIP_MDS_QUERY" in environment:
         return False
     workers = environment.get("TPU_WORKER_HOSTNAMES")

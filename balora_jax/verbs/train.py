@@ -2,9 +2,10 @@
 
 import argparse
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from balora_jax.parallel import launch, supervise
+from balora_jax.parallel import child, launch, supervise
 from balora_jax.verbs.verb import Verb
 
 if TYPE_CHECKING:
@@ -23,28 +24,34 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     several.add_argument("--processes", type=int, help="how many there are")
     several.add_argument("--process", type=int, help="number of this one, from 0")
-    several.add_argument(
-        "--host-timeout",
-        type=int,
-        default=60,
-        metavar="SECONDS",
-        help="how long a host may be silent before the others stop",
-    )
+    for name, seconds, text in (
+        ("start", launch.Timeouts.start, "how long a host waits for all others at the start"),
+        ("host", launch.Timeouts.host, "how long a host may be silent before the others stop"),
+        ("stall", launch.Timeouts.stall, "how long a host may make no progress before all stop"),
+    ):
+        several.add_argument(
+            f"--{name}-timeout", type=int, default=seconds, metavar="SECONDS", help=text
+        )
 
 
 def run(config: "RunConfig", options: argparse.Namespace) -> int | None:
     """Train; with several processes, as the child of a process that watches it."""
+    timeouts = launch.Timeouts(options.start_timeout, options.host_timeout, options.stall_timeout)
+    given = (options.coordinator, options.processes, options.process)
+    start = launch.start_of(*given, timeouts, os.environ)
+    if start is not None and not child.is_child():
+        from balora_jax.training.endings import saved
+
+        return supervise.run_child(
+            supervise.module_command(options.arguments),
+            stall=timeouts.stall,
+            saved=lambda: saved(Path(options.workdir)),
+        )
     from balora_jax import fit
     from balora_jax.parallel import hosts
 
-    start = launch.start_of(
-        *(options.coordinator, options.processes, options.process, options.host_timeout),
-        os.environ,
-    )
     if start is not None:
-        if not supervise.is_child():
-            return supervise.run_child(supervise.module_command(options.arguments))
-        supervise.end_with_parent()
+        child.join(hosts.announce)
         hosts.connect(start)
     fit(config, workdir=options.workdir, resume=options.resume)
     return None

@@ -5,11 +5,14 @@ Hosts are processes here, which meet on the loopback; the mesh has four devices 
 ``BALORA_HOST_CHAINS=1`` runs eight devices as one, two and four processes that go on from each other.
 """
 
+import json
 import os
 import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +20,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from balora_jax.parallel import child
 from tests.run import workers
 from tests.tiny_run import (
     FEW,
@@ -46,6 +50,13 @@ def config(tmp_path_factory, inputs):
     )
 
 
+def _received(parent):
+    try:
+        return parent.recv(2**16)
+    except (BlockingIOError, ConnectionError):
+        return b""
+
+
 class Hosts:
     """One run by some processes, each with its log."""
 
@@ -64,17 +75,28 @@ class Hosts:
                 workers.start(workers.command, arguments, str(self.logs[0]), str(cache), devices)
             ]
             return
+        pairs = [socket.socketpair() for _ in self.logs]
+        self.parents = [ours for ours, _ in pairs]
         self.processes = [
             workers.start(
-                workers.host, arguments, str(log), str(cache), devices, port, processes, i
+                *(workers.host, arguments, str(log), str(cache), devices, port, processes, i),
+                theirs,
             )
-            for i, log in enumerate(self.logs)
+            for i, (log, (_, theirs)) in enumerate(zip(self.logs, pairs, strict=True))
         ]
+        for _, theirs in pairs:
+            theirs.close()
 
     def wait_for_rows(self, count):
         """Until all processes have met and so many steps are logged."""
-        file, end = self.workdir / "metrics.jsonl", time.monotonic() + PATIENCE
-        while not (self._met() and file.exists() and file.read_bytes().count(b"\n") >= count):
+        file = self.workdir / "metrics.jsonl"
+        self.wait_for(
+            lambda: self._met() and file.exists() and file.read_bytes().count(b"\n") >= count
+        )
+
+    def wait_for(self, condition):
+        end = time.monotonic() + PATIENCE
+        while not condition():
             assert all(process.is_alive() for process in self.processes), self.text()
             assert time.monotonic() < end, self.text()
             time.sleep(0.005)
@@ -91,6 +113,14 @@ class Hosts:
         for process in self.processes:
             process.kill()
         return found
+
+    def told(self, process):
+        """What a process has told its parent so far, one fact after the other."""
+        parent, text = self.parents[process], b""
+        parent.setblocking(False)
+        while part := _received(parent):
+            text += part
+        return [json.loads(line) for line in text.splitlines()]
 
     def text(self):
         return "\n".join(log.read_text() for log in self.logs)
@@ -178,6 +208,79 @@ def test_a_signal_to_one_saves_in_all_and_one_goes_on(config, one, tmp_path, cac
     more = ("--resume", "--set", "mesh.fsdp=4", "mesh.tensor=1")
     found = Hosts(config, run.workdir, cache_folder, 1, *more).succeed()
     agree(one.workdir, found.workdir)
+
+
+def test_a_host_that_is_told_to_end_ends_the_others(config, tmp_path, cache_folder):
+    """While they start: there is no step to wait for. Nobody waits for a heart that beats no more."""
+    run = Hosts(config, tmp_path / "run", cache_folder, 2)
+    run.wait_for(run._met)
+    began = time.monotonic()
+    run.parents[1].send(child.END + b"process 1 of 2 was ended by SIGTERM")
+    assert run.codes() == [3, 3], run.text()
+    assert time.monotonic() - began < 15  # a dead host is found after 20 s
+    facts = run.told(0)
+    assert facts[-1] == {"end": "process 1 of 2 was ended by SIGTERM"}
+    waits = [fact["wait"] for fact in facts if "wait" in fact]
+    assert waits[0].startswith("the other processes at 127.0.0.1:")
+    assert waits[1::2] == [None] * (len(waits) // 2)  # each wait has an end
+    assert {"name": "process 0 of 2"} in facts
+    assert "balora: " not in run.text()
+
+
+def test_a_run_tells_its_parent_of_its_steps(two):
+    facts = two.told(1)
+    assert [fact["step"] for fact in facts if "step" in fact] == list(range(STEPS + 1))
+    steady = [i for i, fact in enumerate(facts) if "steady" in fact]
+    first, last = (facts.index({"step": step}) for step in (0, STEPS))
+    assert first < steady[0] < last < steady[1]
+    assert [facts[i]["steady"] for i in steady] == [True, False]
+
+
+def test_a_host_that_nobody_joins_says_so_and_ends(config, tmp_path, process_environment):
+    command = [sys.executable, "-m", "balora_jax", "train", config]
+    command += ["--workdir", tmp_path / "run", "--start-timeout", "5"]
+    command += ["--coordinator", "127.0.0.1:1", "--processes", "2", "--process", "1"]
+    done = subprocess.run(command, env=process_environment, capture_output=True, text=True)
+    assert done.returncode == 3
+    assert done.stderr == (
+        "balora: process 1 of 2 waited 5 s for the other processes at 127.0.0.1:1, in vain: check "
+        "that every host runs the same command and can reach that address, or raise "
+        "--start-timeout. Start all processes again: nothing was written. Begin again.\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif("BALORA_HOST_CHAINS" not in os.environ, reason="takes minutes")
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_host_that_is_stopped_ends_the_run(config, tmp_path, process_environment, stopped):
+    """Both name the newest whole checkpoint, and say no more than that."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "balora_jax", "train", config, "--workdir", tmp_path / "run"]
+    command += ["--set", "training.max_steps=100000", "mesh={data: 2}"]
+    command += ["--host-timeout", "10", "--stall-timeout", "15", "--processes", "2"]
+    command += ["--coordinator", f"127.0.0.1:{port}", "--process"]
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        streams = {"stdout": out, "stderr": subprocess.PIPE, "text": True}
+        both = [
+            subprocess.Popen([*command, str(i)], env=process_environment, **streams)
+            for i in range(2)
+        ]
+    end = time.monotonic() + PATIENCE
+    while not (tmp_path / "run" / "checkpoints" / "8" / "SHA256SUMS").exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    children = Path(f"/proc/{both[stopped].pid}/task/{both[stopped].pid}/children").read_text()
+    os.kill(int(children.split()[0]), signal.SIGSTOP)
+    for process in both:
+        _, err = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 3, err
+        said = [line for line in err.splitlines() if line.startswith("balora: ")]
+        assert len(said) == 1, err
+        assert re.search(r"Start all processes again: .*checkpoints/\d+ is the newest", said[0])
+        assert "*** Check failure" not in err
 
 
 def test_killed_hosts(config, two, tmp_path, cache_folder):

@@ -15,7 +15,7 @@ import transformers
 
 from balora_jax import cli, finetune
 from balora_jax.io import drawing
-from balora_jax.parallel import supervise
+from balora_jax.parallel import child
 from tests import compiler
 
 _ROOT = str(Path(__file__).parents[2])
@@ -131,10 +131,10 @@ def _layout(leaf):
     }
 
 
-def host(arguments, log, cache, devices, port, processes, process):
-    """One of several processes of ``balora ARGUMENTS``, as the child of a process that lives on."""
+def host(arguments, log, cache, devices, port, processes, process, parent):
+    """One of several processes of ``balora ARGUMENTS``, as a child; ``parent`` is its socket."""
     _prepare(log, cache, devices)
-    os.environ[supervise.VARIABLE] = str(os.pipe()[0])
+    os.environ[child.VARIABLE] = str(parent.detach())
     start = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(processes)]
     options = ["--process", str(process), "--host-timeout", "20"]
     code = cli.main([*arguments, *start, *options])
