@@ -10,7 +10,7 @@ from balora_jax.options import Parser
 from balora_jax.parallel import child
 from balora_jax.untyped.shown import one_line
 from balora_jax.verbs import bench, eval, export, generate, plan, study, train
-from balora_jax.verbs.verb import check_report
+from balora_jax.verbs.verb import check_paths, check_report
 
 VERBS = (
     train.VERB,
@@ -55,6 +55,7 @@ def _ended(arguments: list[str], caught: signals.Signals) -> int:
 def _run(options: argparse.Namespace) -> int:
     from balora_jax.config_file import load_config
 
+    check_paths(options)
     check_report(getattr(options, "json", None))
     return options.run(load_config(options.config, options.set), options) or 0
 

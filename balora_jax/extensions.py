@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from balora_jax.errors import InputError
+from balora_jax.paths import check_local
 
 _LOADED: set[Path] = set()
 
@@ -22,6 +23,7 @@ def load_extensions(files: Iterable[str], folder: Path) -> None:
         InputError: A file that is missing, is no Python file, or cannot be imported.
     """
     for name in files:
+        check_local(name, f"extensions: {name}")
         file = next((f for f in (folder / name, Path(name)) if f.is_file()), None)
         if file is None or file.suffix != ".py":
             got = "no file" if file is None else f"a {file.suffix or 'nameless'} file"

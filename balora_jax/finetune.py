@@ -11,10 +11,10 @@ import jax
 from balora_jax import hardware
 from balora_jax.config import RunConfig
 from balora_jax.config_file import dump_config
-from balora_jax.errors import InputError
 from balora_jax.io import drawing, metrics
 from balora_jax.io.folders import write_atomically
 from balora_jax.parallel import hosts
+from balora_jax.paths import named_folder
 from balora_jax.pretrained import export
 from balora_jax.signals import taken
 from balora_jax.tasks.registry import TASKS
@@ -42,9 +42,7 @@ def fit(config: RunConfig, *, workdir: str | Path, resume: bool = False) -> dict
         RunStoppedError: diverged, interrupted after a checkpoint, or a device, a host or the disk
             failed.
     """
-    if not str(workdir).strip():
-        raise InputError("--workdir: expected a folder, got empty text. Name one.")
-    folder, began = Path(workdir), time.monotonic()
+    folder, began = named_folder(workdir, "--workdir"), time.monotonic()
     with taken() as signals, failures(folder, signals):
         signals.several = jax.process_count() > 1
         with reading():

@@ -5,11 +5,13 @@ inside the installed package, so that a configuration works from any folder.
 """
 
 import os
+import re
 from pathlib import Path, PurePosixPath
 
 from balora_jax.errors import InputError
 
 PACKAGE_PREFIX = "balora_jax:"
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # a Path makes one slash of two
 _PACKAGE_ROOT = Path(__file__).resolve().parent
 
 
@@ -34,6 +36,7 @@ def resolve_path(text: str) -> str:
     """
     if not text.strip():
         raise InputError("path: expected a path or a hub name, got empty text. Give one.")
+    check_local(text, text)
     if not text.startswith(PACKAGE_PREFIX):
         return _expanded(text)
     inside = PurePosixPath(text.removeprefix(PACKAGE_PREFIX))
@@ -73,9 +76,26 @@ def named_folder(name: str | Path, option: str) -> Path:
     """The folder that an option names, whether it is there or not.
 
     Raises:
-        InputError: The text is empty or no path of this system's.
+        InputError: The text is empty, an address, or no path of this system's.
     """
+    check_local(name, f"{option} {name}")
     fault = path_fault(name) if str(name).strip() else "empty text"
     if fault:
         raise InputError(f"{option} {name}: expected a folder, got {fault}. Name another.")
     return Path(name)
+
+
+def check_local(path: str | Path, where: str) -> None:
+    """Raises InputError for an address such as ``gs://…``: no file of one is read or written.
+
+    >>> check_local("gs://b/run", "--workdir gs://b/run")
+    Traceback (most recent call last):
+    balora_jax.errors.InputError: --workdir gs://b/run: expected a path on this machine, got ...
+    >>> check_local("runs/a:b", "--workdir runs/a:b")
+    """
+    found = _ADDRESS.match(str(path))
+    if found is not None:
+        raise InputError(
+            f"{where}: expected a path on this machine, got an address with the scheme "
+            f"{found[1]}://. Mount it or copy it here, and give that path."
+        )

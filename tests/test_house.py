@@ -29,8 +29,9 @@ MODULES = {
 LAYERS = (
     ("errors",),
     ("untyped",),
+    ("paths",),
     ("array_types", "registry", "extensions", "hardware", "options", "progress"),
-    ("paths", "parallel.child", "parallel.launch", "parallel.patience"),
+    ("parallel.child", "parallel.launch", "parallel.patience"),
     ("signals",),
     ("parallel.supervise",),
     ("parallel.hosts",),

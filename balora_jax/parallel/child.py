@@ -1,6 +1,7 @@
 """A process that another one watches: what it tells that one, and how it ends with it."""
 
 import contextlib
+import io
 import json
 import os
 import socket
@@ -75,7 +76,7 @@ def join(announce: Callable[[str], None]) -> None:
 
 def _be_silent() -> None:
     """Leave the last word to the parent, whatever other threads have to say."""
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = io.StringIO()
 
 
 def _received(parent: socket.socket) -> bytes:

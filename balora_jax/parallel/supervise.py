@@ -62,9 +62,8 @@ def run_child(command: Sequence[str], *, stall: float, saved: Callable[[], str])
         with process:
             try:
                 code, reason = _Watch(process, ours, log, stall, names).to_the_end()
-            except BaseException:
-                process.kill()
-                raise
+            finally:
+                process.kill()  # of one that has ended it does nothing
         if reason is None and code in EXPECTED:
             return code
         reason = reason or _ended_from_outside(code, log)

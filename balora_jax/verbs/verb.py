@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from balora_jax.errors import InputError
 from balora_jax.options import add_config
+from balora_jax.paths import check_local
 
 if TYPE_CHECKING:
     from balora_jax.config import RunConfig
@@ -37,6 +38,14 @@ class Verb:
         add_config(parser)
         parser.set_defaults(run=self.run)
         self.add_options(parser)
+
+
+def check_paths(options: argparse.Namespace) -> None:
+    """Raises InputError for an option whose path is an address such as ``gs://…``."""
+    for name in ("config", "workdir", "adapter", "out", "json", "picture"):
+        path = getattr(options, name, None)
+        if path is not None:
+            check_local(path, path if name == "config" else f"--{name} {path}")
 
 
 def check_report(file: str | None) -> None:
