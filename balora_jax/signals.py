@@ -7,9 +7,12 @@ well, which the system wakes at once and which ends the process where nothing el
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 from balora_jax.errors import RunStoppedError
 from balora_jax.parallel import child
@@ -18,6 +21,8 @@ from balora_jax.untyped.shown import one_line
 WANTED = (signal.SIGTERM, signal.SIGINT)
 PATIENCE = 5.0
 """Seconds after which a command that was told to stop, and did not, is ended."""
+
+_SOON = 0.05
 
 
 class Interrupted(KeyboardInterrupt):
@@ -70,6 +75,16 @@ class Signals:
         if not self._polite or len(self.received) > 1:
             raise Interrupted
 
+    def swallowed(self, before: Callable[[Any], Any], found: Any) -> None:
+        """Deliver a signal again that came in a callback, out of which Python raises nothing."""
+        if not isinstance(found.exc_value, Interrupted):
+            before(found)
+            return
+        number = signal.Signals[self.received.pop()]
+        again = threading.Timer(_SOON, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+
     def watch(self, reader: int) -> None:
         """Wait for the bytes of signals, and end the process that does not end by itself."""
         seen = 0
@@ -115,6 +130,8 @@ def taken() -> Iterator[Signals]:
         for number in WANTED:
             before = signal.signal(number, signals.record)
             undo.callback(signal.signal, number, before or signal.SIG_DFL)
+        undo.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
+        sys.unraisablehook = partial(signals.swallowed, sys.unraisablehook)
         _CURRENT.append(signals)
         undo.callback(_CURRENT.remove, signals)
         yield signals

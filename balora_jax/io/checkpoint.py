@@ -1,8 +1,10 @@
 """Checkpoints: what a run needs to go on exactly where it was, and when it must refuse to."""
 
+import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
+from absl import logging as absl_logging
 
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.io import seals
@@ -19,8 +21,10 @@ from balora_jax.io.hf_files import read_json
 from balora_jax.numerics.objective import depends_on_length
 from balora_jax.parallel import hosts
 
-# What fails in a thread of orbax is raised again where it was asked for.
-logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+# What fails in a thread of orbax, or in a task of its event loop, is raised again where it was
+# asked for.
+absl_logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 
 # Keys that may differ when a run goes on: they change where or how often, not what is computed.
 FREE_KEYS = (
@@ -190,6 +194,7 @@ class Checkpoints:
             if number is None:
                 raise
             self._unsealed = None
+            _silence_late_writes()
             good = self.latest_step()
             kept = "there is no earlier one" if good is None else f"{self.path_of(good)} is whole"
             raise RunStoppedError(
@@ -229,6 +234,17 @@ class Checkpoints:
         with self._writing():
             self._prune()
         self._manager.close()
+
+
+def _silence_late_writes() -> None:
+    """Other writes of a failed checkpoint end later, in an event loop that is closed by then."""
+    before = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if "Event loop is closed" not in str(found.exc_value):
+            before(found)
+
+    sys.unraisablehook = hook
 
 
 def sealed_steps(folder: Path) -> list[int]:

@@ -3,6 +3,7 @@
 ``BALORA_KILL_TRIALS=10`` runs ten random kills instead of two; each takes a few seconds.
 """
 
+import gc
 import os
 import re
 import signal
@@ -197,6 +198,32 @@ def test_a_signal_in_any_other_phase_ends_at_once_with_the_truth(
     if truth == LAST:
         assert f"resumed at step {STEPS} " in outcome.out
     same_runs(workdir, expected)
+
+
+def test_a_signal_in_a_callback_is_not_lost(straight, tmp_path, monkeypatch):
+    """Python raises nothing out of a callback of the garbage collector; there is no traceback."""
+    calls = []
+
+    def callback(phase, info):
+        if not calls:
+            calls.append(phase)
+            signal.raise_signal(signal.SIGTERM)
+
+    def load(self):
+        gc.callbacks.append(callback)
+        try:
+            gc.collect()
+            time.sleep(10)
+        finally:
+            gc.callbacks.remove(callback)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr(text_run.TextRun, "load", load)
+    hook = sys.unraisablehook
+    code, _, err = invoke("train", straight[0], "--workdir", tmp_path / "run")
+    assert code == 3
+    assert err == f"balora: interrupted by SIGTERM; {NOTHING}\n"
+    assert sys.unraisablehook is hook
 
 
 def test_a_signal_ends_what_runs_no_handler(straight, tmp_path, cache_folder):
