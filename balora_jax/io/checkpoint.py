@@ -63,6 +63,10 @@ _REMOVED = ".removed-"
 _ORBAX_MARK = "_CHECKPOINT_METADATA"
 
 
+_DESCRIPTIONS = ("_CHECKPOINT_METADATA", "state/_METADATA")
+"""Files of a checkpoint in which orbax takes a JSON object for granted."""
+
+
 class Identity(NamedTuple):
     """Identity of a run: equal for two that are the same.
 
@@ -194,7 +198,7 @@ class Checkpoints:
             if number is None:
                 raise
             self._unsealed = None
-            _silence_late_writes()
+            _silence_late_answers()
             good = self.latest_step()
             kept = "there is no earlier one" if good is None else f"{self.path_of(good)} is whole"
             raise RunStoppedError(
@@ -219,8 +223,9 @@ class Checkpoints:
             found = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             )
-        except (KeyError, ValueError, TypeError, OSError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
             # Whatever orbax says of arrays that are not those of this run.
+            _silence_late_answers()
             raise InputError(
                 f"{path}: expected the arrays of this run, got others: "
                 f"{' '.join(str(error).split())[:200]} Go on from another checkpoint, or use a new "
@@ -236,8 +241,8 @@ class Checkpoints:
         self._manager.close()
 
 
-def _silence_late_writes() -> None:
-    """Other writes of a failed checkpoint end later, in an event loop that is closed by then."""
+def _silence_late_answers() -> None:
+    """Other reads and writes of a failed one end later, in an event loop that is closed by then."""
     before = sys.unraisablehook
 
     def hook(found: Any) -> None:
@@ -344,8 +349,11 @@ def read_identity(path: Path) -> Identity:
     """The config and base that a checkpoint was made with.
 
     Raises:
-        InputError: another version wrote it.
+        InputError: another version wrote it, or a file in which orbax describes it is none.
     """
+    for name in _DESCRIPTIONS:
+        if (path / name).is_file():
+            read_json(path / name)
     run = _read(path, "run")
     if run.get("format") != FORMAT:
         raise InputError(

@@ -99,6 +99,10 @@ def _sibling(target: Path, kind: str) -> Path:
 
 def _check_free(target: Path, may_replace: Callable[[Path], bool]) -> None:
     if not target.exists():
+        if target.is_symlink():
+            raise InputError(
+                f"{target}: expected a folder to write to, got a link to nothing. Choose another."
+            )
         return
     if not target.is_dir():
         raise InputError(f"{target}: expected a folder to write to, got a file. Choose another.")

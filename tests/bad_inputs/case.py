@@ -21,7 +21,8 @@ Expected = Literal["refuse", "any"]
 Stop = Literal["weights", "tensors", "step"]
 
 MINE = "thesis"
-"""In the names of a user's own files, which must be there afterwards whatever happens."""
+"""In the names of a user's own files, which must be there afterwards whatever happens; so must be
+files that hold the word ``mine``."""
 TARGETS = ["q_proj", "down_proj"]
 """Layers of the tiny adapter, and of the run that checkpoints come from."""
 

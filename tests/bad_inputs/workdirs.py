@@ -121,7 +121,7 @@ HELD: dict[str, tuple[Fill, Any]] = {
     "foreign-config": (_write("config.yaml", "mine: 1\n"), "refuse"),
     "foreign-checkpoints": (_folder("checkpoints"), "refuse"),
     "is-model": (write_model, "refuse"),
-    "tokenfile": (_write("hosts_see_this"), "refuse"),
+    "tokenfile": (_write("hosts_see_this"), "any"),
     "config-folder": (_folder("config.yaml"), "refuse"),
     "metrics-folder": (_folder("metrics.jsonl"), "refuse"),
     "summary-folder": (_folder("summary.json"), "refuse"),
@@ -135,7 +135,7 @@ HELD: dict[str, tuple[Fill, Any]] = {
     "metrics-link": (_link("metrics.jsonl", "/dev/full"), "refuse"),
     "own-file": (_write(f"{MINE}.txt"), "any"),
     "own-folder": (_folder("notes"), "any"),
-    "partial-config": (_write("config.yaml.partial"), "any"),
+    "partial-config": (_write("config.yaml.partial", "what a kill left"), "any"),
 }  # fmt: skip
 
 

@@ -109,6 +109,16 @@ def test_export_with_a_bad_rank(place, finished, more, phrase):
     place.refused(phrase, arguments=[*arguments, "--out", place.folder / "new", *more])
 
 
+@pytest.mark.parametrize("format", ["peft", "merged"])
+def test_export_to_a_link_to_nothing(place, finished, format):
+    out = place.folder / "new"
+    out.symlink_to("gone")
+    arguments = [
+        "export", finished.config, "--workdir", finished.workdir, "--format", format, "--out", out
+    ]  # fmt: skip
+    place.refused("expected a folder to write to, got a link to nothing", arguments=arguments)
+
+
 @pytest.mark.parametrize("command", ["study", "export"])
 @pytest.mark.parametrize(
     ("name", "reason"), [("", "empty text"), (" ", "empty text"), ("x" * 300, "File name too long")]

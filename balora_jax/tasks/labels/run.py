@@ -197,13 +197,13 @@ def _checked(config: RunConfig) -> LabelsRun:
     model = config.model
     base = open_encoder(model.name_or_path, model.revision, num_labels=task.outputs)
     program = labels_program(config, base)
-    for line in remarks(program):
-        print(line, file=sys.stderr, flush=True)
     tokenizer = base.tokenizer()
     most = longest(config.data, base)
     data = encode_labels(train_rows(config.data, task), tokenizer, task, most)
     base.check_ids(data.examples)
     validation = encoded_validation(config, task, base, tokenizer)
+    for line in remarks(program):
+        print(line, file=sys.stderr, flush=True)
     return LabelsRun(
         **vars(program),
         base=base,
