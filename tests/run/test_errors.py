@@ -36,6 +36,7 @@ ROOT = Path(__file__).parents[2]
         ({"training.max_steps": "null"}, ["expected either max_steps or epochs, got neither"]),
         ({"training.batch_size": 9}, ["training.accumulation: expected a divisor of batch_size 9"]),
         ({"adapter.dropout": 0.1}, ["adapter.dropout: expected 0 with start 'pissa', got 0.1"]),
+        ({"adapter.start": "pissa_niter_1000"}, ["adapter.start: expected", "'pissa_niter_1000'"]),
         ({"adapter.start": "pisa"}, ["adapter.start: expected 'lora', 'pissa'", "got 'pisa'"]),
         (
             {"adapter.target_modules": "[q_prj]"},

@@ -34,7 +34,7 @@ class Pissa(Start):
 
 @dataclass(frozen=True)
 class SketchedPissa(Start):
-    """The same by a randomized decomposition; registered once, for every number of iterations.
+    """The same by a randomized decomposition; registered once, for up to 999 iterations.
 
     Attributes:
         name: with the number in it.
@@ -46,7 +46,7 @@ class SketchedPissa(Start):
 
     def named(self, name: str) -> Start | None:
         """The start with the number of iterations that a name says."""
-        found = re.fullmatch(r"pissa_niter_(\d+)", name)
+        found = re.fullmatch(r"pissa_niter_([0-9]{1,3})", name)
         return SketchedPissa(name, int(found[1])) if found else None
 
     def factors(
