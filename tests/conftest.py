@@ -9,6 +9,7 @@ from tests import compiler
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {compiler.flags()}".strip()
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
+from collections import Counter
 from pathlib import Path
 
 import hypothesis
@@ -51,9 +52,17 @@ def shared():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The parity table: largest error of every family's logits, as a share of their range."""
+    """The parity table: largest error of every family's logits, as a share of their range.
+
+    And how many bad inputs had which outcome.
+    """
     reports = [r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind)]
     rows = sorted({value for r in reports for key, value in r.user_properties if key == "parity"})
+    said = [value for r in reports for key, value in r.user_properties if key == "bad_input"]
+    if said:
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in Counter(said).most_common())
+        terminalreporter.section(f"{len(said)} bad inputs")
+        terminalreporter.write_line(counts)
     if rows:
         terminalreporter.section("logits against transformers, float32, share of their range")
         terminalreporter.write_line("\n".join(rows))
