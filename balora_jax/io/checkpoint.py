@@ -353,8 +353,8 @@ def read_identity(path: Path) -> Identity:
     """
     for name in _DESCRIPTIONS:
         if (path / name).is_file():
-            read_json(path / name)
-    run = _read(path, "run")
+            _read(path, name)
+    run = _read(path, "run/metadata")
     if run.get("format") != FORMAT:
         raise InputError(
             f"{path}: expected a checkpoint of format {FORMAT}, got format {run.get('format')!r}. "
@@ -376,7 +376,7 @@ def read_data(path: Path) -> dict[str, Any]:
     Raises:
         InputError: another program wrote it.
     """
-    data = _read(path, "data")
+    data = _read(path, "data/metadata")
     if data.keys() != {"batches", "before"} or not all(isinstance(v, dict) for v in data.values()):
         raise InputError(
             f"{path}: expected a position in the data and a score, got something else. Go on from "
@@ -385,9 +385,9 @@ def read_data(path: Path) -> dict[str, Any]:
     return data
 
 
-def _read(path: Path, item: str) -> dict[str, Any]:
-    """An item that orbax wrote as JSON."""
-    return read_json(path / item / "metadata")
+def _read(path: Path, name: str) -> dict[str, Any]:
+    """A file that orbax wrote as JSON."""
+    return read_json(path / name)
 
 
 def check_same_run(saved: Identity, now: Identity, where: str) -> None:
