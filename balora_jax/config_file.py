@@ -12,8 +12,10 @@ from balora_jax.config import RunConfig
 from balora_jax.config_schema import run_schema
 from balora_jax.errors import InputError
 from balora_jax.extensions import load_extensions
+from balora_jax.paths import kind_of
 from balora_jax.tasks.settings import check_settings
 from balora_jax.untyped.shown import one_line, shown
+from balora_jax.untyped.yaml_text import parse_yaml, read_yaml
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -29,13 +31,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         balora_jax.errors.InputError: configs/absent.yaml: expected a config file, found none. ...
     """
     path = Path(path)
-    if not path.is_file():
+    if kind_of(path) is None:
         raise InputError(f"{path}: expected a config file, found none. Check the path.")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = one_line(" ".join(str(error).split()), most=200)
-        raise InputError(f"{path}: expected YAML, got: {line}. Correct the file.") from error
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise InputError(
             f"{path}: expected sections such as 'model:', got {shown(tree)}. Fill it in."
@@ -80,12 +78,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise InputError(f"--set: expected key.path=value, got {shown(override)}. Write it so.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(
-            f"--set {key}: expected a YAML value, got {shown(text)}. Quote it."
-        ) from error
+    value = parse_yaml(text, f"--set {one_line(key, most=100)}: expected a YAML value", "Quote it.")
     *parents, leaf = key.strip().split(".")
     node = tree
     for parent in parents:

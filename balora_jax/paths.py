@@ -6,9 +6,12 @@ inside the installed package, so that a configuration works from any folder.
 
 import os
 import re
+import stat
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from balora_jax.errors import InputError
+from balora_jax.untyped.shown import one_line
 
 PACKAGE_PREFIX = "balora_jax:"
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # a Path makes one slash of two
@@ -46,6 +49,29 @@ def resolve_path(text: str) -> str:
             f"got {str(inside)!r}. Leave the prefix out for a file elsewhere."
         )
     return str(_PACKAGE_ROOT.joinpath(*inside.parts))
+
+
+def kind_of(path: str | Path) -> Literal["file", "folder", "other"] | None:
+    """What lies at a path of a user's, links followed; None for nothing.
+
+    Raises:
+        InputError: the system cannot look there: a name too long, links in a circle, a folder
+            above it that may not be read, a NUL in the text.
+
+    >>> kind_of("/"), kind_of("/no/such/folder")
+    ('folder', None)
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # ValueError: a NUL, or half a character
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(
+            f"{one_line(str(path), most=200)}: expected a path that can be looked up, got: "
+            f"{reason}. Check the path."
+        ) from error
+    return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
 
 
 def _expanded(text: str) -> str:

@@ -17,9 +17,9 @@ from absl import logging as absl_logging
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.io import seals
 from balora_jax.io.folders import write_atomically
-from balora_jax.io.hf_files import read_json
 from balora_jax.numerics.objective import depends_on_length
 from balora_jax.parallel import hosts
+from balora_jax.untyped.json_text import read_object
 
 # What fails in a thread of orbax, or in a task of its event loop, is raised again where it was
 # asked for.
@@ -387,7 +387,7 @@ def read_data(path: Path) -> dict[str, Any]:
 
 def _read(path: Path, name: str) -> dict[str, Any]:
     """A file that orbax wrote as JSON."""
-    return read_json(path / name)
+    return read_object(path / name)
 
 
 def check_same_run(saved: Identity, now: Identity, where: str) -> None:

@@ -1,7 +1,6 @@
 """The files of a Hugging Face checkpoint: found, checked to be safe and whole, identified."""
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +21,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 
 from balora_jax.errors import InputError
+from balora_jax.untyped.json_text import read_object
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -138,30 +138,7 @@ def _check_folder(folder: Path, weights: bool) -> None:
 
 def read_json_config(folder: str | Path) -> dict[str, Any]:
     """The checkpoint's ``config.json`` as a dict."""
-    return read_json(Path(folder) / CONFIG_FILE)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file that holds one object.
-
-    Raises:
-        InputError: the file is missing, is not JSON or is not an object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{file}: expected a readable file, got {error.strerror}. Check the folder."
-        ) from error
-    except ValueError as error:
-        raise InputError(
-            f"{file}: expected JSON, got {error}. Repair the file or download it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise InputError(
-            f"{file}: expected a JSON object, got {type(content).__name__}. Repair the file."
-        )
-    return content
+    return read_object(Path(folder) / CONFIG_FILE)
 
 
 def weight_files(folder: str | Path) -> dict[Path, dict[str, str] | None]:
@@ -176,7 +153,7 @@ def weight_files(folder: str | Path) -> dict[Path, dict[str, str] | None]:
         return {folder / SINGLE_FILE: None}
     _check_folder(folder, weights=True)
     index = folder / INDEX_FILE
-    names = read_json(index).get("weight_map")
+    names = read_object(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
         raise InputError(
             f"{index}: expected a weight_map of names to files, got none. Download it again."

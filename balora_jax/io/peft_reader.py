@@ -10,14 +10,19 @@ from typing import Any
 import numpy as np
 
 from balora_jax.errors import InputError
-from balora_jax.io.hf_files import FLOAT_DTYPES, open_safetensors, read_json, shortened
+from balora_jax.io.hf_files import FLOAT_DTYPES, open_safetensors, shortened
 from balora_jax.models.methods.dora import DORA
 from balora_jax.models.methods.lora import LORA
 from balora_jax.models.methods.method import Method
+from balora_jax.untyped.fields import Fields
+from balora_jax.untyped.json_text import read_object
+from balora_jax.untyped.patterns import end_match
+from balora_jax.untyped.shown import shown
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+LARGEST = 2**31
 MAGNITUDE = "lora_magnitude_vector"
 
 _TENSOR = re.compile(
@@ -80,24 +85,32 @@ def read_peft(folder: str | Path) -> PeftAdapter:
     """
     folder = Path(folder)
     _check_adapter_folder(folder)
-    config = read_json(folder / ADAPTER_CONFIG)
-    _check_settings(folder / ADAPTER_CONFIG, config)
-    found = _read_tensors(folder / ADAPTER_WEIGHTS, config.get("modules_to_save") or ())
-    pairs, magnitudes = _pairs(folder / ADAPTER_WEIGHTS, found.parts, bool(config.get("use_dora")))
+    config = Fields(
+        read_object(folder / ADAPTER_CONFIG), str(folder / ADAPTER_CONFIG), "Correct the file."
+    )
+    _check_settings(config)
+    ranks_of = _Settings(config, "r", "rank_pattern", whole=True)
+    alphas_of = _Settings(config, "lora_alpha", "alpha_pattern", whole=False)
+    use_dora, use_rslora = (config.flag(key, default=False) for key in ("use_dora", "use_rslora"))
+    found = _read_tensors(folder / ADAPTER_WEIGHTS, config.texts("modules_to_save"))
+    pairs, magnitudes = _pairs(folder / ADAPTER_WEIGHTS, found.parts, use_dora)
     ranks = {name: down.shape[1] for name, (down, _) in pairs.items()}
-    alphas: dict[str, float] = {}
-    scales: dict[str, float] = {}
     for name, rank in ranks.items():
-        declared = _setting(folder, config, "r", "rank_pattern", name)
-        if declared != rank:
+        if ranks_of.of(name) != rank:
             raise InputError(
-                f"{folder}: expected rank {declared:g} for {name} as {ADAPTER_CONFIG} says, got "
-                f"{rank} in {ADAPTER_WEIGHTS}. Use the two files that were saved together."
+                f"{folder}: expected rank {ranks_of.of(name):g} for {name} as {ADAPTER_CONFIG} "
+                f"says, got {rank} in {ADAPTER_WEIGHTS}. Use the two files that were saved "
+                "together."
             )
-        alphas[name] = _setting(folder, config, "lora_alpha", "alpha_pattern", name)
-        scales[name] = alphas[name] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    alphas = {name: float(alphas_of.of(name)) for name in ranks}
+    scales = {
+        name: a / (math.sqrt(ranks[name]) if use_rslora else ranks[name])
+        for name, a in alphas.items()
+    }
     method = DORA if magnitudes else LORA
-    return PeftAdapter(config, pairs, ranks, alphas, scales, magnitudes, method, found.saved)
+    return PeftAdapter(
+        dict(config.values), pairs, ranks, alphas, scales, magnitudes, method, found.saved
+    )
 
 
 def belongs_to(tensor: str, modules_to_save: Sequence[str]) -> bool:
@@ -126,23 +139,26 @@ def _check_adapter_folder(folder: Path) -> None:
         )
 
 
-def _check_settings(file: Path, config: Mapping[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
+def _check_settings(config: Fields) -> None:
+    kind = config.values.get("peft_type")
+    if kind != "LORA":
         raise InputError(
-            f"{file}: expected peft_type LORA, got {config.get('peft_type')!r}. "
-            "Start from a LoRA adapter."
+            f"{config.where}: expected peft_type LORA, got {shown(kind)}. Start from a LoRA "
+            "adapter."
         )
     for key in _UNSUPPORTED:
-        if config.get(key) not in _OFF:
+        if config.values.get(key) not in _OFF:
             raise InputError(
-                f"{file}: expected plain LoRA, got {key}={config[key]!r}, which changes what the "
-                "adapter computes and is not supported. Start from an adapter without it."
+                f"{config.where}: expected plain LoRA, got {key}={shown(config.values[key])}, "
+                "which changes what the adapter computes and is not supported. Start from an "
+                "adapter without it."
             )
-    start = config.get("init_lora_weights", True)
+    start = config.values.get("init_lora_weights", True)
     if str(start).lower().startswith(_RESIDUAL_STARTS):
         raise InputError(
-            f"{file}: expected an adapter of the original base, got init_lora_weights={start!r}, "
-            "which belongs to a modified base. Convert it in PEFT: model.save_pretrained(folder, "
+            f"{config.where}: expected an adapter of the original base, got init_lora_weights="
+            f"{shown(start)}, which belongs to a modified base. Convert it in PEFT: "
+            "model.save_pretrained(folder, "
             "path_initial_model_for_weight_conversion=initial_adapter)."
         )
 
@@ -201,22 +217,17 @@ def _pairs(
     return factors, {module: p[MAGNITUDE] for module, p in parts.items() if use_dora}
 
 
-def _setting(folder: Path, config: Mapping[str, Any], key: str, pattern: str, name: str) -> float:
-    """A module's rank or alpha; the first pattern that matches its name wins, as in PEFT."""
-    value = config.get(key)
-    for expression, special in (config.get(pattern) or {}).items():
-        try:
-            matches = re.match(rf"(.*\.)?({expression})$", name)
-        except re.error as error:
-            raise InputError(
-                f"{folder / ADAPTER_CONFIG}: expected regular expressions in {pattern}, got "
-                f"{expression!r} ({error}). Correct it."
-            ) from error
-        if matches:
-            value = special
-            break
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(
-            f"{folder / ADAPTER_CONFIG}: expected a number for {key}, got {value!r}. Correct it."
-        )
-    return float(value)
+class _Settings:
+    """Ranks or alphas by module: the first pattern that matches its name wins, as in PEFT."""
+
+    def __init__(self, config: Fields, key: str, pattern: str, *, whole: bool) -> None:
+        least = 1 if whole else -LARGEST
+        default = config.integer if whole else config.number
+        self._default = default(key, least=least, most=LARGEST)
+        numbers = config.numbers(pattern, least=least, most=LARGEST, whole=whole)
+        where = f"{config.where}: {pattern}"
+        self._special = [(end_match(text, where), value) for text, value in numbers.items()]
+
+    def of(self, module: str) -> float:
+        """The value of a module by its name."""
+        return next((value for matches, value in self._special if matches(module)), self._default)

@@ -2,13 +2,14 @@
 
 import difflib
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from balora_jax.errors import InputError
 from balora_jax.models.methods.lora import LORA
 from balora_jax.models.methods.method import Method, Part
+from balora_jax.untyped.patterns import end_match, whole_match
+from balora_jax.untyped.shown import shown
 
 
 @dataclass(frozen=True)
@@ -90,17 +91,16 @@ def plan_adapters(
         InputError: a target or pattern that matches no layer; a rank larger than a layer.
     """
     modules = []
-    used = {key: False for key in (*(rank_pattern or {}), *(alpha_pattern or {}))}
     names = [name for shape in linears for name in shape.names]
-    _check_targets(names, target_modules)
-    _check_expressions("exclude_modules", [exclude_modules])
-    _check_expressions("rank_pattern/alpha_pattern", list(used))
+    chosen = _chooser("target_modules", target_modules)
+    _check_targets(names, target_modules, chosen)
+    excluded = _chooser("exclude_modules", exclude_modules)
+    ranks, alphas = _Patterns(rank_pattern or {}, rank), _Patterns(alpha_pattern or {}, alpha)
     for shape in linears:
         for i, name in enumerate(shape.names):
-            if not _matches(name, target_modules) or _matches(name, exclude_modules):
+            if not chosen(name) or excluded(name):
                 continue
-            r = int(_pattern_value(name, rank_pattern or {}, rank, used))
-            a = float(_pattern_value(name, alpha_pattern or {}, alpha, used))
+            r, a = int(ranks.of(name)), float(alphas.of(name))
             _check_rank(name, r, shape)
             scale = a / math.sqrt(r) if use_rslora else a / r
             modules.append(
@@ -111,37 +111,36 @@ def plan_adapters(
     if not modules:
         raise InputError(
             "adapter.exclude_modules: expected to leave some target layer, but it excludes all of "
-            f"adapter.target_modules={target_modules!r}. Exclude fewer layers."
+            f"adapter.target_modules={shown(target_modules)}. Exclude fewer layers."
         )
-    for key, seen in used.items():
-        if not seen:
+    used = ranks.used | alphas.used
+    for key in (*ranks.values, *alphas.values):
+        if key not in used:
             raise InputError(
-                f"adapter.rank_pattern/alpha_pattern: {key!r} matches no adapted layer. "
+                f"adapter.rank_pattern/alpha_pattern: {shown(key)} matches no adapted layer. "
                 f"Use the end of a layer's name, such as {modules[0].name!r}, or remove it."
             )
     return tuple(modules)
 
 
-def _matches(name: str, targets: Sequence[str] | str) -> bool:
+def _chooser(key: str, targets: Sequence[str] | str) -> Callable[[str], bool]:
+    """Whether a name is meant by a list of endings, an expression, or ``all-linear``."""
+    if targets == "all-linear":
+        return lambda name: True
     if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith("." + target) for target in targets)
+        return whole_match(targets, f"adapter.{key}")
+    return lambda name: any(name == target or name.endswith("." + target) for target in targets)
 
 
-def _check_targets(names: Sequence[str], targets: Sequence[str] | str) -> None:
+def _check_targets(
+    names: Sequence[str], targets: Sequence[str] | str, chosen: Callable[[str], bool]
+) -> None:
     """Every target must match something: a silent miss would train less than was asked for."""
-    try:
-        missed = [
-            target
-            for target in ([targets] if isinstance(targets, str) else targets)
-            if not any(_matches(name, targets if isinstance(targets, str) else [target])
-                       for name in names)
-        ]  # fmt: skip
-    except re.error as error:
-        raise InputError(
-            f"adapter.target_modules: expected a regular expression, got {targets!r} ({error}). "
-            "Correct it, or give a list of layer names."
-        ) from error
+    if isinstance(targets, str):
+        missed = [] if any(map(chosen, names)) else [targets]
+    else:
+        endings = [(target, _chooser("target_modules", [target])) for target in targets]
+        missed = [target for target, ends in endings if not any(map(ends, names))]
     kinds = sorted({name.rsplit(".", 1)[-1] for name in names})
     if not isinstance(targets, str) and not targets:
         raise InputError(
@@ -152,28 +151,26 @@ def _check_targets(names: Sequence[str], targets: Sequence[str] | str) -> None:
         near = difflib.get_close_matches(missed[0], kinds, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise InputError(
-            f"adapter.target_modules: {missed[0]!r} matches no linear layer of this model."
+            f"adapter.target_modules: {shown(missed[0])} matches no linear layer of this model."
             f"{hint} It has {', '.join(kinds)} (embeddings and lm_head stay frozen)."
         )
 
 
-def _check_expressions(key: str, expressions: Sequence[Sequence[str] | str]) -> None:
-    for expression in expressions:
-        try:
-            re.compile(expression if isinstance(expression, str) else "")
-        except re.error as error:
-            raise InputError(
-                f"adapter.{key}: expected a regular expression, got {expression!r} ({error}). "
-                "Correct it."
-            ) from error
+class _Patterns:
+    """A setting by layer: the value of the first pattern that matches a name, or the default."""
 
+    def __init__(self, values: Mapping[str, float], default: float) -> None:
+        self.values, self.default = values, default
+        self.used: set[str] = set()
+        self._matches = {
+            key: end_match(key, "adapter.rank_pattern/alpha_pattern") for key in values
+        }
 
-def _pattern_value(
-    name: str, patterns: Mapping[str, float], default: float, used: dict[str, bool]
-) -> float:
-    matching = [key for key in patterns if re.match(rf"(.*\.)?({key})$", name)]
-    used.update(dict.fromkeys(matching, True))
-    return patterns[matching[0]] if matching else default
+    def of(self, name: str) -> float:
+        """The value of a layer by its name."""
+        matching = [key for key, matches in self._matches.items() if matches(name)]
+        self.used.update(matching)
+        return self.values[matching[0]] if matching else self.default
 
 
 def _check_rank(name: str, rank: int, shape: LinearShape) -> None:

@@ -5,19 +5,20 @@ from collections.abc import Mapping
 from typing import cast, get_args
 
 from balora_jax.errors import InputError
-from balora_jax.models.raw_config import HEADS, WIDTH, RawConfig
 from balora_jax.models.rotary import RopeConfig, RopeKind
+from balora_jax.models.sizes import HEADS, WIDTH
+from balora_jax.untyped.fields import Fields
 
 LARGEST_THETA = 1e15
 
 
-def rope_config(raw: RawConfig, *, default_theta: float = 10000.0) -> RopeConfig:
+def rope_config(raw: Fields, *, default_theta: float = 10000.0) -> RopeConfig:
     """Rotary settings from ``rope_parameters`` (new) or ``rope_theta`` and ``rope_scaling``.
 
     Raises:
         InputError: a kind of scaling that this code lacks, or one without what it needs.
     """
-    scaling = RawConfig(
+    scaling = Fields(
         {**raw.section("rope_scaling"), **raw.section("rope_parameters")}, f"{raw.where}, rope"
     )
     kind = _kind(raw, scaling)
@@ -45,7 +46,7 @@ def rope_config(raw: RawConfig, *, default_theta: float = 10000.0) -> RopeConfig
 
 
 def rope_by_layer(
-    raw: RawConfig, *, default_theta: float, default_local_theta: float
+    raw: Fields, *, default_theta: float, default_local_theta: float
 ) -> tuple[RopeConfig, RopeConfig]:
     """Rotary settings of the layers that see everything and of those with a window (Gemma 3).
 
@@ -56,18 +57,18 @@ def rope_by_layer(
         local = {"rope_theta": raw.values.get("rope_local_base_freq")}
         return (
             rope_config(raw, default_theta=default_theta),
-            rope_config(RawConfig(local, raw.where), default_theta=default_local_theta),
+            rope_config(Fields(local, raw.where), default_theta=default_local_theta),
         )
     rest = {key: value for key, value in raw.values.items() if not key.startswith("rope_")}
     full = rest | {"rope_parameters": tables.get("full_attention")}
     local = rest | {"rope_parameters": tables.get("sliding_attention")}
     return (
-        rope_config(RawConfig(full, raw.where), default_theta=default_theta),
-        rope_config(RawConfig(local, raw.where), default_theta=default_local_theta),
+        rope_config(Fields(full, raw.where), default_theta=default_theta),
+        rope_config(Fields(local, raw.where), default_theta=default_local_theta),
     )
 
 
-def _kind(raw: RawConfig, scaling: RawConfig) -> RopeKind:
+def _kind(raw: Fields, scaling: Fields) -> RopeKind:
     """Refuse what would be silently misread: another type, or tables for each kind of layer."""
     if any(isinstance(value, Mapping) for value in scaling.values.values()):
         raise InputError(
@@ -85,7 +86,7 @@ def _kind(raw: RawConfig, scaling: RawConfig) -> RopeKind:
     return cast("RopeKind", kind)
 
 
-def _first(key: str, *raws: RawConfig, default: float, most: float = math.inf) -> float:
+def _first(key: str, *raws: Fields, default: float, most: float = math.inf) -> float:
     """A positive number from the first that has the key; a zero counts as none."""
     for raw in raws:
         if raw.has(key) and raw.number(key, most=most) > 0:
@@ -93,7 +94,7 @@ def _first(key: str, *raws: RawConfig, default: float, most: float = math.inf) -
     return default
 
 
-def _factor(raw: RawConfig, scaling: RawConfig, kind: RopeKind) -> float:
+def _factor(raw: Fields, scaling: Fields, kind: RopeKind) -> float:
     """How many times the context is stretched; YaRN's may follow from the two lengths."""
     if scaling.has("factor"):
         return scaling.number("factor")
@@ -105,9 +106,7 @@ def _factor(raw: RawConfig, scaling: RawConfig, kind: RopeKind) -> float:
     )
 
 
-def _longrope(
-    raw: RawConfig, scaling: RawConfig, theta: float, rotary_dim: int | None
-) -> RopeConfig:
+def _longrope(raw: Fields, scaling: Fields, theta: float, rotary_dim: int | None) -> RopeConfig:
     """LongRoPE's two sets of divisors. Source: arXiv 2402.13753, as ``transformers`` reads it."""
     pairs = (rotary_dim or _head_dim(raw)) // 2
     short, long = (_divisors(raw, scaling, key, pairs) for key in ("short_factor", "long_factor"))
@@ -128,7 +127,7 @@ def _longrope(
     )
 
 
-def _divisors(raw: RawConfig, scaling: RawConfig, key: str, pairs: int) -> tuple[float, ...]:
+def _divisors(raw: Fields, scaling: Fields, key: str, pairs: int) -> tuple[float, ...]:
     listed = scaling.values.get(key)
     listed = listed if isinstance(listed, list | tuple) else ()
     numbers = [x for x in listed if isinstance(x, int | float) and x > 0]
@@ -140,18 +139,18 @@ def _divisors(raw: RawConfig, scaling: RawConfig, key: str, pairs: int) -> tuple
     return tuple(float(x) for x in numbers)
 
 
-def _head_dim(raw: RawConfig) -> int:
+def _head_dim(raw: Fields) -> int:
     if raw.has("head_dim"):
         return raw.integer("head_dim", most=WIDTH)
     heads = raw.integer("num_attention_heads", most=HEADS)
     return raw.integer("hidden_size", most=WIDTH) // heads
 
 
-def _context(raw: RawConfig) -> int:
+def _context(raw: Fields) -> int:
     return raw.integer("max_position_embeddings", 2048)
 
 
-def _original_length(raw: RawConfig, scaling: RawConfig, kind: RopeKind) -> int:
+def _original_length(raw: Fields, scaling: Fields, kind: RopeKind) -> int:
     """Context of pretraining; as in transformers, ``dynamic`` measures from the configured one."""
     key = "original_max_position_embeddings"
     for found in () if kind == "dynamic" else (raw, scaling):
@@ -160,7 +159,7 @@ def _original_length(raw: RawConfig, scaling: RawConfig, kind: RopeKind) -> int:
     return _context(raw)
 
 
-def _attention_factor(scaling: RawConfig, kind: RopeKind, factor: float) -> float:
+def _attention_factor(scaling: Fields, kind: RopeKind, factor: float) -> float:
     """YaRN's temperature on cos and sin. Source: the YaRN paper; DeepSeek's two mscales."""
     if kind != "yarn":
         return 1.0

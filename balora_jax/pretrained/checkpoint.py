@@ -17,7 +17,6 @@ from balora_jax.io.hf_files import (
     find_checkpoint,
     fingerprint,
     open_tensors,
-    read_json,
     read_json_config,
 )
 from balora_jax.io.hf_weights import load_weights
@@ -32,6 +31,7 @@ from balora_jax.models.structure import Structure
 from balora_jax.models.weight_names import WeightRule
 from balora_jax.parallel.sharding import Layout
 from balora_jax.paths import resolve_path
+from balora_jax.untyped.json_text import read_object
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt"),
@@ -133,7 +133,7 @@ class Checkpoint(Generic[Config]):
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end a text besides the tokenizer's EOS: Llama 3 names several."""
         file = self.folder / "generation_config.json"
-        named = read_json(file).get("eos_token_id") if file.is_file() else None
+        named = read_object(file).get("eos_token_id") if file.is_file() else None
         return tuple(named) if isinstance(named, list) else () if named is None else (int(named),)
 
     def stored_head(self) -> dict[str, tuple[WeightRule, tuple[int, ...]]]:

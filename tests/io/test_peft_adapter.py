@@ -270,8 +270,25 @@ def change(folder, **settings):
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "olora"}, "modified base"),
         ({"r": 5}, "expected rank 5 for model.layers.0.mlp.down_proj as adapter_config.json says"),
-        ({"lora_alpha": "six"}, "expected a number for lora_alpha, got 'six'"),
-        ({"rank_pattern": {"(": 3}}, r"expected regular expressions in rank_pattern, got '\('"),
+        ({"lora_alpha": "six"}, "expected lora_alpha to be a number of at least .*, got 'six'"),
+        (
+            {"lora_alpha": float("nan")},
+            "expected lora_alpha to be a number of at least .*, got nan",
+        ),
+        ({"r": 0}, "expected r to be a whole number from 1 to"),
+        ({"r": True}, "expected r to be a whole number from 1 to"),
+        ({"rank_pattern": 7}, "expected rank_pattern to be an object, got 7"),
+        (
+            {"rank_pattern": {"q_proj": 0}},
+            "expected rank_pattern to be an object of a whole number of at least 1",
+        ),
+        ({"alpha_pattern": {"q_proj": "x"}}, "expected alpha_pattern to be an object of a number"),
+        ({"modules_to_save": 7}, "expected modules_to_save to be a list of names, got 7"),
+        ({"modules_to_save": "abc"}, "expected modules_to_save to be a list of names, got 'abc'"),
+        ({"use_dora": "no"}, "expected use_dora to be true or false, got 'no'"),
+        ({"use_rslora": 1}, "expected use_rslora to be true or false, got 1"),
+        ({"rank_pattern": {r"(.|[a-z]|\w)+[0-9]\1": 3}}, "that comes to an end, got"),
+        ({"rank_pattern": {"(": 3}}, r"rank_pattern: expected a regular expression, got '\('"),
     ],
 )
 def test_settings_that_change_the_maths_are_refused(tmp_path, settings, message):

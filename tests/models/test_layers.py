@@ -16,7 +16,7 @@ from balora_jax.models import layers, rope_settings, rotary
 from balora_jax.models.adapters import AdapterShape
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.options import Options
-from balora_jax.models.raw_config import RawConfig
+from balora_jax.untyped.fields import Fields
 from tests.models import tiny
 
 
@@ -56,7 +56,7 @@ def test_frequencies_equal_transformers(rope):
     kind = tiny.ROPES[rope]["rope_type"]
     for length in (20, 75):
         want, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=length)
-        ours = rope_settings.rope_config(RawConfig(config.to_dict(), "config.json"))
+        ours = rope_settings.rope_config(Fields(config.to_dict(), "config.json"))
         got = rotary.rope_frequencies(ours, 16, jnp.int32(length))
         np.testing.assert_allclose(got, want.numpy(), rtol=2e-6)
         assert ours.attention_factor == pytest.approx(factor, rel=1e-12)

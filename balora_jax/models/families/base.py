@@ -17,9 +17,9 @@ from balora_jax.models.encoder import Encoder
 from balora_jax.models.encoder_config import EncoderConfig
 from balora_jax.models.families import bert_names, llama_names
 from balora_jax.models.options import Options
-from balora_jax.models.raw_config import RawConfig
 from balora_jax.models.weight_names import WeightRule
 from balora_jax.registry import Registry
+from balora_jax.untyped.fields import Fields
 
 Kind = Literal["decoder", "encoder"]
 Config = DecoderConfig | EncoderConfig
@@ -40,7 +40,7 @@ class Family(Protocol):
         ...
 
     @property
-    def read(self) -> Callable[[RawConfig], Any]:
+    def read(self) -> Callable[[Fields], Any]:
         """From a parsed ``config.json`` to the config of a model."""
         ...
 
@@ -83,7 +83,7 @@ class DecoderFamily:
     """
 
     name: str
-    read: Callable[[RawConfig], DecoderConfig]
+    read: Callable[[Fields], DecoderConfig]
     rules: Callable[[DecoderConfig], Rules] = llama_names.weight_rules
     layer: Callable[[DecoderConfig, Options], Any] = DecoderLayer
     leftovers: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
@@ -129,7 +129,7 @@ class EncoderFamily:
     """
 
     name: str
-    read: Callable[[RawConfig], EncoderConfig]
+    read: Callable[[Fields], EncoderConfig]
     prefix: str
     head: tuple[str, str]
     architecture: str
@@ -216,7 +216,7 @@ def read_config(
     name = values.get("model_type")
     named = {family.name: family for family in FAMILIES.values() if kind in (None, family.kind)}
     if name in named:
-        config = named[name].read(RawConfig(values, where))
+        config = named[name].read(Fields(values, where))
         return config if num_labels is None else replace(config, num_labels=num_labels)
     raise InputError(
         f"{where}: expected model_type to be one of {', '.join(named)}, got {name!r}. "

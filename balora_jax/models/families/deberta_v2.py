@@ -6,10 +6,11 @@ from balora_jax.models.encoder import ENCODER_ACTIVATIONS
 from balora_jax.models.encoder_config import EncoderConfig
 from balora_jax.models.families.base import FAMILIES, EncoderFamily
 from balora_jax.models.families.read_bert import read_encoder
-from balora_jax.models.raw_config import POSITIONS, RawConfig
+from balora_jax.models.sizes import POSITIONS
+from balora_jax.untyped.fields import Fields
 
 
-def read(raw: RawConfig) -> EncoderConfig:
+def read(raw: Fields) -> EncoderConfig:
     """DeBERTa-v2; options of this architecture that this code lacks are refused."""
     config = read_encoder(
         raw,
@@ -29,7 +30,7 @@ def read(raw: RawConfig) -> EncoderConfig:
     return config
 
 
-def _disentangled(raw: RawConfig) -> DisentangledConfig:
+def _disentangled(raw: Fields) -> DisentangledConfig:
     """Relative positions; a range below 1 means the absolute one, buckets below 1 mean none."""
     largest = raw.integer("max_relative_positions", -1, least=-1, most=POSITIONS)
     if largest < 1:
@@ -50,7 +51,7 @@ def _disentangled(raw: RawConfig) -> DisentangledConfig:
     )
 
 
-def _words(raw: RawConfig, key: str, known: tuple[str, ...]) -> tuple[str, ...]:
+def _words(raw: Fields, key: str, known: tuple[str, ...]) -> tuple[str, ...]:
     """Entries of a list, or of a text with bars between them, sorted."""
     value = raw.values.get(key) or ("none" if "none" in known else [])
     parts = value.lower().split("|") if isinstance(value, str) else value

@@ -11,15 +11,16 @@ from balora_jax.models.families.read_llama import (
     windows_by_layer,
 )
 from balora_jax.models.layers import ACTIVATIONS
-from balora_jax.models.raw_config import LAYERS, WIDTH, RawConfig
+from balora_jax.models.sizes import LAYERS, WIDTH
+from balora_jax.untyped.fields import Fields
 
 
-def read(raw: RawConfig) -> DecoderConfig:
+def read(raw: Fields) -> DecoderConfig:
     """Gemma 1."""
     return read_gemma(raw, kv_heads=16)
 
 
-def read_gemma(raw: RawConfig, **changes: Any) -> DecoderConfig:
+def read_gemma(raw: Fields, **changes: Any) -> DecoderConfig:
     """What all of them share. Gemma 1's first checkpoints say ``gelu`` and mean the approximation.
 
     Args:
@@ -39,7 +40,7 @@ def read_gemma(raw: RawConfig, **changes: Any) -> DecoderConfig:
     return read_decoder(raw, **{**options, **changes})
 
 
-def later_attention(raw: RawConfig, *, every: int) -> dict[str, Any]:
+def later_attention(raw: Fields, *, every: int) -> dict[str, Any]:
     """Gemma 2 and 3: norms on both sides, and a window in all but each ``every``-th layer."""
     layers = raw.integer("num_hidden_layers", most=LAYERS)
     slides = tuple((i + 1) % every != 0 for i in range(layers))
@@ -50,7 +51,7 @@ def later_attention(raw: RawConfig, *, every: int) -> dict[str, Any]:
     }
 
 
-def soft_cap(raw: RawConfig, key: str, default: float | None) -> float | None:
+def soft_cap(raw: Fields, key: str, default: float | None) -> float | None:
     """A cap of scores or logits; ``null`` is for none."""
     if raw.says_null(key) or (default is None and not raw.has(key)):
         return None

@@ -3,11 +3,11 @@
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.families.base import FAMILIES, DecoderFamily
 from balora_jax.models.families.gemma import later_attention, read_gemma, soft_cap
-from balora_jax.models.raw_config import RawConfig
 from balora_jax.numerics.head_types import LogitMap
+from balora_jax.untyped.fields import Fields
 
 
-def read(raw: RawConfig) -> DecoderConfig:
+def read(raw: Fields) -> DecoderConfig:
     """Gemma 2."""
     return read_gemma(
         raw,

@@ -3,12 +3,13 @@
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.families.base import FAMILIES, DecoderFamily
 from balora_jax.models.families.gemma import later_attention, read_gemma, soft_cap
-from balora_jax.models.raw_config import LAYERS, RawConfig
 from balora_jax.models.rope_settings import rope_by_layer
+from balora_jax.models.sizes import LAYERS
 from balora_jax.numerics.head_types import LogitMap
+from balora_jax.untyped.fields import Fields
 
 
-def read(raw: RawConfig) -> DecoderConfig:
+def read(raw: Fields) -> DecoderConfig:
     """Gemma 3, text only."""
     rope, local = rope_by_layer(raw, default_theta=1e6, default_local_theta=1e4)
     every = raw.integer("sliding_window_pattern", 6, most=LAYERS)

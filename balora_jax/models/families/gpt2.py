@@ -5,11 +5,12 @@ from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.families.base import FAMILIES, DecoderFamily
 from balora_jax.models.gpt2 import LINEARS, Gpt2Layer
 from balora_jax.models.layers import ACTIVATIONS
-from balora_jax.models.raw_config import HEADS, LAYERS, POSITIONS, VOCABULARY, WIDTH, RawConfig
+from balora_jax.models.sizes import HEADS, LAYERS, POSITIONS, VOCABULARY, WIDTH
 from balora_jax.models.weight_names import WeightRule
+from balora_jax.untyped.fields import Fields
 
 
-def read(raw: RawConfig) -> DecoderConfig:
+def read(raw: Fields) -> DecoderConfig:
     """GPT-2; its keys are its own."""
     for option in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
         if raw.flag(option, default=False):

@@ -3,10 +3,10 @@
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.families.base import FAMILIES, DecoderFamily
 from balora_jax.models.families.read_llama import attention_bias, read_decoder
-from balora_jax.models.raw_config import RawConfig
+from balora_jax.untyped.fields import Fields
 
 
-def read(raw: RawConfig) -> DecoderConfig:
+def read(raw: Fields) -> DecoderConfig:
     """Llama 1 to 3."""
     return read_decoder(raw, **attention_bias(raw), mlp_bias=raw.flag("mlp_bias", default=False))
 

@@ -4,13 +4,13 @@ from balora_jax.errors import InputError
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.families.base import FAMILIES, DecoderFamily
 from balora_jax.models.families.read_llama import read_decoder, window_size
-from balora_jax.models.raw_config import RawConfig
 from balora_jax.models.rope_settings import rope_config
+from balora_jax.untyped.fields import Fields
 
 MOST_EXPERTS = 4096
 
 
-def read(raw: RawConfig) -> DecoderConfig:
+def read(raw: Fields) -> DecoderConfig:
     """Mixtral."""
     experts = raw.integer("num_local_experts", 8, most=MOST_EXPERTS)
     taken = raw.integer("num_experts_per_tok", 2, most=MOST_EXPERTS)

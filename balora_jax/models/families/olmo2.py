@@ -3,10 +3,10 @@
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.families.base import FAMILIES, DecoderFamily
 from balora_jax.models.families.read_llama import attention_bias, read_decoder
-from balora_jax.models.raw_config import RawConfig
+from balora_jax.untyped.fields import Fields
 
 
-def read(raw: RawConfig) -> DecoderConfig:
+def read(raw: Fields) -> DecoderConfig:
     """OLMo-2 (arXiv 2501.00656)."""
     return read_decoder(
         raw,

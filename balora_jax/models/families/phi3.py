@@ -3,10 +3,10 @@
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.families.base import FAMILIES, DecoderFamily
 from balora_jax.models.families.read_llama import read_decoder, window_size
-from balora_jax.models.raw_config import RawConfig
+from balora_jax.untyped.fields import Fields
 
 
-def read(raw: RawConfig) -> DecoderConfig:
+def read(raw: Fields) -> DecoderConfig:
     """Phi-3."""
     window = window_size(raw, None)
     return read_decoder(raw, norm_eps=1e-5, fused_projections=True, sliding_window=window)

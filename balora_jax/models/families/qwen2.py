@@ -6,15 +6,16 @@ from typing import Any
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.families.base import FAMILIES, DecoderFamily
 from balora_jax.models.families.read_llama import read_decoder, window_size, windows_by_layer
-from balora_jax.models.raw_config import LAYERS, RawConfig
+from balora_jax.models.sizes import LAYERS
+from balora_jax.untyped.fields import Fields
 
 
-def read(raw: RawConfig) -> DecoderConfig:
+def read(raw: Fields) -> DecoderConfig:
     """Qwen2."""
     return read_decoder(raw, kv_heads=32, qkv_bias=True, **upper_windows(raw))
 
 
-def upper_windows(raw: RawConfig) -> Mapping[str, Any]:
+def upper_windows(raw: Fields) -> Mapping[str, Any]:
     """Layers from ``max_window_layers`` on have the window, if it is used at all."""
     window = window_size(raw, 4096)
     if not raw.flag("use_sliding_window", default=False) or window is None:

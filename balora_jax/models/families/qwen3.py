@@ -4,10 +4,10 @@ from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.families.base import FAMILIES, DecoderFamily
 from balora_jax.models.families.qwen2 import upper_windows
 from balora_jax.models.families.read_llama import attention_bias, read_decoder
-from balora_jax.models.raw_config import RawConfig
+from balora_jax.untyped.fields import Fields
 
 
-def read(raw: RawConfig) -> DecoderConfig:
+def read(raw: Fields) -> DecoderConfig:
     """Qwen3, the dense ones."""
     return read_decoder(
         raw,

@@ -5,13 +5,14 @@ from typing import Any
 from balora_jax.errors import InputError
 from balora_jax.models.encoder import ENCODER_ACTIVATIONS
 from balora_jax.models.encoder_config import EncoderConfig
-from balora_jax.models.raw_config import HEADS, LAYERS, POSITIONS, VOCABULARY, WIDTH, RawConfig
+from balora_jax.models.sizes import HEADS, LAYERS, POSITIONS, VOCABULARY, WIDTH
+from balora_jax.untyped.fields import Fields
 
 MOST_LABELS = 2**20
 
 
 def read_encoder(
-    raw: RawConfig,
+    raw: Fields,
     *,
     norm_eps: float = 1e-12,
     type_vocab_size: int = 2,
@@ -57,21 +58,21 @@ def read_encoder(
     )
 
 
-def refuse_decoders(raw: RawConfig) -> None:
+def refuse_decoders(raw: Fields) -> None:
     """Raises InputError for options of BERT and RoBERTa that would be silently misread."""
     raw.must_be("is_decoder", False, default=False)
     raw.must_be("add_cross_attention", False, default=False)
     raw.must_be("position_embedding_type", "absolute", default="absolute")
 
 
-def pad_token(raw: RawConfig, default: int) -> int:
+def pad_token(raw: Fields, default: int) -> int:
     """The padding token; ``null`` is 0."""
     if raw.says_null("pad_token_id"):
         return 0
     return raw.integer("pad_token_id", default, least=0, most=VOCABULARY)
 
 
-def _labels(raw: RawConfig) -> int:
+def _labels(raw: Fields) -> int:
     """Classes of the head that the checkpoint was saved with; two where it says nothing."""
     if raw.has("num_labels"):
         return raw.integer("num_labels", most=MOST_LABELS)

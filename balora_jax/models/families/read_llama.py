@@ -6,12 +6,13 @@ from typing import Any
 from balora_jax.errors import InputError
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.layers import ACTIVATIONS
-from balora_jax.models.raw_config import HEADS, LAYERS, POSITIONS, VOCABULARY, WIDTH, RawConfig
 from balora_jax.models.rope_settings import rope_config
+from balora_jax.models.sizes import HEADS, LAYERS, POSITIONS, VOCABULARY, WIDTH
+from balora_jax.untyped.fields import Fields
 
 
 def read_decoder(
-    raw: RawConfig,
+    raw: Fields,
     *,
     kv_heads: int | None = None,
     head_dim: int | None = None,
@@ -62,13 +63,13 @@ def read_decoder(
     return DecoderConfig(**{**found, **options})
 
 
-def attention_bias(raw: RawConfig) -> dict[str, bool]:
+def attention_bias(raw: Fields) -> dict[str, bool]:
     """One flag for the biases of q, k, v and o."""
     bias = raw.flag("attention_bias", default=False)
     return {"qkv_bias": bias, "output_bias": bias}
 
 
-def window_size(raw: RawConfig, default: int | None) -> int | None:
+def window_size(raw: Fields, default: int | None) -> int | None:
     """Tokens that a query looks back over; ``null`` is for all."""
     if raw.says_null("sliding_window") or (default is None and not raw.has("sliding_window")):
         return None
@@ -76,7 +77,7 @@ def window_size(raw: RawConfig, default: int | None) -> int | None:
 
 
 def windows_by_layer(
-    raw: RawConfig, window: int | None, slides: tuple[bool, ...]
+    raw: Fields, window: int | None, slides: tuple[bool, ...]
 ) -> Mapping[str, Any]:
     """The window and its layers; ``layer_types`` says which, where a config has it."""
     kinds = raw.values.get("layer_types")
@@ -92,7 +93,7 @@ def windows_by_layer(
     return {"sliding_window": window, "sliding_layers": slides}
 
 
-def refuse_two_directions(raw: RawConfig) -> None:
+def refuse_two_directions(raw: Fields) -> None:
     """Raises InputError for a decoder that was trained as an encoder."""
     if raw.flag("use_bidirectional_attention", default=False):
         raise InputError(

@@ -3,10 +3,11 @@
 from balora_jax.models.encoder_config import EncoderConfig
 from balora_jax.models.families.base import FAMILIES, EncoderFamily
 from balora_jax.models.families.read_bert import read_encoder, refuse_decoders
-from balora_jax.models.raw_config import VOCABULARY, RawConfig
+from balora_jax.models.sizes import VOCABULARY
+from balora_jax.untyped.fields import Fields
 
 
-def read(raw: RawConfig) -> EncoderConfig:
+def read(raw: Fields) -> EncoderConfig:
     """RoBERTa; its positions begin behind the row of the padding token."""
     refuse_decoders(raw)
     offset = raw.integer("pad_token_id", 1, least=0, most=VOCABULARY) + 1

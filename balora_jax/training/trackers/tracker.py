@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from balora_jax.io.folders import write_atomically
-from balora_jax.io.hf_files import read_json
+from balora_jax.untyped.json_text import read_object
 
 SEEN = "trackers.json"
 """File of a run that says which step's row the trackers got last."""
@@ -51,7 +51,7 @@ class Trackers:
         self.summary: Mapping[str, Any] | None = None
         self.seen = 0
         if self.trackers and self.file.is_file():
-            self.seen = int(read_json(self.file)["step"])
+            self.seen = int(read_object(self.file)["step"])
         for tracker in self.trackers:
             tracker.start(workdir, config)
 
