@@ -297,7 +297,7 @@ class EvalConfig(Section):
         task: the benchmark, such as ``exact_match``, ``gsm8k``, ``math`` (text) or ``labels``;
             ``none`` for no score; where not given, ``exact_match`` for text and ``labels`` for
             labels.
-        marker: text before the answer.
+        marker: text before the answer; not empty.
         limit: use the first rows only.
         batch_size: prompts decoded together.
         max_new_tokens: longest answer.
@@ -310,7 +310,7 @@ class EvalConfig(Section):
     """
 
     task: str | None = None
-    marker: str = "The answer is:"
+    marker: Annotated[str, Field(min_length=1)] = "The answer is:"
     limit: Positive | None = None
     batch_size: Positive = 32
     max_new_tokens: Positive = 256

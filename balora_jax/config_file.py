@@ -100,6 +100,8 @@ def _describe(error: ValidationError) -> str:
         return f"{location}: expected a value, got none. Add the key."
     if kind == "value_error":
         return str(first.get("ctx", {}).get("error", first["msg"]))
+    if kind == "string_too_short":
+        return f"{location}: expected a text, got an empty one. Write it."
     expected = first["msg"].removeprefix("Input should be ").rstrip(".")
     return f"{location}: expected {expected}, got {shown(got)}. Correct the value."
 

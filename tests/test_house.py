@@ -215,7 +215,9 @@ def test_one_file_shows_progress():
 
 def test_no_error_is_caught_blindly():
     wrong = []
-    for path in FILES:
+    for name, path in MODULES.items():
+        if short(name) == "untyped.native":  # parsers of others, whose errors have no type
+            continue
         for handler in nodes(path, ast.ExceptHandler):
             caught = "" if handler.type is None else ast.unparse(handler.type)
             if not caught or re.search(r"\b(Base)?Exception\b", caught):

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from balora_jax.data.chat import Renderer
 from balora_jax.data.templates import (
     ExampleSettings,
     Message,
@@ -206,7 +207,8 @@ def encode_prompt(row: Row, tokenizer: Any, settings: ExampleSettings) -> list[i
     messages = messages_of(row, settings, "row")
     answers = _assistant_turns(messages)
     before = messages[: answers[-1]] if answers else messages
-    return _chat_ids(before, tokenizer, "row", generation=True)
+    with Renderer(tokenizer).ready() as chat:
+        return chat.ids(before, "row", generation=True)
 
 
 def describe_example(example: Example, tokenizer: Any) -> str:
@@ -297,9 +299,11 @@ def _encode_chunk(
 ) -> Iterator[_Sequence]:
     eos = _eos_id(tokenizer)
     if settings.template == "chat":
-        for number, row in chunk:
-            where = f"row {number}"
-            yield _encode_chat(messages_of(row, settings, where), tokenizer, eos, where)
+        named = [(f"row {number}", row) for number, row in chunk]
+        turns = [(messages_of(row, settings, where), where) for where, row in named]
+        with Renderer(tokenizer).ready() as chat:
+            found = [_encode_chat(messages, chat, eos, where) for messages, where in turns]
+        yield from found
         return
     prompts = [prompt_text(row, settings, f"row {number}") for number, row in chunk]
     responses = [response_text(row, settings, f"row {number}") for number, row in chunk]
@@ -362,7 +366,7 @@ def _assistant_turns(messages: Iterable[Message]) -> list[int]:
     return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
 
-def _encode_chat(messages: list[Message], tokenizer: Any, eos: int, where: str) -> _Sequence:
+def _encode_chat(messages: list[Message], chat: Renderer, eos: int, where: str) -> _Sequence:
     """Tokenise a conversation up to its last assistant turn; each assistant turn is a span.
 
     A turn ends with its EOS, or where the template ends it; what a template writes after the EOS
@@ -374,17 +378,22 @@ def _encode_chat(messages: list[Message], tokenizer: Any, eos: int, where: str) 
             f"{where}: expected at least one assistant turn, got none. "
             "Leave the row out or rename its roles."
         )
-    ids = _chat_ids(messages[: turns[-1] + 1], tokenizer, where, generation=False)
+    ids = chat.ids(messages[: turns[-1] + 1], where, generation=False)
     spans = []
     for turn in turns:
-        prompt = _chat_ids(messages[:turn], tokenizer, where, generation=True)
-        whole = _chat_ids(messages[: turn + 1], tokenizer, where, generation=False)
+        prompt = chat.ids(messages[:turn], where, generation=True)
+        whole = chat.ids(messages[: turn + 1], where, generation=False)
         _check_prompt(prompt, where)
         if ids[: len(prompt)] != prompt or ids[: len(whole)] != whole:
             raise InputError(
                 f"{where}: expected the chat template to begin a conversation with the very tokens "
                 f"of its prompt, got other ones before message {turn + 1}. "
                 "Use a text template for this tokenizer."
+            )
+        if len(whole) <= len(prompt):
+            raise InputError(
+                f"{where}: expected the chat template to write message {turn + 1} after its "
+                "prompt, got nothing of it. Use a text template for this tokenizer."
             )
         spans.append((len(prompt), _turn_end(ids, len(prompt), len(whole), eos)))
     start, end = spans[-1]
@@ -403,30 +412,3 @@ def _turn_end(ids: Sequence[int], start: int, end: int, eos: int) -> int:
     """
     marks = [i for i in range(start, end) if ids[i] == eos]
     return marks[-1] + 1 if marks else end
-
-
-def _chat_ids(
-    messages: Sequence[Message], tokenizer: Any, where: str, *, generation: bool
-) -> list[int]:
-    if not tokenizer.chat_template:
-        raise InputError(
-            "tokenizer: expected a chat template, got none. "
-            "Use the template alpaca or plain, or a text of your own."
-        )
-    try:
-        # Only chat templates need it, and transformers does not bring it along.
-        import jinja2
-    except ImportError as error:
-        raise InputError(
-            "tokenizer: expected the package jinja2, which renders chat templates, got none. "
-            "Run: pip install jinja2"
-        ) from error
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=generation, return_dict=False
-        )
-    except jinja2.TemplateError as error:
-        raise InputError(
-            f"{where}: expected a conversation that the chat template takes, got its error "
-            f"({error}). Fix the row or use a text template."
-        ) from error

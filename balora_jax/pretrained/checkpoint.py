@@ -31,13 +31,9 @@ from balora_jax.models.structure import Structure
 from balora_jax.models.weight_names import WeightRule
 from balora_jax.parallel.sharding import Layout
 from balora_jax.paths import resolve_path
+from balora_jax.pretrained.tokenizer import open_tokenizer
+from balora_jax.untyped.fields import Fields
 from balora_jax.untyped.json_text import read_object
-
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt"),
-    *("spiece.model", "spm.model", "sentencepiece.bpe.model"),
-)
-
 
 Config = TypeVar("Config", bound=DecoderConfig | EncoderConfig, covariant=True)
 
@@ -113,28 +109,20 @@ class Checkpoint(Generic[Config]):
 
     def tokenizer(self) -> Any:
         """The checkpoint's own tokenizer (``transformers``), never with remote code."""
-        from transformers import AutoTokenizer
-
-        if not any((self.folder / name).is_file() for name in TOKENIZER_FILES):
-            # transformers would make up a BERT tokenizer that knows no word at all.
-            raise InputError(
-                f"{self.folder}: expected a tokenizer (tokenizer.json), got: no file of one. Save "
-                "the tokenizer beside the weights."
-            )
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            line = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"{self.folder}: expected a tokenizer (tokenizer.json), got: {line} Save the "
-                "tokenizer beside the weights."
-            ) from error
+        return open_tokenizer(self.folder)
 
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text besides the tokenizer's EOS: Llama 3 names several."""
+        """Tokens that end a text besides the tokenizer's EOS: Llama 3 names several.
+
+        Raises:
+            InputError: a ``generation_config.json`` that is broken or names no rows of the table.
+        """
         file = self.folder / "generation_config.json"
-        named = read_object(file).get("eos_token_id") if file.is_file() else None
-        return tuple(named) if isinstance(named, list) else () if named is None else (int(named),)
+        if not file.is_file():
+            return ()
+        remedy = "Use the generation_config.json that was saved with the weights."
+        named = Fields(read_object(file), str(file), remedy)
+        return named.integers("eos_token_id", most=self.config.vocab_size - 1)
 
     def stored_head(self) -> dict[str, tuple[WeightRule, tuple[int, ...]]]:
         """Those parts of the head that the checkpoint holds: path → rule and stored shape."""

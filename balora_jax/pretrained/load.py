@@ -225,6 +225,7 @@ def load_decoder(
     peft = None if adapter is None else read_peft(resolve_path(adapter))
     kernel = kernel_on(jax.default_backend(), attention, "attention")
     base = open_base(path, revision)
+    base.stop_ids()  # what is wrong with them is said before a weight is read
     made = partial(structure, base.config, dtype=dtype, kernel=kernel, quantization=quantization)
     plain = made()
     frozen = base.load_for(plain)

@@ -155,6 +155,8 @@ def _open(config: RunConfig) -> _Opened:
     assert config.data.train is not None  # checked with the config
     rows = load_rows(config.data.train, split=config.data.split, limit=config.data.train_limit)
     exam = exam_of(tokenizer, config.data, config.eval, benchmark_of(config.task, config.eval.task))
+    if exam is not None:
+        base.stop_ids()  # what is wrong with them is said before a weight is read
     return _Opened(program, base, tokenizer, rows, exam)
 
 
