@@ -48,7 +48,7 @@ class Renderer:
                 "Use the template alpaca or plain, or a text of your own."
             )
         with any_error_refused("tokenizer: expected a chat template", "Use a text template."):
-            found = _powers(tokenizer.get_chat_template())
+            found = _powers(_jinja2(), tokenizer.get_chat_template())
         if found:
             raise InputError(
                 f"tokenizer: expected a chat template that writes text, got one that computes "
@@ -98,9 +98,7 @@ class Renderer:
         return text
 
 
-@functools.lru_cache(maxsize=8)
-def _powers(template: str) -> tuple[str, ...]:
-    """Operators and filters of a template that one number can make endless."""
+def _jinja2() -> Any:
     try:
         # Only chat templates need it, and transformers does not bring it along.
         import jinja2
@@ -109,6 +107,12 @@ def _powers(template: str) -> tuple[str, ...]:
             "tokenizer: expected the package jinja2, which renders chat templates, got none. "
             "Run: pip install jinja2"
         ) from error
+    return jinja2
+
+
+@functools.lru_cache(maxsize=8)
+def _powers(jinja2: Any, template: str) -> tuple[str, ...]:
+    """Operators and filters of a template that one number can make endless."""
     tokens = {(kind, text) for _, kind, text in jinja2.Environment().lex(template)}
     return tuple(sorted(text for _, text in tokens.intersection(_POWERS)))
 

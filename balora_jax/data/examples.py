@@ -300,9 +300,9 @@ def _encode_chunk(
     eos = _eos_id(tokenizer)
     if settings.template == "chat":
         named = [(f"row {number}", row) for number, row in chunk]
-        turns = [(messages_of(row, settings, where), where) for where, row in named]
+        texts = [(_answered(messages_of(row, settings, at), at), at) for at, row in named]
         with Renderer(tokenizer).ready() as chat:
-            found = [_encode_chat(messages, chat, eos, where) for messages, where in turns]
+            found = [_encode_chat(messages, chat, eos, where) for messages, where in texts]
         yield from found
         return
     prompts = [prompt_text(row, settings, f"row {number}") for number, row in chunk]
@@ -366,6 +366,15 @@ def _assistant_turns(messages: Iterable[Message]) -> list[int]:
     return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
 
+def _answered(messages: list[Message], where: str) -> list[Message]:
+    if not _assistant_turns(messages):
+        raise InputError(
+            f"{where}: expected at least one assistant turn, got none. "
+            "Leave the row out or rename its roles."
+        )
+    return messages
+
+
 def _encode_chat(messages: list[Message], chat: Renderer, eos: int, where: str) -> _Sequence:
     """Tokenise a conversation up to its last assistant turn; each assistant turn is a span.
 
@@ -373,11 +382,6 @@ def _encode_chat(messages: list[Message], chat: Renderer, eos: int, where: str) 
     (a line break, mostly) is not learnt. The last turn gets an EOS if the template writes none.
     """
     turns = _assistant_turns(messages)
-    if not turns:
-        raise InputError(
-            f"{where}: expected at least one assistant turn, got none. "
-            "Leave the row out or rename its roles."
-        )
     ids = chat.ids(messages[: turns[-1] + 1], where, generation=False)
     spans = []
     for turn in turns:

@@ -21,7 +21,9 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 
 from balora_jax.errors import InputError
+from balora_jax.paths import kind_of
 from balora_jax.untyped.json_text import read_object
+from balora_jax.untyped.shown import shown
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -36,6 +38,7 @@ _CONVERT = (
     ".save_pretrained(folder, safe_serialization=True)."
 )
 _LISTED = 8
+_LONGEST_NAME = 1000
 _HASH_WHOLE_BYTES = 64 * 2**20
 _SAMPLE_BYTES = 64 * 2**10
 _SAMPLES = 64
@@ -73,12 +76,14 @@ def find_checkpoint(
     """
     name = str(name_or_path)
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    kind = kind_of(folder)
+    if kind == "folder":
         if revision is not None:
             raise InputError(
-                f"{name}: expected no revision for a local folder, got {revision!r}. Remove it."
+                f"{name}: expected no revision for a local folder, got {shown(revision)}. "
+                "Remove it."
             )
-    elif folder.exists():
+    elif kind is not None:
         raise InputError(f"{name}: expected a checkpoint folder, got a file. Name its folder.")
     elif name.startswith((".", "~")) or not _HUB_NAME.fullmatch(name):
         raise InputError(f"{name}: expected a checkpoint folder, got nothing. Check the path.")
@@ -162,10 +167,10 @@ def weight_files(folder: str | Path) -> dict[Path, dict[str, str] | None]:
     for file in files:
         if _points_outside(file):
             raise InputError(
-                f"{index}: expected files of its own folder, got {file!r}. "
+                f"{index}: expected files of its own folder, got {shown(file)}. "
                 "Do not use this checkpoint: its index points outside."
             )
-    absent = [file for file in files if not (folder / file).is_file()]
+    absent = [file for file in files if kind_of(folder / file) != "file"]
     if absent:
         raise InputError(
             f"{index}: expected {len(files)} weight files, got {len(absent)} missing "
@@ -213,6 +218,12 @@ def open_safetensors(file: Path) -> Iterator[Any]:
             f"{file}: expected a complete safetensors file, got {error}. Download it again."
         ) from error
     with opened as handle:
+        longest = max(handle.keys(), key=len, default="")
+        if len(longest) > _LONGEST_NAME:  # some patterns take the square of a name's length
+            raise InputError(
+                f"{file}: expected names of at most {_LONGEST_NAME} characters, got "
+                f"{shown(longest)}, which has {len(longest)}. Download it again."
+            )
         yield handle
 
 

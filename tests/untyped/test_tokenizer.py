@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from balora_jax.errors import InputError
+from balora_jax.models.families.base import read_config
 from balora_jax.pretrained.checkpoint import Base
 from balora_jax.pretrained.tokenizer import open_tokenizer
 from tests.data import tiny_tokenizer as tiny
@@ -111,11 +112,11 @@ def test_a_good_one_is_opened_and_what_it_says_is_shown(whole, capfd, monkeypatc
 
     from transformers import AutoTokenizer
 
-    opened = AutoTokenizer.from_pretrained
+    load = AutoTokenizer.from_pretrained
 
     def speaking(*arguments, **options):
         os.write(2, b"a word of native code\n")
-        return opened(*arguments, **options)
+        return load(*arguments, **options)
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", speaking)
     tokenizer = open_tokenizer(whole)
@@ -123,8 +124,14 @@ def test_a_good_one_is_opened_and_what_it_says_is_shown(whole, capfd, monkeypatc
     assert capfd.readouterr().err == "a word of native code\n"
 
 
-class Config:
-    vocab_size = 50
+LLAMA = {
+    "model_type": "llama", "vocab_size": 50, "hidden_size": 8, "intermediate_size": 16,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16,
+}  # fmt: skip
+
+
+def opened(folder):
+    return Base(folder, read_config(LLAMA, "config.json"))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +140,7 @@ class Config:
 def test_stop_tokens_that_are_none(tmp_path, value):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(InputError) as error:
-        Base(tmp_path, Config()).stop_ids()
+        opened(tmp_path).stop_ids()
     assert str(error.value) == (
         f"{tmp_path}/generation_config.json: expected eos_token_id to be whole numbers from 0 to "
         f"49, got {value!r}. Use the generation_config.json that was saved with the weights."
@@ -146,6 +153,6 @@ def test_stop_tokens_that_are_none(tmp_path, value):
      ('{"eos_token_id": [2, 49]}', (2, 49))],
 )  # fmt: skip
 def test_stop_tokens(tmp_path, text, expected):
-    assert Base(tmp_path, Config()).stop_ids() == ()
+    assert opened(tmp_path).stop_ids() == ()
     (tmp_path / "generation_config.json").write_text(text)
-    assert Base(tmp_path, Config()).stop_ids() == expected
+    assert opened(tmp_path).stop_ids() == expected
