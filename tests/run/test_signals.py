@@ -1,7 +1,4 @@
-"""Runs that are told to stop, or killed at any moment, and go on.
-
-``BALORA_KILL_TRIALS=10`` runs ten random kills instead of two; each takes a few seconds.
-"""
+"""Runs that are told to stop, and go on; at random moments in ``tests/trials``."""
 
 import gc
 import os
@@ -13,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from balora_jax import finetune
@@ -33,7 +29,6 @@ from tests.tiny_run import (
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
-TRIALS = int(os.environ.get("BALORA_KILL_TRIALS", "2"))
 PATIENCE = 300.0
 
 
@@ -255,17 +250,6 @@ def test_two_live_commands_on_one_workdir(straight, tmp_path):
         assert not workdir.exists()
 
 
-def killed(config, workdir, cache, when, log):
-    """Start or resume the run and kill it after ``when(process)`` returns; True if it was alive."""
-    arguments = ["train", config, "--workdir", str(workdir), "--resume"]
-    process = workers.start(workers.command, arguments, str(log), str(cache))
-    when(process)
-    process.kill()
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL), log.read_text()
-    return process.exitcode != 0
-
-
 def finish(config, workdir, expected):
     outcome = invoke("train", config, "--workdir", workdir, "--resume")
     assert outcome.code == 0, outcome.err
@@ -275,43 +259,3 @@ def finish(config, workdir, expected):
     files = {child.name for child in workdir.iterdir()}
     assert files | {"curves.png"} == {child.name for child in expected.iterdir()} | {"curves.png"}
     return outcome
-
-
-@pytest.mark.parametrize("trial", range(TRIALS))
-def test_sigkill_at_a_random_moment(straight, tmp_path, cache_folder, trial, no_curves):
-    """Between the first row of the metrics and the end of the process."""
-    config, expected = straight
-    rng = np.random.default_rng(trial)
-    for attempt in range(5):
-        workdir = tmp_path / f"run{attempt}"
-        rows, seconds = int(rng.integers(1, STEPS + 1)), rng.exponential(0.05)
-
-        def at_a_random_moment(process, workdir=workdir, rows=rows, seconds=seconds):
-            wait_for(lambda: rows_logged(workdir) >= rows, process.is_alive)
-            time.sleep(seconds)
-
-        if killed(config, workdir, cache_folder, at_a_random_moment, tmp_path / "log"):
-            break
-    else:
-        pytest.fail("every run ended before it was killed")
-    print(f"killed after {rows_logged(workdir)} rows; checkpoints {checkpoint_steps(workdir)}")
-    finish(config, workdir, expected)
-
-
-def test_sigkill_while_a_checkpoint_is_written(straight, tmp_path, cache_folder, no_curves):
-    """Twice: in the first save, and in one after a resume."""
-    config, expected = straight
-    workdir = tmp_path / "run"
-    folder = workdir / "checkpoints"
-
-    def while_saving(process):
-        def saving():
-            return folder.is_dir() and any(
-                "tmp" in child.name for child in folder.iterdir()
-            )  # fmt: skip
-
-        wait_for(saving, process.is_alive)
-
-    for _ in range(2):
-        assert killed(config, workdir, cache_folder, while_saving, tmp_path / "log")
-    finish(config, workdir, expected)

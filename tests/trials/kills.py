@@ -97,7 +97,7 @@ def told_wrong(ended, workdir, before):
     """What is wrong with the end of a run that was told to stop."""
     wrong, said = [], _sentences(ended.log)
     if "Traceback" in ended.log:
-        wrong.append(f"a traceback: {ended.log[-2000:]}")
+        wrong.append(f"a traceback: {ended.log.partition('Traceback')[2][:1000]}")
     if ended.code == 0:
         return wrong + [f"it ended well and said {line}" for line in said]
     if ended.code == -signal.SIGTERM and ended.phase in ("before", "entry"):
