@@ -59,6 +59,8 @@ def chosen(subject, rng, number, name):
     """A moment: by the clock (``at``), by a phase, or by a change of the folder."""
     kind = ("clock", "phase", "clock", "write")[number % 4]
     moment = {"signal": f"SIG{name}"}
+    if name == "TERM" and rng.random() < 0.2:
+        moment["again"] = float(rng.uniform(0.0, 0.05))
     if kind == "clock":
         return moment | {"at": float(rng.uniform(0.0, subject.seconds))}
     if kind == "write":
@@ -81,6 +83,9 @@ def _disturbed(subject, workdir, cache, moment, name, *, resume):
         process.wait_for_entry()
         time.sleep(moment["at"])
         process.send(getattr(signal, f"SIG{name}"))
+        if "again" in moment:
+            time.sleep(moment["again"])
+            process.send(getattr(signal, f"SIG{name}"))
     ended = process.end()
     hit = ended.told is not None and ended.code != 0
     found = {"moment": moment, "phase": ended.phase, "code": ended.code, "hit": hit}

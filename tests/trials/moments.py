@@ -5,6 +5,8 @@ it enters one. A moment is one of
 
 - ``{"phase": name, "entry": n, "after": seconds}``: so long after its n-th entry into a phase;
 - ``{"write": n}``: just before it makes, writes, renames or removes the n-th thing in its folder.
+
+With ``again``, the signal comes a second time so many seconds later.
 """
 
 import functools
@@ -71,7 +73,9 @@ class Watch:
         os.write(self.notes, f"{phase}\n".encode())
         self.counts[phase] = self.counts.get(phase, 0) + 1
         if (phase, self.counts[phase]) == (self.moment.get("phase"), self.moment.get("entry")):
-            threading.Timer(self.moment["after"], self.signal).start()
+            timer = threading.Timer(self.moment["after"], self.signal)
+            timer.daemon = True
+            timer.start()
 
     def leave(self):
         """Note the end of a phase within another."""
@@ -93,7 +97,12 @@ class Watch:
         if not self.done:
             self.done = True
             os.write(self.notes, f"@{time.monotonic()!r}\n".encode())
-            os.kill(os.getpid(), getattr(signal, self.moment["signal"]))
+            number = getattr(signal, self.moment["signal"])
+            if "again" in self.moment:
+                again = threading.Timer(self.moment["again"], os.kill, (os.getpid(), number))
+                again.daemon = True
+                again.start()
+            os.kill(os.getpid(), number)
 
     def write(self, file):
         """What it did, as JSON."""

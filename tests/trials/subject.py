@@ -108,7 +108,8 @@ class Process:
     def send(self, number):
         """Send a signal."""
         if self.process.is_alive():
-            self.phase, self.sent = self._notes()[-1], time.monotonic()
+            if self.sent is None:
+                self.phase, self.sent = self._notes()[-1], time.monotonic()
             os.kill(self.process.pid, number)
 
     def end(self):
