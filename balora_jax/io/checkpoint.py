@@ -236,6 +236,7 @@ class Checkpoints:
     def close(self) -> None:
         """Finish writing, remove what is not to be kept, and let go."""
         self.wait()
+        hosts.barrier("checkpoints closed")
         with self._writing():
             self._prune()
         self._manager.close()

@@ -204,6 +204,7 @@ class Training:
         if self.saved != step:
             self.save(step)
         self.store.wait()
+        hosts.barrier("saved")  # the first process seals; who left earlier would be missed
         raise RunStoppedError(
             f"interrupted by {received[0]} after step {step}; everything is saved in "
             f"{self.store.path_of(step)}. Go on with --resume."
