@@ -89,7 +89,7 @@ class Renderer:
                 f"{SECONDS:g} s. Use a text template."
             ) from error
         words = messages[-1]["content"].split()
-        if not any(word in text for word in words):
+        if words and not any(word in text for word in words):
             raise InputError(
                 f"{where}: expected a chat template that writes the conversation, got "
                 f"{shown(one_line(text))}, which has nothing of message {len(messages)}. "
