@@ -44,10 +44,11 @@ def _ended(arguments: list[str], caught: signals.Signals) -> int:
         caught.end()
         return code
     except (InputError, RunStoppedError) as error:
+        caught.end()  # from here on a signal changes nothing any more
         sentence, code = str(error), error.exit_code
     except KeyboardInterrupt:
+        caught.end()
         sentence, code = caught.sentence(), RunStoppedError.exit_code
-    caught.end()
     print(f"balora: {one_line(sentence)}", file=sys.stderr, flush=True)
     return code
 

@@ -18,6 +18,7 @@ NAME, HOLDER = "run.lock", "run.lock.json"
 """The file that is locked, and the one that says by whom; both go when the lock is released."""
 
 _TRIES = 20
+_WAIT = 2.0  # seconds: another process may only look, or has not yet written who it is
 
 
 @contextmanager
@@ -61,7 +62,7 @@ def _taken(folder: Path) -> tuple[FileLock, list[Path]]:
 
 
 def _acquired(folder: Path) -> FileLock:
-    lock = FileLock(folder / NAME, timeout=0, thread_local=False)
+    lock = FileLock(folder / NAME, timeout=_WAIT, thread_local=False)
     try:
         lock.acquire()
     except Timeout as error:

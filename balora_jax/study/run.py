@@ -136,7 +136,12 @@ def _perform(run: StudyRun, signals: Signals) -> Figures:
         except InputError as error:
             raise InputError(f"study {run.name}: {error}") from error
         finally:
+            signals.outcome = _kept
             gc.collect()  # a cycle may still hold the arrays of this run when the next one loads
+
+
+def _kept() -> str:
+    return "what is done is kept. Go on with the same command."
 
 
 @contextmanager
@@ -147,7 +152,7 @@ def _stoppable() -> Iterator[Signals]:
         RunStoppedError: one came.
     """
     with taken() as signals:
-        signals.outcome = lambda: "what is done is kept. Go on with the same command."
+        signals.outcome = _kept
         try:
             yield signals
         except KeyboardInterrupt as error:
