@@ -41,6 +41,8 @@ def test_options_go_before_the_environment():
         (("a:1", 2, None, WAITS), "expected all three or none, got a:1, 2 and None"),
         (("a", 2, 0, WAITS), "--coordinator: expected HOST:PORT, got 'a'"),
         (("a:b", 2, 0, WAITS), "--coordinator: expected HOST:PORT, got 'a:b'"),
+        (("a:99999", 2, 0, WAITS), "--coordinator: expected HOST:PORT, got 'a:99999'"),
+        (("a:²", 2, 0, WAITS), "--coordinator: expected HOST:PORT, got 'a:²'"),
         (("a:1", 2, 2, WAITS), "--process: expected a number from 0 to 1, got 2"),
         (
             (None, None, None, clusters.Timeouts(host=1)),

@@ -110,7 +110,7 @@ def _longrope(raw: Fields, scaling: Fields, theta: float, rotary_dim: int | None
     """LongRoPE's two sets of divisors. Source: arXiv 2402.13753, as ``transformers`` reads it."""
     pairs = (rotary_dim or _head_dim(raw)) // 2
     short, long = (_divisors(raw, scaling, key, pairs) for key in ("short_factor", "long_factor"))
-    original = _original_length(raw, scaling, "longrope")
+    original = _original_length(raw, scaling, "longrope", least=2)  # its logarithm divides
     factor = raw.integer("max_position_embeddings") / original
     attention = 1.0 if factor <= 1.0 else math.sqrt(1.0 + math.log(factor) / math.log(original))
     if scaling.has("attention_factor"):
@@ -130,7 +130,8 @@ def _longrope(raw: Fields, scaling: Fields, theta: float, rotary_dim: int | None
 def _divisors(raw: Fields, scaling: Fields, key: str, pairs: int) -> tuple[float, ...]:
     listed = scaling.values.get(key)
     listed = listed if isinstance(listed, list | tuple) else ()
-    numbers = [x for x in listed if isinstance(x, int | float) and x > 0]
+    kinds = (x for x in listed if isinstance(x, int | float) and not isinstance(x, bool))
+    numbers = [x for x in kinds if 0 < x <= LARGEST_THETA]
     if not len(numbers) == len(listed) == pairs:
         raise InputError(
             f"{raw.where}: expected {pairs} numbers in {key!r} of the rope scaling, got "
@@ -150,13 +151,13 @@ def _context(raw: Fields) -> int:
     return raw.integer("max_position_embeddings", 2048)
 
 
-def _original_length(raw: Fields, scaling: Fields, kind: RopeKind) -> int:
+def _original_length(raw: Fields, scaling: Fields, kind: RopeKind, *, least: int = 1) -> int:
     """Context of pretraining; as in transformers, ``dynamic`` measures from the configured one."""
     key = "original_max_position_embeddings"
     for found in () if kind == "dynamic" else (raw, scaling):
         if found.has(key):
-            return found.integer(key)
-    return _context(raw)
+            return found.integer(key, least=least)
+    return max(_context(raw), least)
 
 
 def _attention_factor(scaling: Fields, kind: RopeKind, factor: float) -> float:

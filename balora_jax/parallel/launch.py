@@ -1,6 +1,7 @@
 """Membership in a job of several processes, and how a process finds the others."""
 
 import dataclasses
+import re
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ def start_of(
             "number, and the number of this one."
         )
     host, colon, port = coordinator.rpartition(":")
-    if not (colon and host and port.isdigit()):
+    number = int(port) if re.fullmatch("[0-9]{1,5}", port) else 0
+    if not (colon and host and 0 < number < 2**16):
         raise InputError(
             f"--coordinator: expected HOST:PORT, got {coordinator!r}. Write it so, as "
             "10.0.0.1:8476."

@@ -105,6 +105,36 @@ def test_rope_numbers_are_checked():
         read("llama", rope_parameters=rope)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"original_max_position_embeddings": 1}, "whole number from 2 to"),
+        (
+            {"short_factor": [True] * 4},
+            "expected 4 numbers in 'short_factor' of the rope scaling, got 0",
+        ),
+        ({"long_factor": [1.0, 1.0, 1.0, 10**400]}, "expected 4 numbers in 'long_factor' of the"),
+        (
+            {"long_factor": [1.0, 1.0, 1.0, float("nan")]},
+            "numbers in 'long_factor' of the rope scal",
+        ),
+    ],
+)
+def test_divisors_of_longrope_are_numbers(changes, message):
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4,
+        "long_factor": [1.0] * 4, "original_max_position_embeddings": 8,
+    }  # fmt: skip
+    with pytest.raises(InputError, match=message):
+        read("llama", head_dim=8, rope_parameters=rope | changes)
+
+
+@pytest.mark.parametrize("value", [["llama"], {"a": 1}, None, 7])
+def test_a_model_type_that_is_no_word(value):
+    with pytest.raises(InputError, match="expected model_type to be one of bert"):
+        read_config({"model_type": value}, "config.json")
+
+
 def test_labels_come_from_the_file_or_from_who_asks():
     assert read("bert").num_labels == 3
     assert read("bert", num_labels=5).num_labels == 5

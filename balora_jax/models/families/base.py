@@ -215,7 +215,7 @@ def read_config(
     """
     name = values.get("model_type")
     named = {family.name: family for family in FAMILIES.values() if kind in (None, family.kind)}
-    if name in named:
+    if isinstance(name, str) and name in named:
         config = named[name].read(Fields(values, where))
         return config if num_labels is None else replace(config, num_labels=num_labels)
     raise InputError(
