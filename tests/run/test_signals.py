@@ -152,18 +152,16 @@ NO_CHECKPOINT = "no checkpoint is saved yet. Begin again with --resume."
 LAST = "is the newest whole checkpoint. Go on with --resume."
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize(
-    ("owner", "function", "truth"),
+    ("name", "owner", "function", "truth"),
     [
-        (text_run, "load_rows", NOTHING),
-        (text_run.TextRun, "load", NOTHING),
-        (finetune, "describe", NOTHING),
-        (loop.Training, "score_before", NO_CHECKPOINT),
-        (steps, "compile_step", NO_CHECKPOINT),
-        (finetune, "export_trained", LAST),
-        (finetune, "summarise", LAST),
-        (finetune, "write_results", LAST),
+        ("SIGTERM", text_run, "load_rows", NOTHING),
+        ("SIGINT", text_run.TextRun, "load", NOTHING),
+        ("SIGTERM", loop.Training, "score_before", NO_CHECKPOINT),
+        ("SIGINT", steps, "compile_step", NO_CHECKPOINT),
+        ("SIGTERM", finetune, "export_trained", LAST),
+        ("SIGINT", finetune, "summarise", LAST),
+        ("SIGTERM", finetune, "write_results", LAST),
     ],
 )
 def test_a_signal_in_any_other_phase_ends_at_once_with_the_truth(
