@@ -170,7 +170,7 @@ def test_what_is_printed_at_the_start(finished):
     # The prompt is masked, the response and its EOS are not.
     assert f"<s>{row['question']}=⟦{row['answer']}</s>⟧" in rest
     assert "exact match on held-out rows: 0.000 -> " in rest
-    assert "training: 100%" in finished.err
+    assert "training: 4 of 4, " in finished.err
 
 
 @pytest.mark.parametrize("with_adapter", [True, False])
