@@ -6,7 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,6 +183,11 @@ class Checkpoints:
                 seals.seal(self.path_of(self._unsealed), self._unsealed)
                 (self.folder / WRITING).unlink()
         self._unsealed = None
+
+    def abandon(self) -> None:
+        """Let what is being written come to its end, sealed if it can be: the run ends early."""
+        with suppress(RunStoppedError, ValueError):
+            self.wait()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

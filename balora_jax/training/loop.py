@@ -107,6 +107,9 @@ class Training:
         with ExitStack() as polite:
             try:
                 self.take_steps(polite)
+            except BaseException:
+                self.store.abandon()
+                raise
             finally:
                 if self.log is not None:
                     self.log.close()

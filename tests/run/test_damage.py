@@ -227,8 +227,15 @@ def test_a_sealed_one_of_another_program_is_refused(finished, tmp_path, item, ch
     assert tree_digest(tmp_path) == before
 
 
-@pytest.mark.parametrize("file", ["_METADATA", "manifest.ocdbt", None])
-def test_sealed_arrays_of_another_program_are_refused(finished, tmp_path, file):
+@pytest.mark.parametrize(
+    ("file", "phrase"),
+    [
+        ("_METADATA", "_METADATA: expected JSON"),
+        ("manifest.ocdbt", ": expected the arrays of this run"),
+        (None, ": expected the arrays of this run"),
+    ],
+)
+def test_sealed_arrays_of_another_program_are_refused(finished, tmp_path, file, phrase):
     workdir = unfinished(finished, tmp_path)
     folder = workdir / "checkpoints" / "4"
     if file is None:
@@ -239,7 +246,8 @@ def test_sealed_arrays_of_another_program_are_refused(finished, tmp_path, file):
     before = tree_digest(tmp_path)
     code, _, err = invoke("train", finished.config, "--workdir", workdir, "--resume")
     assert code == 2
-    assert f"{folder}: expected the arrays of this run" in err.splitlines()[-1]
+    assert str(folder) in err.splitlines()[-1]
+    assert phrase in err.splitlines()[-1]
     assert "Traceback" not in err
     assert tree_digest(tmp_path) == before
 

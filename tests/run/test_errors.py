@@ -82,7 +82,10 @@ def test_a_config_value(place, overrides, phrases):
     [
         ("training.max_steps", "--set: expected key.path=value, got 'training.max_steps'"),
         ("=3", "--set: expected key.path=value, got '=3'"),
-        ("training.seed=[1", "--set training.seed: expected a YAML value, got '[1'"),
+        (
+            "training.seed=[1",
+            "--set training.seed: expected a YAML value, got: while parsing a flow sequence",
+        ),
         ("model.name_or_path.x=1", "'name_or_path' is not a section"),
     ],
 )

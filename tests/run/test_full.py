@@ -180,8 +180,8 @@ def test_a_model_that_lies_in_the_workdir_is_not_replaced(label_inputs):
         with pytest.raises(InputError) as error:
             finetune.fit(config, workdir=label_inputs, resume=resume)
         assert str(error.value) == (
-            f"--workdir {label_inputs}: expected no model/ in it before a full fine-tuning, which "
-            "writes one, got one. Choose another folder."
+            f"--workdir {label_inputs}: expected a new or empty folder, got one with model that no "
+            "run of this program wrote, and that a run would replace. Choose another folder."
         )
     assert texts.tree_digest(label_inputs) == before
 

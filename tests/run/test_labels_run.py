@@ -15,8 +15,8 @@ from balora_jax.config_file import load_config, parse_config
 from balora_jax.errors import InputError
 from balora_jax.tasks.labels import run as labels_run
 from balora_jax.tasks.labels import score as labels_score
-from balora_jax.tasks.labels.teacher_cache import NAME as CACHE
 from balora_jax.tasks.labels.teacher_cache import TeacherCache
+from balora_jax.training.workdir import TEACHER as CACHE
 from tests.run.conftest import invoke, settings
 from tests.tiny_labels_run import (
     INNER,
