@@ -105,12 +105,13 @@ class Training:
     def train(self) -> None:
         """All steps that are left, with the log and the checkpoints closed after them."""
         with ExitStack() as polite:
+            done = False
             try:
                 self.take_steps(polite)
-            except BaseException:
-                self.store.abandon()
-                raise
+                done = True
             finally:
+                if not done:
+                    self.store.abandon()
                 if self.log is not None:
                     self.log.close()
             self.store.close()

@@ -220,7 +220,7 @@ def test_a_host_that_is_told_to_end_ends_the_others(config, tmp_path, cache_fold
     facts = run.told(0)
     heard = {"end": "process 1 of 2 was ended by SIGTERM"} in facts
     # On a busy machine the connection of the devices may be cut before the reason is heard.
-    assert heard != ("balora: " in run.text()), run.text()
+    assert heard or "balora: " in run.text(), run.text()
     waits = [fact["wait"] for fact in facts if "wait" in fact]
     assert waits[0].startswith("the other processes at 127.0.0.1:")
     assert set(waits[1::2]) <= {None}  # each wait has an end
