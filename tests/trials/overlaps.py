@@ -17,8 +17,8 @@ from tests.trials.record import Record
 from tests.trials.subject import PATIENCE, Process, differences
 
 KINDS = (("fresh", "fresh"), ("fresh", "resume"), ("resume", "fresh"), ("resume", "resume"))
-LATEST = 0.6
-"""Of the undisturbed run's time: the second begins no later."""
+LATEST = 6
+"""Phases that the first has entered when the second begins, at most: it takes steps by then."""
 SINCE = re.compile(r"since (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4})")
 TRIES = 8
 
@@ -32,15 +32,15 @@ def trial(subject, folder, number):
         workdir = home / "run"
         if kinds == ("resume", "resume"):
             _cut_short(subject, workdir, 1 + int(rng.integers(3)))
-        offset = float(rng.choice((0.0, rng.uniform(0.0, LATEST * subject.seconds)), p=(0.3, 0.7)))
+        phases = int(rng.integers(1, LATEST + 1))
         began = datetime.datetime.now(datetime.UTC)
         first = Process(subject.config, subject.cache, workdir, resume=kinds[0] == "resume")
-        first.wait_for_entry()
-        time.sleep(offset)
+        first.wait_for_entry(phases)
         second = Process(subject.config, subject.cache, workdir, resume=kinds[1] == "resume")
         second.wait_for_entry()
-        entered, ends = time.monotonic(), _ends([first, second])
-        if entered < ends[0] - 0.2 * subject.seconds:
+        ends = _ends([first, second])
+        # Where the first won, the second must have asked while it lived.
+        if first.process.exitcode == 2 or ends[1] < ends[0]:
             break
         shutil.rmtree(home)  # the first was at its end: nothing overlapped
     else:
@@ -50,7 +50,7 @@ def trial(subject, folder, number):
     if not wrong:
         shutil.rmtree(home)
     codes = [one.process.exitcode for one in (first, second)]
-    return {"kinds": kinds, "offset": offset, "codes": codes, "wrong": wrong}
+    return {"kinds": kinds, "phases": phases, "codes": codes, "wrong": wrong}
 
 
 def _cut_short(subject, workdir, seals):

@@ -98,10 +98,10 @@ class Process:
             *(None if report is None else str(report), moment),
         )
 
-    def wait_for_entry(self):
-        """Until it has entered the command line."""
+    def wait_for_entry(self, phases=1):
+        """Until it has entered the command line, or so many phases."""
         limit = time.monotonic() + PATIENCE
-        while self.process.is_alive() and not self.phases.exists():
+        while self.process.is_alive() and len(self._notes()) <= phases:
             assert time.monotonic() < limit, "it never began"
             time.sleep(0.002)
 
