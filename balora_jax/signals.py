@@ -44,7 +44,7 @@ class Signals:
         self.received: list[str] = []
         self.outcome: Callable[[], str] = lambda: "nothing was written."
         self.several = False
-        self._polite = False
+        self._polite = self._put_off = False
         self._ended = threading.Event()
 
     @contextmanager
@@ -69,7 +69,7 @@ class Signals:
         if self.several:
             os.kill(os.getpid(), signal.SIGTERM)
             return
-        if self._ended.is_set():
+        if self._ended.is_set() or self._put_off:
             return
         self.received.append(signal.Signals(number).name)
         if not self._polite or len(self.received) > 1:
@@ -80,10 +80,14 @@ class Signals:
         if not isinstance(found.exc_value, Interrupted):
             before(found)
             return
-        number = signal.Signals[self.received.pop()]
-        again = threading.Timer(_SOON, os.kill, (os.getpid(), number))
+        self._put_off = True  # this is a callback as well: another signal here would be lost
+        again = threading.Timer(_SOON, self._again, (signal.Signals[self.received.pop()],))
         again.daemon = True
         again.start()
+
+    def _again(self, number: int) -> None:
+        self._put_off = False
+        os.kill(os.getpid(), number)
 
     def watch(self, reader: int) -> None:
         """Wait for the bytes of signals, and end the process that does not end by itself."""
