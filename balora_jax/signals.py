@@ -44,7 +44,7 @@ class Signals:
         self.received: list[str] = []
         self.outcome: Callable[[], str] = lambda: "nothing was written."
         self.several = False
-        self._polite = self._put_off = False
+        self._polite = self._raised = False
         self._ended = threading.Event()
 
     @contextmanager
@@ -69,10 +69,11 @@ class Signals:
         if self.several:
             os.kill(os.getpid(), signal.SIGTERM)
             return
-        if self._ended.is_set() or self._put_off:
-            return
+        if self._ended.is_set() or self._raised:
+            return  # the command ends already; what cleans up is not disturbed
         self.received.append(signal.Signals(number).name)
         if not self._polite or len(self.received) > 1:
+            self._raised = True
             raise Interrupted
 
     def swallowed(self, before: Callable[[Any], Any], found: Any) -> None:
@@ -80,14 +81,11 @@ class Signals:
         if not isinstance(found.exc_value, Interrupted):
             before(found)
             return
-        self._put_off = True  # this is a callback as well: another signal here would be lost
-        again = threading.Timer(_SOON, self._again, (signal.Signals[self.received.pop()],))
+        number = signal.Signals[self.received.pop()]
+        again = threading.Timer(_SOON, os.kill, (os.getpid(), number))
         again.daemon = True
         again.start()
-
-    def _again(self, number: int) -> None:
-        self._put_off = False
-        os.kill(os.getpid(), number)
+        self._raised = False  # the last instruction: this is a callback as well
 
     def watch(self, reader: int) -> None:
         """Wait for the bytes of signals, and end the process that does not end by itself."""
