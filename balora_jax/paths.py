@@ -15,6 +15,7 @@ from balora_jax.untyped.shown import one_line
 
 PACKAGE_PREFIX = "balora_jax:"
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # a Path makes one slash of two
+_NO_TEXT = "a character that no path can have"  # Python's own words differ by version
 _PACKAGE_ROOT = Path(__file__).resolve().parent
 
 
@@ -66,7 +67,7 @@ def kind_of(path: str | Path) -> Literal["file", "folder", "other"] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:  # ValueError: a NUL, or half a character
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        reason = error.strerror if isinstance(error, OSError) else _NO_TEXT
         raise InputError(
             f"{one_line(str(path), most=200)}: expected a path that can be looked up, got: "
             f"{reason}. Check the path."
@@ -94,7 +95,7 @@ def path_fault(path: str | Path) -> str | None:
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None
     except (OSError, ValueError) as error:  # too long, a loop of links, a zero byte
-        return error.strerror if isinstance(error, OSError) else str(error)
+        return error.strerror if isinstance(error, OSError) else _NO_TEXT
     return None
 
 
