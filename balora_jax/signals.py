@@ -33,7 +33,8 @@ class Signals:
     """The signals that came, and what becomes of them.
 
     Attributes:
-        received: their names, in order.
+        received: their names, in the order in which they came; one that had to be delivered
+            again stands twice.
         outcome: says what is saved, and how to go on.
         several: other processes belong to this one. In a parent :mod:`parallel.supervise` takes
             the signals; in its child the runtime takes SIGTERM, and lets all processes agree on
@@ -45,6 +46,7 @@ class Signals:
         self.outcome: Callable[[], str] = lambda: "nothing was written."
         self.several = False
         self._polite = self._raised = False
+        self._again: threading.Timer | None = None
         self._ended = threading.Event()
 
     @contextmanager
@@ -81,11 +83,21 @@ class Signals:
         if not isinstance(found.exc_value, Interrupted):
             before(found)
             return
-        number = signal.Signals[self.received.pop()]
-        again = threading.Timer(_SOON, os.kill, (os.getpid(), number))
-        again.daemon = True
-        again.start()
+        number = signal.Signals[self.received[-1]]
+        if self._again is not None:
+            self._again.cancel()
+        # To the main thread by name: its sleep, or its read, must end.
+        main = threading.main_thread().ident
+        self._again = threading.Timer(_SOON, signal.pthread_kill, (main, number))
+        self._again.daemon = True
+        self._again.start()
         self._raised = False  # the last instruction: this is a callback as well
+
+    def settle(self) -> None:
+        """Deliver nothing again from here on: a caller's handlers come back."""
+        if self._again is not None:
+            self._again.cancel()
+            self._again.join()
 
     def watch(self, reader: int) -> None:
         """Wait for the bytes of signals, and end the process that does not end by itself."""
@@ -136,6 +148,7 @@ def taken() -> Iterator[Signals]:
         sys.unraisablehook = partial(signals.swallowed, sys.unraisablehook)
         _CURRENT.append(signals)
         undo.callback(_CURRENT.remove, signals)
+        undo.callback(signals.settle)
         yield signals
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from balora_jax import finetune
+from balora_jax import finetune, signals
 from balora_jax.io import checkpoint, lock
 from balora_jax.tasks.text import run as text_run
 from balora_jax.training import loop, steps
@@ -194,15 +194,24 @@ def test_a_signal_in_any_other_phase_ends_at_once_with_the_truth(
     same_runs(workdir, expected)
 
 
-def test_a_signal_in_a_callback_is_not_lost(straight, tmp_path, monkeypatch):
-    """Python raises nothing out of a callback of the garbage collector; there is no traceback."""
-    calls = []
+@pytest.mark.parametrize("after", [0.0, 0.01, 0.03, 0.1])
+def test_a_signal_in_a_callback_is_not_lost(straight, tmp_path, monkeypatch, after):
+    """Python raises nothing out of a callback of the garbage collector; there is no traceback.
+
+    A second signal comes while Python reports the first, before the first is delivered again, or
+    after: the first is named, and none reaches the caller's handlers.
+    """
+    calls, late = [], []
+
+    def second(caught):
+        wait_for(lambda: caught.received, lambda: True)
+        time.sleep(after)
+        os.kill(os.getpid(), signal.SIGINT)
 
     def callback(phase, info):
         if not calls:
             calls.append(phase)
-            # A second one comes while Python reports the first.
-            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+            threading.Thread(target=second, args=(signals.current(),)).start()
             signal.raise_signal(signal.SIGTERM)
 
     def load(self):
@@ -216,8 +225,18 @@ def test_a_signal_in_a_callback_is_not_lost(straight, tmp_path, monkeypatch):
 
     monkeypatch.setattr(text_run.TextRun, "load", load)
     hook = sys.unraisablehook
-    code, _, err = invoke("train", straight[0], "--workdir", tmp_path / "run")
+    before = {
+        number: signal.signal(number, lambda number, _: late.append(number))
+        for number in signals.WANTED
+    }
+    try:
+        code, _, err = invoke("train", straight[0], "--workdir", tmp_path / "run")
+        time.sleep(0.2)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert code == 3
+    assert signal.SIGTERM not in late
     assert err == f"balora: interrupted by SIGTERM; {NOTHING}\n"
     assert sys.unraisablehook is hook
 
