@@ -88,6 +88,7 @@ class Signals:
             self._again.cancel()
         # To the main thread by name: its sleep, or its read, must end.
         main = threading.main_thread().ident
+        assert main is not None  # it runs
         self._again = threading.Timer(_SOON, signal.pthread_kill, (main, number))
         self._again.daemon = True
         self._again.start()
