@@ -1,5 +1,6 @@
 """Batched decoding with a key/value cache: greedy or sampled, with stop tokens."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -12,6 +13,9 @@ from balora_jax.array_types import Array, Float, Int, Key, PRNGKeyArray
 from balora_jax.models.decoder import mask_positions
 from balora_jax.parallel import hosts
 
+NOTHING = -1
+"""Of a column after a row's end: no row of any table, so that no token is taken for it."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -20,7 +24,7 @@ class Sampling:
     Attributes:
         max_new_tokens: longest continuation.
         stop_ids: tokens that end a row (the stop token itself is not returned).
-        pad_id: fills rows after their end.
+        pad_id: what the model is given where there is no token: any row of its table.
         temperature: 0 takes the most likely token; otherwise logits are divided by it.
         top_p: draw from the smallest set of tokens with at least this probability.
     """
@@ -92,7 +96,7 @@ def decode(
     sampling: Sampling,
     key: PRNGKeyArray,
 ) -> Int[Array, "B M"]:
-    """Continuations of ``max_new_tokens`` columns; padded after a row's stop token.
+    """Continuations of ``max_new_tokens`` columns; -1 from a row's stop token on.
 
     ``mask`` is 1 on prompt tokens; padding may stand left or right. Rows without any token end at
     once.
@@ -106,13 +110,13 @@ def decode(
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, column)
         token = next_token(module.logits(hidden), sampling, keys)
         done = done | jnp.any(token[:, None] == stops[None, :], axis=-1)
-        return jnp.where(done, sampling.pad_id, token), done
+        return jnp.where(done, NOTHING, token), done
 
     cache = module.empty_cache(rows, width + limit)
     hidden, cache = module.extend(input_ids, mask_positions(mask), mask, cache)
     last = jnp.argmax(jnp.arange(width)[None, :] * mask, axis=-1)
     token, done = choose(hidden[jnp.arange(rows), last], jnp.sum(mask, axis=-1) == 0, jnp.array(0))
-    out = jnp.full((rows, limit), sampling.pad_id, jnp.int32).at[:, 0].set(token)
+    out = jnp.full((rows, limit), NOTHING, jnp.int32).at[:, 0].set(token)
     lengths = jnp.sum(mask, axis=-1)
 
     def unfinished(carry):
@@ -122,7 +126,8 @@ def decode(
     def step(carry):
         out, token, done, column, cache = carry
         positions = (lengths + column - 1)[:, None]
-        hidden, cache = module.extend(token[:, None], positions, jnp.ones_like(positions), cache)
+        given = jnp.where(done, sampling.pad_id, token)[:, None]
+        hidden, cache = module.extend(given, positions, jnp.ones_like(positions), cache)
         token, done = choose(hidden[:, 0], done, column)
         return out.at[:, column].set(token), token, done, column + 1, cache
 
@@ -174,14 +179,11 @@ def generate(
         batch = prompts[start : start + batch_size]
         ids, mask = pad_prompts(batch, rows=batch_size, width=width, pad_id=sampling.pad_id)
         tokens = hosts.gathered(decoder(parts, ids, mask, jax.random.fold_in(key, start)))
-        outputs += [until_stop(row, sampling) for row in tokens[: len(batch)].tolist()]
+        outputs += [until_stop(row) for row in tokens[: len(batch)].tolist()]
         progress(len(batch))
     return outputs
 
 
-def until_stop(row: Sequence[int], sampling: Sampling) -> list[int]:
-    """The tokens before the padding that follows a stop token."""
-    row = list(row)
-    while row and row[-1] == sampling.pad_id:
-        row.pop()
-    return row
+def until_stop(row: Sequence[int]) -> list[int]:
+    """The tokens before the end of a row."""
+    return list(itertools.takewhile(lambda token: token != NOTHING, row))

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh
 
-from balora_jax.array_types import Array, PRNGKeyArray
+from balora_jax.array_types import Array, Int, PRNGKeyArray
 from balora_jax.errors import InputError
 from balora_jax.io.hf_files import (
     CONFIG_FILE,
@@ -155,6 +157,64 @@ class Checkpoint(Generic[Config]):
                     f"got {highest[name]} from its tokenizer. Use the tokenizer that belongs to "
                     "the weights."
                 )
+
+    def check_prompts(self, prompts: Iterable[Sequence[int]], new_tokens: int) -> None:
+        """Raises InputError for a prompt of which the model has no token, or no position.
+
+        Args:
+            prompts: token ids of each.
+            new_tokens: most that is to be written after it.
+        """
+        vocabulary, positions = self.config.vocab_size, self.config.max_length
+        for number, prompt in enumerate(prompts, start=1):
+            if max(prompt, default=0) >= vocabulary:
+                raise InputError(
+                    f"prompt {number}: expected token ids below vocab_size {vocabulary}, got "
+                    f"{max(prompt)} from the tokenizer of {self.folder}. Use the tokenizer that "
+                    "belongs to the weights."
+                )
+            if len(prompt) + new_tokens > positions:
+                raise InputError(
+                    f"prompt {number}: expected prompt and answer within the {positions} positions "
+                    f"of {self.folder.name}, got {len(prompt)} tokens and max_new_tokens "
+                    f"{new_tokens}. Shorten the prompt or lower max_new_tokens."
+                )
+
+    def checked_ids(self, input_ids: Any) -> Int[Array, "B T"]:
+        """Rows of tokens as int32; what is being traced cannot be looked at.
+
+        Raises:
+            InputError: an id without a row in the table, or a row longer than the positions.
+        """
+        ids = jnp.asarray(input_ids, jnp.int32)
+        vocabulary, positions = self.config.vocab_size, self.config.max_length
+        if ids.shape[-1] > positions:
+            raise InputError(
+                f"input_ids: expected rows of at most {positions} tokens, got {ids.shape[-1]}. "
+                "Cut them."
+            )
+        if not isinstance(ids, Tracer) and ids.size:
+            for found in (int(ids.min()), int(ids.max())):
+                if not 0 <= found < vocabulary:
+                    raise InputError(
+                        f"input_ids: expected ids from 0 to {vocabulary - 1}, got {found}. Use the "
+                        f"tokenizer of {self.folder}."
+                    )
+        return ids
+
+    def padding_id(self, tokenizer: Any) -> int:
+        """A row of the table for places without a token.
+
+        An encoder may count positions by it, so its config comes first; then the tokenizer's
+        padding or EOS; row 0 where these lie outside the table.
+        """
+        named = (
+            getattr(self.config, "pad_token_id", None),
+            tokenizer.pad_token_id,
+            tokenizer.eos_token_id,
+        )
+        inside = (one for one in named if one is not None and 0 <= one < self.config.vocab_size)
+        return int(next(inside, 0))
 
     def load_head(self: "Checkpoint[EncoderConfig]", key: PRNGKeyArray) -> dict[str, Array]:
         """A head, float32: the parts that the checkpoint holds in this size, the rest new.

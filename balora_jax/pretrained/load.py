@@ -58,8 +58,12 @@ class PretrainedModel:
         return self.base.tokenizer()
 
     def __call__(self, input_ids: Ids, attention_mask: Ids | None = None) -> Float[Array, "B T V"]:
-        """Logits of every position, float32; ``attention_mask`` is 0 on padding."""
-        ids = jnp.asarray(input_ids, jnp.int32)
+        """Logits of every position, float32; ``attention_mask`` is 0 on padding.
+
+        Raises:
+            InputError: an id without a row in the table, or a row longer than the positions.
+        """
+        ids = self.base.checked_ids(input_ids)
         mask = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(attention_mask)
         return self._logits(self.parts, ids, mask.astype(jnp.int32))
 
@@ -113,12 +117,15 @@ class PretrainedModel:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> list[str]:
-        """Continuations of texts; greedy at temperature 0."""
+        """Continuations of texts; greedy at temperature 0.
+
+        Raises:
+            InputError: a prompt that, with what is to be written, does not fit the model.
+        """
         tokenizer = self.tokenizer
-        sampling = sampling_for(
-            tokenizer, max_new_tokens, temperature, top_p, stop_ids=self.base.stop_ids()
-        )
+        sampling = sampling_for(self.base, tokenizer, max_new_tokens, temperature, top_p)
         ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        self.base.check_prompts(ids, max_new_tokens)
         decoder = make_decoder(self.bind, sampling)
         tokens = generate(
             decoder, self.parts, ids, sampling, batch_size=len(ids), key=jax.random.key(seed)
@@ -127,20 +134,17 @@ class PretrainedModel:
 
 
 def sampling_for(
+    base: Base,
     tokenizer: Any,
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    *,
-    stop_ids: Sequence[int] = (),
 ) -> Sampling:
-    """Sampling that stops at the tokenizer's EOS or ``stop_ids``, and pads with the tokenizer's
-    padding, or its EOS where there is none.
-    """
+    """Sampling that stops at the tokenizer's EOS and at what ``generation_config.json`` names."""
     stop = tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop
-    stops = tuple(sorted({*stop_ids, *(() if stop is None else (int(stop),))}))
-    return Sampling(max_new_tokens, stops, int(pad or 0), temperature, top_p)
+    stops = {*base.stop_ids(), *(() if stop is None else (int(stop),))}
+    pad = base.padding_id(tokenizer)
+    return Sampling(max_new_tokens, tuple(sorted(stops)), pad, temperature, top_p)
 
 
 class PretrainedEncoder:
@@ -171,8 +175,12 @@ class PretrainedEncoder:
         attention_mask: Ids | None = None,
         token_type_ids: Ids | None = None,
     ) -> Float[Array, "B C"]:
-        """Logits of every row, float32, or its score; pad on the right."""
-        ids = jnp.asarray(input_ids, jnp.int32)
+        """Logits of every row, float32, or its score; pad on the right.
+
+        Raises:
+            InputError: an id without a row in the table, or a row longer than the positions.
+        """
+        ids = self.base.checked_ids(input_ids)
         mask = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(attention_mask)
         types = jnp.zeros_like(ids) if token_type_ids is None else jnp.asarray(token_type_ids)
         return self._logits(self.parts, ids, mask.astype(jnp.int32), types.astype(jnp.int32))

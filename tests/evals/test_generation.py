@@ -101,7 +101,7 @@ def test_a_row_does_not_depend_on_the_others(ours):
     for row, prompt in enumerate(PROMPTS):
         alone = ours([prompt])
         assert alone[0] == together[row]
-        assert alone[1:] == [[0] * NEW] * (ROWS - 1)
+        assert alone[1:] == [[-1] * NEW] * (ROWS - 1)
     assert ours(PROMPTS[::-1]) == together[::-1]
 
 
@@ -149,6 +149,13 @@ def test_stop_tokens_end_rows_one_by_one():
     ]
 
 
+def test_a_text_may_end_with_the_padding_token():
+    """0 → 1 → 2 → 3 → 2 …: after three tokens the text ends with 2, which also fills rows."""
+    table = successors([1, 2, 3, 2])
+    assert chain_texts(table, [[0], [1]], Sampling(2, (), pad_id=2)) == [[1, 2], [2, 3]]
+    assert chain_texts(table, [[0], [1]], Sampling(4, (3,), pad_id=2)) == [[1, 2], [2]]
+
+
 def test_a_batch_ends_when_every_row_has_stopped():
     table = successors([1, 2, 3, 3])
     sampling = Sampling(50, stop_ids=(3,), pad_id=0)
@@ -163,7 +170,7 @@ def test_a_batch_ends_when_every_row_has_stopped():
         Counted(table), ids, mask, sampling, jax.random.key(0)))  # fmt: skip
     out = np.asarray(run(np.array([[0], [2]]), np.ones((2, 1), np.int32)))
     jax.effects_barrier()
-    assert out[:, :3].tolist() == [[1, 2, 0], [0, 0, 0]]
+    assert out[:, :3].tolist() == [[1, 2, -1], [-1, -1, -1]]
     assert len(calls) == 3  # the prompt, and the tokens after 1 and 2
 
 

@@ -206,14 +206,21 @@ def test_limits_of_the_validation_rows(tmp_path):
     assert count({}, {"task": "none"}) == []
 
 
-def test_sampling_stops_at_eos_and_pads_with_what_there_is():
+def test_sampling_stops_at_eos_and_pads_with_a_row_of_the_table(tmp_path):
+    from balora_jax.pretrained.checkpoint import open_base
     from balora_jax.pretrained.load import sampling_for
+    from tests.tiny_run import VOCAB_SIZE, write_inputs
+
+    write_inputs(tmp_path / "in")
+    base = open_base(str(tmp_path / "in" / "model"))
 
     def sampling(eos, pad):
-        return sampling_for(SimpleNamespace(eos_token_id=eos, pad_token_id=pad), 5, 0.5, 0.9)
+        return sampling_for(base, SimpleNamespace(eos_token_id=eos, pad_token_id=pad), 5, 0.5, 0.9)
 
     assert (sampling(2, 0).stop_ids, sampling(2, 0).pad_id) == ((2,), 0)
     assert (sampling(2, None).stop_ids, sampling(2, None).pad_id) == ((2,), 2)
     assert (sampling(None, None).stop_ids, sampling(None, None).pad_id) == ((), 0)
+    assert sampling(2, VOCAB_SIZE).pad_id == 2
+    assert sampling(VOCAB_SIZE, VOCAB_SIZE).pad_id == 0
     assert sampling(2, 0).temperature == 0.5
     assert sampling(2, 0).top_p == 0.9

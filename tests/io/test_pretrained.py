@@ -143,7 +143,7 @@ def test_every_stop_token_of_the_checkpoint_ends_a_text(folder, tmp_path, genera
         (copied / "generation_config.json").write_text(json.dumps(generation))
     base = open_base(str(copied))
     tokenizer = SimpleNamespace(eos_token_id=2, pad_token_id=0)
-    assert sampling_for(tokenizer, 4, stop_ids=base.stop_ids()).stop_ids == stops
+    assert sampling_for(base, tokenizer, 4).stop_ids == stops
 
 
 def test_unknown_dtype(folder):

@@ -68,7 +68,7 @@ class LabelsRun(LabelsProgram):
     @property
     def pad_id(self) -> int:
         """The token for empty places."""
-        return int(self.tokenizer.pad_token_id or 0)
+        return self.base.padding_id(self.tokenizer)
 
     def batches(self) -> LabelsBatches:
         """The training batches, from the beginning."""
@@ -266,7 +266,7 @@ def evaluate(config: RunConfig, *, adapter: str | None) -> dict[str, Any]:
         validation,
         task,
         batch_size=forward_rows(config.eval, mesh),
-        pad_id=int(model.tokenizer.pad_token_id or 0),
+        pad_id=model.base.padding_id(model.tokenizer),
         mesh=mesh,
         max_length=longest(config.data, model.base),
     )

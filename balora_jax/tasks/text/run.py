@@ -18,7 +18,7 @@ from balora_jax.errors import InputError
 from balora_jax.evals.benchmark import TextBenchmark
 from balora_jax.parallel import hosts, sharding
 from balora_jax.pretrained.checkpoint import Base, open_base
-from balora_jax.pretrained.load import PretrainedModel, load_decoder, sampling_for
+from balora_jax.pretrained.load import PretrainedModel, load_decoder
 from balora_jax.tasks import assemble
 from balora_jax.tasks.flops import model_flops
 from balora_jax.tasks.settings import benchmark_of
@@ -57,7 +57,7 @@ class TextRun(TextProgram):
             length=self.length,
             mode="packing" if self.config.data.packing else "padding",
             seed=training.seed,
-            pad_id=sampling_for(self.tokenizer, 1).pad_id,
+            pad_id=self.base.padding_id(self.tokenizer),
         )
 
     def step_flops(self, counted: float) -> float:
@@ -155,8 +155,9 @@ def _open(config: RunConfig) -> _Opened:
     assert config.data.train is not None  # checked with the config
     rows = load_rows(config.data.train, split=config.data.split, limit=config.data.train_limit)
     exam = exam_of(tokenizer, config.data, config.eval, benchmark_of(config.task, config.eval.task))
-    if exam is not None:
-        base.stop_ids()  # what is wrong with them is said before a weight is read
+    if exam is not None:  # what is wrong is said before a weight is read
+        base.stop_ids()
+        base.check_prompts(exam.prompts, config.eval.max_new_tokens)
     return _Opened(program, base, tokenizer, rows, exam)
 
 
@@ -192,6 +193,7 @@ def evaluate(config: RunConfig, *, adapter: str | None) -> dict[str, Any]:
     model = opened_model(config.model, adapter)
     exam = exam_of(model.tokenizer, config.data, config.eval, benchmark)
     assert exam is not None  # load_rows raises where there is no row
+    model.base.check_prompts(exam.prompts, config.eval.max_new_tokens)
     answerer = Answerer(model.bind, model.base, config.eval)
     key = jax.random.key(config.training.seed)
     return exam.score(answerer, model.parts, key=key, title="score")
@@ -208,6 +210,7 @@ def generate(
     else:
         rows = [{config.data.prompt_column: prompt} for prompt in prompts]
         ids = [encode_prompt(row, model.tokenizer, settings) for row in rows]
+    model.base.check_prompts(ids, config.eval.max_new_tokens)
     answerer = Answerer(model.bind, model.base, config.eval)
     return answerer(model.parts, ids, jax.random.key(config.training.seed), "generate")
 

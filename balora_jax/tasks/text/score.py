@@ -27,11 +27,7 @@ class Answerer:
         self.tokenizer = tokenizer = base.tokenizer()
         self.batch_size = config.batch_size
         self.sampling: Sampling = sampling_for(
-            tokenizer,
-            config.max_new_tokens,
-            config.temperature,
-            config.top_p,
-            stop_ids=base.stop_ids(),
+            base, tokenizer, config.max_new_tokens, config.temperature, config.top_p
         )
         self._decoder = make_decoder(bind, self.sampling)
 
