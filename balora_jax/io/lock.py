@@ -17,6 +17,8 @@ from balora_jax.errors import InputError
 NAME, HOLDER = "run.lock", "run.lock.json"
 """The file that is locked, and the one that says by whom; both go when the lock is released."""
 
+_WHO = {"host", "process", "start"}
+_LONGEST = 4096  # bytes of a file that says so
 _TRIES = 20
 _WAIT = 2.0  # seconds: another process may only look, or has not yet written who it is
 
@@ -48,12 +50,42 @@ def locked(folder: Path) -> Iterator[None]:
 
 def check_not_held(folder: Path) -> None:
     """Raises InputError where another process holds the lock; writes nothing that was not there."""
+    _check_ours(folder)
     if (folder / NAME).is_file():
-        _acquired(folder).release()
+        lock = _acquired(folder)
+        if not (folder / HOLDER).exists():  # released in between: this has made the file anew
+            with suppress(OSError):
+                (folder / NAME).unlink()
+        lock.release()
+
+
+def _check_ours(folder: Path) -> None:
+    """Raises InputError where a user's file has the name of one of the two: they would go."""
+    for name, is_ours in ((NAME, lambda path: path.stat().st_size == 0), (HOLDER, _names_holder)):
+        path = folder / name
+        try:
+            ours = path.is_file() and not path.is_symlink() and is_ours(path)
+        except FileNotFoundError:  # released in between
+            continue
+        if os.path.lexists(path) and not ours:
+            raise InputError(
+                f"{path}: expected the file by which a run locks its folder, got another one of "
+                "that name. Move it elsewhere."
+            )
+
+
+def _names_holder(file: Path) -> bool:
+    """Whether a file says who holds the lock, or is about to."""
+    with file.open("rb") as stream:
+        content = stream.read(_LONGEST)
+    with suppress(ValueError, TypeError, RecursionError):
+        return not content or set(json.loads(content)) == _WHO
+    return False
 
 
 def _taken(folder: Path) -> tuple[FileLock, list[Path]]:
     """The lock, held, and the folders that were made for it."""
+    _check_ours(folder)
     for _ in range(_TRIES):
         made = _make(folder)
         with suppress(FileNotFoundError):  # another process has removed the folder again

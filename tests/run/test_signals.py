@@ -3,6 +3,7 @@
 import gc
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -268,6 +269,45 @@ def test_two_live_commands_on_one_workdir(straight, tmp_path):
             )
             assert tree_digest(tmp_path) == before
         assert not workdir.exists()
+
+
+def test_a_look_at_a_lock_leaves_none_behind(tmp_path, monkeypatch):
+    """The run ends between the look at its file and the lock on it, which makes the file anew."""
+    acquired = lock._acquired
+
+    def late(folder):
+        for name in (lock.HOLDER, lock.NAME):
+            (folder / name).unlink()
+        return acquired(folder)
+
+    monkeypatch.setattr(lock, "_acquired", late)
+    (tmp_path / lock.NAME).touch()
+    (tmp_path / lock.HOLDER).write_text('{"host": "h", "process": 1, "start": "now"}\n')
+    lock.check_not_held(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("after", [(), ("--resume",)])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [(lock.NAME, "mine"), (lock.HOLDER, "mine"), (lock.HOLDER, "[" * 5000), (lock.HOLDER, "3")],
+)
+def test_a_file_of_a_user_that_has_the_name_of_a_lock(straight, tmp_path, name, text, after):
+    config, run = straight
+    workdir = tmp_path / "run"
+    if after:
+        shutil.copytree(run, workdir)
+    else:
+        workdir.mkdir()
+    (workdir / name).write_text(text)
+    before = tree_digest(tmp_path)
+    code, out, err = invoke("train", config, "--workdir", workdir, *after)
+    assert (code, out) == (2, "")
+    assert err == (
+        f"balora: {workdir / name}: expected the file by which a run locks its folder, got another "
+        "one of that name. Move it elsewhere.\n"
+    )
+    assert tree_digest(tmp_path) == before
 
 
 def finish(config, workdir, expected):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from balora_jax.io import lock
 from tests.trials import subject as subjects
 from tests.trials.record import Record
 from tests.trials.subject import PATIENCE, Process, differences
@@ -38,10 +39,10 @@ def trial(subject, folder, number):
         first.wait_for_entry(phases)
         second = Process(subject.config, subject.cache, workdir, resume=kinds[1] == "resume")
         second.wait_for_entry()
-        ends = _ends([first, second])
-        # Where the first won, the second must have asked while it lived.
-        if first.process.exitcode == 2 or ends[1] < ends[0]:
+        if _overlapped([first, second], workdir):
             break
+        for one in (first, second):
+            one.end()
         shutil.rmtree(home)  # the first was at its end: nothing overlapped
     else:
         return {"kinds": kinds, "wrong": [f"{TRIES} times nothing overlapped"]}
@@ -59,16 +60,13 @@ def _cut_short(subject, workdir, seals):
     Process(subject.config, subject.cache, workdir, moment=moment).end()
 
 
-def _ends(processes):
-    """When each ended, by the monotonic clock."""
-    ends, limit = {}, time.monotonic() + PATIENCE
-    while len(ends) < len(processes):
-        assert time.monotonic() < limit, "one of them did not end"
-        for i, one in enumerate(processes):
-            if i not in ends and not one.process.is_alive():
-                ends[i] = time.monotonic()
+def _overlapped(processes, workdir):
+    """Whether one of them has ended while the other still held the folder."""
+    limit = time.monotonic() + PATIENCE
+    while all(one.process.is_alive() for one in processes):
+        assert time.monotonic() < limit, "none of them ended"
         time.sleep(0.002)
-    return ends
+    return (workdir / lock.NAME).is_file()
 
 
 def judged(processes, ended, began):
