@@ -61,12 +61,13 @@ def _cut_short(subject, workdir, seals):
 
 
 def _overlapped(processes, workdir):
-    """Whether one of them has ended while the other still held the folder."""
+    """Whether one of them was sent away while the other still held the folder."""
     limit = time.monotonic() + PATIENCE
     while all(one.process.is_alive() for one in processes):
         assert time.monotonic() < limit, "none of them ended"
         time.sleep(0.002)
-    return (workdir / lock.NAME).is_file()
+    held = (workdir / lock.NAME).is_file()
+    return held and 0 not in [one.process.exitcode for one in processes]
 
 
 def judged(processes, ended, began):
