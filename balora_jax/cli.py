@@ -9,10 +9,11 @@ from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.options import Parser
 from balora_jax.parallel import child
 from balora_jax.untyped.shown import one_line
-from balora_jax.verbs import bench, eval, export, generate, plan, study, train
+from balora_jax.verbs import bench, check, eval, export, generate, plan, study, train
 from balora_jax.verbs.verb import check_paths, check_report
 
 VERBS = (
+    check.VERB,
     train.VERB,
     eval.VERB,
     export.VERB,

@@ -53,6 +53,7 @@ LAYERS = (
     ("tasks",),
     ("finetune",),
     ("plan",),
+    ("preview",),
     ("bench",),
     ("figures",),
     ("study",),
@@ -290,7 +291,7 @@ def test_no_folder_is_most_of_the_package():
 # The verbs and their rooms, and where a task makes its run: they are given a run's settings as a
 # whole.
 TAKE_ALL_SETTINGS = (
-    *("config_file", "finetune", "verbs", "plan", "bench", "study", "figures"),
+    *("config_file", "finetune", "verbs", "plan", "preview", "bench", "study", "figures"),
     "pretrained.export",  # the function behind a verb
     "tasks.settings",
     *("tasks.text.run", "tasks.text.program", "tasks.labels.run", "tasks.labels.program"),

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 from jax.sharding import Mesh
 
 from balora_jax.array_types import Array
@@ -85,6 +86,21 @@ class Run(Protocol):
     @property
     def total(self) -> int:
         """Parameters of the frozen model."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Tokens of every row of a batch."""
+        ...
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each training example, int."""
+        ...
+
+    @property
+    def report(self) -> Any:
+        """What became of the training rows: counts by name."""
         ...
 
     def describe(self) -> list[str]:

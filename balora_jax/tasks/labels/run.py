@@ -169,6 +169,16 @@ class LabelsRun(LabelsProgram):
             max_length=longest(self.config.data, self.base),
         )
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each training example, int."""
+        return np.array([len(example.input_ids) for example in self.data.examples])
+
+    @property
+    def report(self) -> Any:
+        """What became of the training rows: counts by name."""
+        return self.data.report
+
     def describe(self) -> list[str]:
         """Lines about the data, for the start of a run."""
         first = describe_labels(self.data.examples[0], self.tokenizer, self.task)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from balora_jax.array_types import PRNGKeyArray
@@ -105,6 +106,16 @@ class TextRun(TextProgram):
         assert self.exam is not None
         parts = (constants.frozen, constants.origin, trainable)
         return self.exam.score(answerer, parts, key=key, title=title)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each training example, int."""
+        return np.array([len(example.input_ids) for example in self.data.examples])
+
+    @property
+    def report(self) -> Any:
+        """What became of the training rows: counts by name."""
+        return self.data.report
 
     def describe(self) -> list[str]:
         """Lines about the data, for the start of a run."""
