@@ -7,11 +7,14 @@ files on this machine are taken, never anything that a checkpoint brings along.
 
 import importlib.util
 import sys
+import traceback
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from balora_jax.errors import InputError
 from balora_jax.paths import check_local
+from balora_jax.untyped.native import any_error_refused, words_of
 
 _LOADED: set[Path] = set()
 
@@ -44,14 +47,21 @@ def _import(file: Path) -> None:
     assert spec.loader is not None  # every .py file has one
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
+    expected = f"extensions: expected {file} to import"
     try:
-        spec.loader.exec_module(module)
-    except (ImportError, SyntaxError, AttributeError, NameError, TypeError, ValueError) as error:
+        with any_error_refused(expected, "Fix the file.", words=partial(_words, file)):
+            try:
+                spec.loader.exec_module(module)
+            except SystemExit as error:  # it is a file of definitions, and ends no program
+                raise RuntimeError(f"SystemExit {error}") from error
+    except BaseException:
         del sys.modules[name]
-        if isinstance(error, InputError):
-            raise
-        line = " ".join(str(error).split())
-        raise InputError(
-            f"extensions: expected {file} to import, got {type(error).__name__}: {line}. Fix the "
-            "file."
-        ) from error
+        raise
+
+
+def _words(file: Path, error: BaseException) -> str:
+    """Type and message of an error, and the line of the file that it came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(file)]
+    where = f" (line {lines[-1]})" if lines else ""
+    return f"{type(error).__name__}: {words_of(error)}{where}"

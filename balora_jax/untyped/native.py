@@ -3,31 +3,40 @@
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from balora_jax.errors import InputError
 from balora_jax.untyped.shown import one_line
 
 
+def words_of(error: BaseException) -> str:
+    """The message of an error, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 @contextmanager
-def any_error_refused(expected: str, remedy: str) -> Iterator[None]:
+def any_error_refused(
+    expected: str, remedy: str, *, words: Callable[[BaseException], str] = words_of
+) -> Iterator[None]:
     """Whatever is raised in the block becomes an ``InputError``.
 
     Only for the parsers of ``transformers``, ``tokenizers`` and ``jinja2``, which raise what their
     own code happens to meet: TypeError, AttributeError, RecursionError, plain ``Exception``, and,
-    of Rust, a panic that is no ``Exception`` at all. What ends a program is let through.
+    of Rust, a panic that is no ``Exception`` at all; and for a user's own Python. What ends a
+    program is let through.
 
     Args:
         expected: opens the message: where, and what belongs there.
         remedy: ends it.
+        words: what an error says.
     """
     try:
         yield
     except (InputError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        said = " ".join(str(error).split()) or type(error).__name__
+        said = words(error)
         reason = one_line(said, most=200).rstrip(".")
         raise InputError(f"{expected}, got: {reason}. {remedy}") from error
 

@@ -84,7 +84,7 @@ CORES: dict[str, Callable[[Any], Any]] = {
     "pre-bad": _put("pre_tokenizer", value={"type": "Nope"}),
     "pre-int": _put("pre_tokenizer", value=7),
     "pre-none": _put("pre_tokenizer", value=None),
-    "pre-deep": lambda core: _put("pre_tokenizer", value=_sequence("pretokenizers", 2000))(core),
+    "pre-deep": lambda core: _put("pre_tokenizer", value=_sequence("pretokenizers", 300))(core),
     "normalizer-bad": _put("normalizer", value={"type": "Nope"}),
     "normalizer-regex": _put(
         "normalizer", value={"type": "Replace", "pattern": {"Regex": "("}, "content": ""}

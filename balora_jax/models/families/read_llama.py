@@ -9,6 +9,7 @@ from balora_jax.models.layers import ACTIVATIONS
 from balora_jax.models.rope_settings import rope_config
 from balora_jax.models.sizes import HEADS, LAYERS, POSITIONS, VOCABULARY, WIDTH
 from balora_jax.untyped.fields import Fields
+from balora_jax.untyped.shown import shown
 
 
 def read_decoder(
@@ -83,13 +84,13 @@ def windows_by_layer(
     kinds = raw.values.get("layer_types")
     if kinds is not None:
         known = {"sliding_attention": True, "full_attention": False}
-        named = isinstance(kinds, list | tuple) and all(kind in known for kind in kinds)
+        named = isinstance(kinds, list | tuple) and all(str(kind) in known for kind in kinds)
         if not named or len(kinds) != len(slides):
             raise InputError(
                 f"{raw.where}: expected layer_types to name one of {', '.join(known)} for each of "
-                f"{len(slides)} layers, got {kinds!r}. This checkpoint cannot be run exactly."
+                f"{len(slides)} layers, got {shown(kinds)}. This checkpoint cannot be run exactly."
             )
-        slides = tuple(known[kind] for kind in kinds)
+        slides = tuple(known[str(kind)] for kind in kinds)
     return {"sliding_window": window, "sliding_layers": slides}
 
 
