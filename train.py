@@ -2,7 +2,7 @@
 
 import sys
 
-from balora_jax.cli import main
+from balora_jax.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    command(["train", *sys.argv[1:]])

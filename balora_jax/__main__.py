@@ -1,11 +1,9 @@
 """``python -m balora_jax``: the same as ``balora``."""
 
-import sys
-
 from balora_jax.parallel import child
 
 if __name__ == "__main__":
     child.divert_native_log()  # before other modules find a sys.stderr to keep
-    from balora_jax.cli import main
+    from balora_jax.cli import command
 
-    sys.exit(main())
+    command()

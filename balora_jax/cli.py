@@ -3,12 +3,12 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from balora_jax import __version__, signals
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.options import Parser
 from balora_jax.parallel import child
-from balora_jax.untyped.shown import one_line
 from balora_jax.verbs import bench, check, eval, export, generate, plan, study, train
 from balora_jax.verbs.verb import check_paths, check_report
 
@@ -36,21 +36,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+def command(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The program: :func:`main`, after whose end a signal changes nothing any more."""
+    with signals.taken(for_good=True):
+        sys.exit(main(arguments))
+
+
 def _ended(arguments: list[str], caught: signals.Signals) -> int:
     """Run the command to its end, whatever that is; returns the exit code."""
     try:
-        options = make_parser().parse_args(arguments)
-        options.arguments = arguments
-        code = _run(options)
-        caught.end()
-        return code
+        with caught.interruption():
+            options = make_parser().parse_args(arguments)
+            options.arguments = arguments
+            code = _run(options)
+            caught.end()
+            return code
     except (InputError, RunStoppedError) as error:
         caught.end()  # from here on a signal changes nothing any more
         sentence, code = str(error), error.exit_code
     except KeyboardInterrupt:
         caught.end()
         sentence, code = caught.sentence(), RunStoppedError.exit_code
-    print(f"balora: {one_line(sentence)}", file=sys.stderr, flush=True)
+    caught.say(sentence)
     return code
 
 

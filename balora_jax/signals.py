@@ -16,6 +16,7 @@ from typing import Any
 
 from balora_jax.errors import RunStoppedError
 from balora_jax.parallel import child
+from balora_jax.untyped.native import is_stderr, silenced_stderr
 from balora_jax.untyped.shown import one_line
 
 WANTED = (signal.SIGTERM, signal.SIGINT)
@@ -46,6 +47,7 @@ class Signals:
         self.outcome: Callable[[], str] = lambda: "nothing was written."
         self.several = False
         self._polite = self._raised = False
+        self._stderr: int | None = None
         self._again: threading.Timer | None = None
         self._ended = threading.Event()
 
@@ -76,7 +78,37 @@ class Signals:
         self.received.append(signal.Signals(number).name)
         if not self._polite or len(self.received) > 1:
             self._raised = True
+            self._hush()
             raise Interrupted
+
+    @contextmanager
+    def interruption(self) -> Iterator[None]:
+        """What was raised by a signal, whatever native code has made of it on the way.
+
+        Raises:
+            Interrupted: a signal was raised, and another error came out of the block.
+        """
+        try:
+            yield
+        except (KeyboardInterrupt, RunStoppedError):
+            raise
+        except BaseException as error:
+            if self._raised:
+                raise Interrupted from error
+            raise
+
+    def _hush(self) -> None:
+        """Let nobody else speak: what libraries say of an interruption is not the user's affair."""
+        if self._stderr is None and is_stderr(sys.stderr):
+            self._stderr = silenced_stderr()
+
+    def say(self, sentence: str) -> None:
+        """Print the last line of a command to standard error."""
+        line = f"balora: {one_line(sentence)}\n"
+        if self._stderr is None:
+            print(line, end="", file=sys.stderr, flush=True)
+        else:
+            os.write(self._stderr, line.encode())
 
     def swallowed(self, before: Callable[[Any], Any], found: Any) -> None:
         """Deliver a signal again that came in a callback, out of which Python raises nothing."""
@@ -100,6 +132,13 @@ class Signals:
             self._again.cancel()
             self._again.join()
 
+    def unhush(self) -> None:
+        """Give standard error back."""
+        if self._stderr is not None:
+            os.dup2(self._stderr, 2)
+            os.close(self._stderr)
+            self._stderr = None
+
     def watch(self, reader: int) -> None:
         """Wait for the bytes of signals, and end the process that does not end by itself."""
         seen = 0
@@ -112,7 +151,8 @@ class Signals:
             if not self._ended.wait(PATIENCE):
                 if not self.received:  # the main thread has not come to its handler
                     self.received.append(signal.Signals(number[0]).name)
-                os.write(2, f"balora: {one_line(self.sentence())}\n".encode())
+                line = f"balora: {one_line(self.sentence())}\n"
+                os.write(2 if self._stderr is None else self._stderr, line.encode())
                 os._exit(RunStoppedError.exit_code)
 
     def end(self) -> None:
@@ -129,10 +169,14 @@ def current() -> Signals | None:
 
 
 @contextmanager
-def taken() -> Iterator[Signals]:
+def taken(*, for_good: bool = False) -> Iterator[Signals]:
     """Take SIGTERM and SIGINT, unless a caller has taken them: then as that one does.
 
     Outside of the main thread the embedding program handles signals: none is seen here.
+
+    Args:
+        for_good: this is all that the process does: after it signals are ignored, so that one in
+            the last milliseconds changes nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield Signals()
@@ -143,8 +187,10 @@ def taken() -> Iterator[Signals]:
     signals = Signals()
     with ExitStack() as undo:
         for number in WANTED:
-            before = signal.signal(number, signals.record)
-            undo.callback(signal.signal, number, before or signal.SIG_DFL)
+            before = signal.signal(number, signals.record) or signal.SIG_DFL
+            undo.callback(signal.signal, number, signal.SIG_IGN if for_good else before)
+        if not for_good:
+            undo.callback(signals.unhush)
         undo.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
         sys.unraisablehook = partial(signals.swallowed, sys.unraisablehook)
         _CURRENT.append(signals)

@@ -49,7 +49,8 @@ def failures(folder: Path, signals: Signals) -> Iterator[None]:
     """
     before, signals.outcome = signals.outcome, lambda: saved(folder)
     try:
-        yield
+        with signals.interruption():
+            yield
     except KeyboardInterrupt as error:
         raise RunStoppedError(signals.sentence()) from error
     except jax.errors.JaxRuntimeError as error:

@@ -57,7 +57,7 @@ def held_stderr() -> Iterator[None]:
     mine = sys.stderr
     with tempfile.TemporaryFile() as held, os.fdopen(kept, "w", buffering=1) as true:
         os.dup2(held.fileno(), 2)
-        if _is_second(mine):
+        if is_stderr(mine):
             sys.stderr = true
         try:
             yield
@@ -68,8 +68,16 @@ def held_stderr() -> Iterator[None]:
         os.write(2, held.read())
 
 
-def _is_second(stream: object) -> bool:
-    """Whether a stream writes to the file that is held."""
+def silenced_stderr() -> int:
+    """A number for the file of standard error, to which nothing else is written from here on."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    return kept
+
+
+def is_stderr(stream: object) -> bool:
+    """Whether a stream writes to the file of standard error."""
     try:
         return stream.fileno() == 2  # type: ignore[attr-defined]
     except (OSError, ValueError, AttributeError):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from balora_jax import finetune, signals
+from balora_jax.errors import InputError
 from balora_jax.io import checkpoint, lock
 from balora_jax.tasks.text import run as text_run
 from balora_jax.training import loop, steps
@@ -240,6 +241,60 @@ def test_a_signal_in_a_callback_is_not_lost(straight, tmp_path, monkeypatch, aft
     assert signal.SIGTERM not in late
     assert err == f"balora: interrupted by SIGTERM; {NOTHING}\n"
     assert sys.unraisablehook is hook
+
+
+@pytest.mark.parametrize("error", [SystemError, ValueError, InputError, OSError])
+def test_a_signal_that_native_code_makes_another_error_of(straight, tmp_path, monkeypatch, error):
+    """``returned a result with an exception set``: C that called Python and looked at no error."""
+
+    def load(self):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt as interrupted:
+            raise error("returned a result with an exception set") from interrupted
+
+    monkeypatch.setattr(text_run.TextRun, "load", load)
+    code, _, err = invoke("train", straight[0], "--workdir", tmp_path / "run")
+    assert (code, err) == (3, f"balora: interrupted by SIGTERM; {NOTHING}\n")
+
+    def wrong(self):
+        raise error("its own fault")
+
+    monkeypatch.setattr(text_run.TextRun, "load", wrong)
+    if error is SystemError:  # without a signal it is what it is
+        with pytest.raises(SystemError):
+            invoke("train", straight[0], "--workdir", tmp_path / "run")
+
+
+NOISY = """
+import atexit, os, signal, time
+from balora_jax.tasks.text.run import TextRun
+
+def load(self):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+    finally:
+        os.write(2, b"Event loop is closed\\n")
+
+TextRun.load = load
+atexit.register(os.kill, os.getpid(), signal.SIGTERM)
+atexit.register(os.write, 2, b"and another library\\n")
+"""
+
+
+def test_nothing_but_the_sentence_is_said_of_a_signal(straight, tmp_path):
+    """Libraries that are interrupted print tracebacks; one more signal comes at the very end."""
+    (tmp_path / "noisy.py").write_text(NOISY)
+    (tmp_path / "config.yaml").write_text(
+        "extensions: [noisy.py]\n" + Path(straight[0]).read_text()
+    )
+    command = [sys.executable, ROOT / "train.py", tmp_path / "config.yaml", "--workdir", "run"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert (done.returncode, done.stderr) == (3, f"balora: interrupted by SIGTERM; {NOTHING}\n")
 
 
 def test_a_signal_ends_what_runs_no_handler(straight, tmp_path, cache_folder):

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 
-from balora_jax import cli
+from balora_jax import cli, signals
 from tests.run import workers
 
 PHASES = {
@@ -48,7 +48,8 @@ def command(arguments, log, cache, workdir, phases, report, moment):
         _wrap(place, phase, watch)
     sys.addaudithook(watch.audit)
     watch.enter("entry")
-    code = cli.main(arguments)
+    with signals.taken(for_good=True):
+        code = cli.main(arguments)
     if report is not None:
         watch.write(report)
     sys.exit(code)
