@@ -239,11 +239,12 @@ def place(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
 
 def gathered(value: Any) -> np.ndarray:
     """The whole of an array on this host, wherever its parts lie; all processes must ask."""
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+    if not isinstance(value, jax.Array) or value.is_fully_addressable:
+        return np.asarray(value)
+    with _waiting("the other hosts' part of a computation"):  # one may have stopped in it
         if value.is_fully_replicated:
             return np.asarray(value.addressable_data(0))
         return np.asarray(multihost_utils.process_allgather(value, tiled=True))
-    return np.asarray(value)
 
 
 def gathered_all(values: Mapping[str, Any]) -> dict[str, Any]:
