@@ -234,6 +234,9 @@ def test_a_run_tells_its_parent_of_its_steps(two):
     first, last = (facts.index({"step": step}) for step in (0, STEPS))
     assert first < steady[0] < last < steady[1]
     assert [facts[i]["steady"] for i in steady] == [True, False]
+    waits = [fact["wait"] for fact in facts if "wait" in fact]
+    assert "the other hosts' part of a computation" in waits[:-1]
+    assert waits[-1] is None
 
 
 def test_a_host_that_nobody_joins_says_so_and_ends(config, tmp_path, process_environment):
