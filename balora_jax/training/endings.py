@@ -47,7 +47,7 @@ def failures(folder: Path, signals: Signals) -> Iterator[None]:
     Raises:
         RunStoppedError: in one sentence, which names the newest whole checkpoint.
     """
-    before, signals.outcome = signals.outcome, lambda: saved(folder)
+    signals.outcome = lambda: saved(folder)  # also of a signal after the end
     try:
         with signals.interruption():
             yield
@@ -69,5 +69,3 @@ def failures(folder: Path, signals: Signals) -> Iterator[None]:
             f"{folder}: expected to read and write there, got: {error.strerror or error}. Correct "
             f"that; {saved(folder)}"
         ) from error
-    # Where it ends otherwise, a second signal is to say the same of this folder.
-    signals.outcome = before

@@ -266,6 +266,25 @@ def test_a_signal_that_native_code_makes_another_error_of(straight, tmp_path, mo
             invoke("train", straight[0], "--workdir", tmp_path / "run")
 
 
+def test_a_signal_after_the_end_of_a_run_says_what_is_saved(straight, tmp_path, monkeypatch):
+    """Between the end of the run and that of the command."""
+    fit = finetune.fit
+
+    def late(*args, **kwargs):
+        fit(*args, **kwargs)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(finetune, "fit", late)
+    workdir = shutil.copytree(straight[1], tmp_path / "run")
+    code, _, err = invoke("train", straight[0], "--workdir", workdir, "--resume")
+    last = workdir / "checkpoints" / str(STEPS)
+    assert code == 3
+    assert err == (
+        f"balora: interrupted by SIGTERM; {last} is the newest whole checkpoint. "
+        "Go on with --resume.\n"
+    )
+
+
 NOISY = """
 import atexit, os, signal, time
 from balora_jax.tasks.text.run import TextRun

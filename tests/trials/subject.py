@@ -1,5 +1,6 @@
 """The run that trials disturb: its inputs, what it leaves when nobody does, and how to compare."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -110,7 +111,8 @@ class Process:
         if self.process.is_alive():
             if self.sent is None:
                 self.phase, self.sent = self._notes()[-1], time.monotonic()
-            os.kill(self.process.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.process.pid, number)
 
     def end(self):
         """Wait for its end."""
