@@ -274,7 +274,7 @@ def test_a_signal_after_the_end_of_a_run_says_what_is_saved(straight, tmp_path, 
         fit(*args, **kwargs)
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(finetune, "fit", late)
+    monkeypatch.setattr("balora_jax.fit", late)
     workdir = shutil.copytree(straight[1], tmp_path / "run")
     code, _, err = invoke("train", straight[0], "--workdir", workdir, "--resume")
     last = workdir / "checkpoints" / str(STEPS)
