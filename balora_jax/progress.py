@@ -69,7 +69,8 @@ class Lines(tqdm):
         line = " ".join(self.format_meter(**{**now, **shown}).split())
         if line != self._line:
             now_and_what = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {one_line(line)}"
-            print(now_and_what, file=self.fp, flush=True)
+            # One write: a signal may come after any, and its sentence is a line of its own.
+            print(f"{now_and_what}\n", end="", file=self.fp, flush=True)
         self._said, self._line = now["elapsed"], line
 
 

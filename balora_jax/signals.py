@@ -108,7 +108,12 @@ class Signals:
         if self._stderr is None:
             print(line, end="", file=sys.stderr, flush=True)
         else:
-            os.write(self._stderr, line.encode())
+            os.write(self._stderr, self._below_bar(line))
+
+    def _below_bar(self, line: str) -> bytes:
+        """A line for a terminal where a bar may still stand: on a line of its own."""
+        held = 2 if self._stderr is None else self._stderr
+        return (f"\n{line}" if os.isatty(held) else line).encode()
 
     def swallowed(self, before: Callable[[Any], Any], found: Any) -> None:
         """Deliver a signal again that came in a callback, out of which Python raises nothing."""
@@ -152,7 +157,7 @@ class Signals:
                 if not self.received:  # the main thread has not come to its handler
                     self.received.append(signal.Signals(number[0]).name)
                 line = f"balora: {one_line(self.sentence())}\n"
-                os.write(2 if self._stderr is None else self._stderr, line.encode())
+                os.write(2 if self._stderr is None else self._stderr, self._below_bar(line))
                 os._exit(RunStoppedError.exit_code)
 
     def end(self) -> None:

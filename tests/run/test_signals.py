@@ -316,6 +316,26 @@ def test_nothing_but_the_sentence_is_said_of_a_signal(straight, tmp_path):
     assert (done.returncode, done.stderr) == (3, f"balora: interrupted by SIGTERM; {NOTHING}\n")
 
 
+def test_the_sentence_stands_below_the_bar_of_a_terminal(straight, tmp_path):
+    """The bar's own end is not shown any more."""
+    (tmp_path / "noisy.py").write_text(NOISY)
+    (tmp_path / "config.yaml").write_text(
+        "extensions: [noisy.py]\n" + Path(straight[0]).read_text()
+    )
+    command = [sys.executable, ROOT / "train.py", tmp_path / "config.yaml", "--workdir", "run"]
+    seen, terminal = os.openpty()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, stderr=terminal, stdout=subprocess.DEVNULL
+    )
+    os.close(terminal)
+    assert done.returncode == 3
+    assert os.read(seen, 4096).endswith(
+        f"\r\nbalora: interrupted by SIGTERM; {NOTHING}\r\n".encode()
+    )
+    os.close(seen)
+
+
 def test_a_signal_ends_what_runs_no_handler(straight, tmp_path, cache_folder):
     """A thread of the command line ends the process, and says what is saved."""
     log, workdir = tmp_path / "log", tmp_path / "run"
