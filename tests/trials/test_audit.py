@@ -23,6 +23,7 @@ ALL = os.environ.get("BALORA_AUDIT") == "all"
 # Processes that a command may start, and the package that starts each, with the reason.
 STARTED = {
     "fc-list": "matplotlib",  # asks the system for its fonts, once, when its cache is new
+    "/sbin/ldconfig": "cuda",  # what torch brings, where it is installed, looks for libraries
 }
 
 
