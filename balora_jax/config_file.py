@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from balora_jax.config import RunConfig
+from balora_jax.config import ONE_FILE, SEVERAL, RunConfig, TrainSet
 from balora_jax.config_schema import run_schema
 from balora_jax.errors import InputError
 from balora_jax.extensions import load_extensions
@@ -95,7 +95,7 @@ def _describe(error: ValidationError) -> str:
     location = ".".join(str(part) for part in first["loc"] if not _is_type_tag(part))
     kind, got = first["type"], first.get("input")
     if kind == "extra_forbidden":
-        return _unknown_key([str(part) for part in first["loc"]])
+        return _unknown_key([str(part) for part in first["loc"] if not _is_type_tag(part)])
     if kind == "missing":
         return f"{location}: expected a value, got none. Add the key."
     if kind == "value_error":
@@ -108,13 +108,16 @@ def _describe(error: ValidationError) -> str:
 
 def _is_type_tag(part: Any) -> bool:
     """Pydantic adds the branch of a union ('str', 'tuple[str, ...]') to a location."""
-    return isinstance(part, str) and (part in ("str", "int", "float") or "[" in part)
+    tags = ("str", "int", "float", ONE_FILE, SEVERAL)
+    return isinstance(part, str) and (part in tags or "[" in part)
 
 
 def _unknown_key(location: list[str]) -> str:
     section: type[BaseModel] = run_schema()
     for part in location[:-1]:
-        section = section.model_fields[part].annotation  # type: ignore[assignment]
+        kind = TrainSet if part.isdigit() else section.model_fields[part].annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):  # else a list of such
+            section = kind
     known = list(section.model_fields)
     near = difflib.get_close_matches(location[-1], known, n=1)
     hint = f"Did you mean {near[0]!r}?" if near else f"It knows {', '.join(known)}."

@@ -1,5 +1,6 @@
 """One run from start to end: check, load, score, train, export, score again."""
 
+import datetime
 import functools
 import json
 import time
@@ -10,7 +11,7 @@ import jax
 
 from balora_jax import hardware
 from balora_jax.config import RunConfig
-from balora_jax.config_file import dump_config
+from balora_jax.config_file import dump_config, parse_config
 from balora_jax.io import drawing, metrics
 from balora_jax.io.folders import write_atomically
 from balora_jax.parallel import hosts
@@ -22,7 +23,7 @@ from balora_jax.training.endings import failures, reading
 from balora_jax.training.loop import Training, resumable
 from balora_jax.training.run import Run
 from balora_jax.training.trackers import TRACKERS
-from balora_jax.training.workdir import CURVES, METRICS, SUMMARY, check_workdir, held
+from balora_jax.training.workdir import CURVES, METRICS, SUMMARY, check_workdir, held, recorded_day
 
 
 def fit(config: RunConfig, *, workdir: str | Path, resume: bool = False) -> dict[str, Any]:
@@ -48,6 +49,7 @@ def fit(config: RunConfig, *, workdir: str | Path, resume: bool = False) -> dict
         with reading():
             hosts.by_first(functools.partial(check_workdir, folder, resume=resume))
             trackers = [TRACKERS[name] for name in config.training.trackers]
+            config = dated(config, folder)
             run = TASKS[config.task].check(config)
         with held(folder, resume=resume):
             with reading():
@@ -64,6 +66,24 @@ def fit(config: RunConfig, *, workdir: str | Path, resume: bool = False) -> dict
                     told.summary = summary
                 write_results(folder, summary, written)
         return summary
+
+
+def dated(config: RunConfig, folder: Path) -> RunConfig:
+    """The config with the day that chat templates are told: that of the run's first start.
+
+    A template may write the date; of a run that goes on tomorrow the texts must stay what they are.
+    """
+    if TASKS[config.task].model == "encoder":  # its rows are not written by a template
+        return config
+    data = config.data
+    sets = () if data.train is None or isinstance(data.train, str) else data.train
+    templates = {data.template, *(one.template for one in sets)}
+    if data.today is not None or "chat" not in templates:
+        return config
+    today = datetime.date.today().isoformat()
+    tree = config.model_dump(mode="json")
+    tree["data"]["today"] = hosts.by_first(lambda: recorded_day(folder) or today)
+    return parse_config(tree, str(folder))
 
 
 def describe(run: Run) -> None:

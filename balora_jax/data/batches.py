@@ -5,6 +5,7 @@ the epoch, repeated for ever, and a state of a few integers.
 """
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
@@ -102,11 +103,16 @@ class TextBatches(Resumable):
         mode: Mode,
         seed: int,
         pad_id: int,
+        weighted: Sequence[tuple[int, float]] = (),
     ) -> None:
         """Set up the order; nothing is read yet.
 
         Args:
             examples: At least one, none longer than `length`.
+            weighted: How many of the examples, in order, are of each set, and the weight of the
+                set; none where every example is drawn once in an epoch. With weights an epoch has
+                as many examples as there are, drawn from the sets by weight; each set goes through
+                its own in an order of its own, again and again.
             batch_size: Rows of a micro-batch.
             accumulation: Micro-batches of a step.
             length: Tokens of a row, as `common_length` gives it.
@@ -135,14 +141,18 @@ class TextBatches(Resumable):
             "mode": mode,
             "seed": seed,
         }
+        if weighted:
+            self._identity["weighted"] = [list(part) for part in weighted]
         source = [
             {"input_ids": e.input_ids, "loss_mask": e.loss_mask.astype(np.int32)} for e in examples
         ]
-        self._epoch = grain.MapDataset.source(source).seed(seed).shuffle()
+        self._size = len(source)
+        self._epoch = _mixed(source, weighted, seed)
         # More bins than one epoch fills would put an example beside itself.
         tokens = sum(len(example.input_ids) for example in examples)
         self._bins = min(_MOST_BINS, max(1, tokens // length))
-        forever = self._rows_of(self._epoch.repeat(None)).batch(self._rows)
+        forever = self._rows_of(self._epoch if weighted else self._epoch.repeat(None))
+        forever = forever.batch(self._rows)
         self._iterator = iter(forever)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -155,8 +165,10 @@ class TextBatches(Resumable):
 
     def batches_per_epoch(self) -> int:
         """Batches that one epoch fills, the last perhaps not wholly; packing is tried to count."""
-        rows = sum(1 for _ in self._rows_of(self._epoch)) if self._mode == "packing" else None
-        return math.ceil((len(self._epoch) if rows is None else rows) / self._rows)
+        if self._mode != "packing":
+            return math.ceil(self._size / self._rows)
+        rows = sum(1 for _ in self._rows_of(self._epoch[: self._size]))
+        return math.ceil(rows / self._rows)
 
     def _rows_of(self, order: grain.MapDataset) -> grain.IterDataset:
         if self._mode == "padding":
@@ -169,6 +181,20 @@ class TextBatches(Resumable):
             num_packing_bins=self._bins,
         )
         return packed.map(_named)
+
+
+def _mixed(
+    source: Sequence[Batch], weighted: Sequence[tuple[int, float]], seed: int
+) -> grain.MapDataset:
+    """The examples in the order of an epoch; with weights without an end."""
+    if not weighted:
+        return grain.MapDataset.source(source).seed(seed).shuffle()
+    ends = list(itertools.accumulate(count for count, _ in weighted))
+    sets = [
+        grain.MapDataset.source(source[end - count : end]).seed(seed + i).shuffle().repeat(None)
+        for i, (end, (count, _)) in enumerate(zip(ends, weighted, strict=True))
+    ]
+    return grain.MapDataset.mix(sets, weights=[weight for _, weight in weighted])
 
 
 def _named(row: Batch) -> Batch:

@@ -5,8 +5,8 @@ generation alike, so a trained row begins with exactly the ids that generation s
 
 - Text templates: prompt and response are tokenised apart and joined as ids. No token can straddle
   the border, whatever the tokenizer merges.
-- The chat template: the conversation is tokenised whole, as servers do it, and the prompt must be
-  its prefix, id by id. A template for which it is not is an error, never a shifted mask.
+- The chat template: the conversation is tokenised whole, as servers do it, where the prompt is its
+  prefix, id by id; else each answer on its own, after the ids of its prompt.
 
 Texts may hold the tokenizer's special tokens as text (a template of your own does); they are
 read as those tokens, as in `transformers`.
@@ -15,17 +15,18 @@ read as those tokens, as in `transformers`.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from balora_jax.data.chat import Renderer
+from balora_jax.data.conversations import encode_conversation, prompt_of
+from balora_jax.data.sequences import BadRow, Found, Tokens, or_bad, packed, unpacked
 from balora_jax.data.templates import (
     ExampleSettings,
-    Message,
     Row,
-    messages_of,
+    branch_of,
     prompt_text,
     response_text,
 )
@@ -44,6 +45,8 @@ __all__ = [
 
 _CHUNK = 1000
 _SHOW_PROGRESS_ABOVE = 2000
+_LOOKED_AT = 1000
+"""Rows that are looked at for what a person is shown."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,14 +74,15 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class EncodingReport:
-    """Count of what became of the rows: ``rows = kept + dropped + prompt_too_long``.
+    """Count of what became of the rows.
 
     Attributes:
         rows: Rows read.
-        kept: Examples made.
+        kept: Examples made; a conversation may give several.
         truncated: Those of the kept that lost the end of their response.
-        dropped: Rows left out for their length, by choice.
-        prompt_too_long: Rows left out because their prompt alone fills the limit.
+        dropped: Examples left out for their length, by choice.
+        prompt_too_long: Examples left out because their prompt alone fills the limit.
+        bad: Rows left out because they cannot be read, by choice.
         tokens: Tokens of all examples.
         loss_tokens: Those of them that are learnt.
     """
@@ -88,29 +92,36 @@ class EncodingReport:
     truncated: int
     dropped: int
     prompt_too_long: int
+    bad: int
     tokens: int
     loss_tokens: int
 
     def __str__(self) -> str:
+        bad = f"{self.bad} that cannot be read, " if self.bad else ""
         return (
-            f"{self.kept} of {self.rows} rows kept ({self.truncated} truncated, {self.dropped} "
-            f"dropped as too long, {self.prompt_too_long} with a prompt too long), "
+            f"{self.kept} examples of {self.rows} rows ({bad}{self.truncated} truncated, "
+            f"{self.dropped} dropped as too long, {self.prompt_too_long} with a prompt too long), "
             f"{self.tokens} tokens, {self.loss_tokens} of them in the loss"
         )
 
+    def __add__(self, other: "EncodingReport") -> "EncodingReport":
+        """The counts of both."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return EncodingReport(*(mine + theirs for mine, theirs in pairs))
+
 
 class EncodedSet(NamedTuple):
-    """The examples, in the order of their rows, and what became of the rows."""
+    """What became of rows.
+
+    Attributes:
+        examples: in the order of their rows.
+        report: counts.
+        bad: rows that were left out, and why.
+    """
 
     examples: list[Example]
     report: EncodingReport
-
-
-class _Sequence(NamedTuple):
-    """Token ids before the limit is applied, with the spans [start, end) of the responses."""
-
-    ids: Sequence[int] | np.ndarray
-    spans: list[tuple[int, int]]
+    bad: list[BadRow]
 
 
 ShareOut = Callable[[int, Callable[[int, int], np.ndarray]], np.ndarray]
@@ -145,48 +156,43 @@ def encode_rows(
     """
     if len(rows) == 0:
         raise InputError("data: expected at least one row, got none. Add rows.")
-    tally = _Tally(settings)
+    tally = _Tally(settings, len(rows))
     work = functools.partial(_tokenised, rows, tokenizer, settings)
-    for sequence in _unpacked(share_out(len(rows), work)):
-        tally.add(sequence)
+    for found in unpacked(share_out(len(rows), work)):
+        tally.add(found)
     return tally.result()
 
 
 def _tokenised(
     rows: Any, tokenizer: Any, settings: ExampleSettings, start: int, stop: int
 ) -> np.ndarray:
-    """The sequences of some of the rows, one after another in an int32 array."""
+    """What some of the rows give, in an int32 array."""
     part = rows if stop - start == len(rows) else (rows[index] for index in range(start, stop))
     numbered = enumerate(part, start=start + 1)
-    packed = [np.zeros(0, np.int32)]
+    parts = [np.zeros(0, np.int32)]
     total = stop - start
     with progress_bar(
         total=total, desc="tokenising", unit="row", disable=total <= _SHOW_PROGRESS_ABOVE
     ) as bar:
         while chunk := list(itertools.islice(numbered, _CHUNK)):
-            packed += [_packed(sequence) for sequence in _encode_chunk(chunk, tokenizer, settings)]
+            parts.append(packed(_encode_chunk(chunk, tokenizer, settings)))
             bar.update(len(chunk))
-    return np.concatenate(packed)
+    return np.concatenate(parts)
 
 
-def _packed(sequence: _Sequence) -> np.ndarray:
-    """Two counts, the spans and the ids, int32."""
-    counts = (len(sequence.ids), len(sequence.spans))
-    spans = itertools.chain.from_iterable(sequence.spans)
-    return np.fromiter(itertools.chain(counts, spans, sequence.ids), np.int32)
+def renderer_for(tokenizer: Any, settings: ExampleSettings) -> Renderer:
+    """The chat template that the settings ask for. Raises InputError where there is none."""
+    return Renderer(
+        tokenizer,
+        settings.chat_template,
+        settings.chat_template_kwargs,
+        settings.today,
+    )
 
 
-def _unpacked(packed: np.ndarray) -> Iterator[_Sequence]:
-    start = 0
-    while start < len(packed):
-        length, count = packed[start : start + 2].tolist()
-        ids = start + 2 + 2 * count
-        spans = packed[start + 2 : ids].reshape(count, 2).tolist()
-        start = ids + length
-        yield _Sequence(packed[ids:start], [(first, last) for first, last in spans])
-
-
-def encode_prompt(row: Row, tokenizer: Any, settings: ExampleSettings) -> list[int]:
+def encode_prompt(
+    row: Row, tokenizer: Any, settings: ExampleSettings, where: str = "row"
+) -> list[int]:
     """The ids that generation starts from: those that the trained example of this row begins with.
 
     Args:
@@ -194,21 +200,23 @@ def encode_prompt(row: Row, tokenizer: Any, settings: ExampleSettings) -> list[i
             is all that stands before the last assistant turn.
         tokenizer: The tokenizer of the training.
         settings: The settings of the training. The limit is not applied.
+        where: What to call the row in an error.
 
     Raises:
         InputError: As `encode_rows`, for this row.
     """
     if settings.template != "chat":
-        text = prompt_text(row, settings, "row")
-        return _prompt_ids([text], tokenizer)[0]
-    if settings.messages_column is None:
-        # The turn that is to be generated need not be in the row.
-        row = {**row, settings.response_column: "-"}
-    messages = messages_of(row, settings, "row")
-    answers = _assistant_turns(messages)
-    before = messages[: answers[-1]] if answers else messages
-    with Renderer(tokenizer).ready() as chat:
-        return chat.ids(before, "row", generation=True)
+        return text_ids([prompt_text(row, settings, where)], tokenizer)[0]
+    with renderer_for(tokenizer, settings).ready() as chat:
+        return chat.ids(chat.text(prompt_of(row, settings, chat, where), where, generation=True))
+
+
+def first_of_each_branch(rows: Any, settings: ExampleSettings) -> dict[str, int]:
+    """Place of the first row of each branch of the template, by its name."""
+    found: dict[str, int] = {}
+    for index, row in enumerate(itertools.islice(rows, _LOOKED_AT)):
+        found.setdefault(branch_of(row, settings), index)
+    return found
 
 
 def describe_example(example: Example, tokenizer: Any) -> str:
@@ -235,28 +243,42 @@ def describe_example(example: Example, tokenizer: Any) -> str:
 class _Tally:
     """Applies the limit to one sequence after another, and counts."""
 
-    def __init__(self, settings: ExampleSettings) -> None:
+    def __init__(self, settings: ExampleSettings, rows: int) -> None:
         self._settings = settings
         self._examples: list[Example] = []
-        self._rows = self._truncated = self._dropped = self._prompt_too_long = 0
+        self._bad: list[BadRow] = []
+        self._rows = rows
+        self._truncated = self._dropped = self._prompt_too_long = 0
         self._shortest_prompt: int | None = None
         self._shortest_row: int | None = None
 
-    def add(self, sequence: _Sequence) -> None:
+    def add(self, found: Found) -> None:
+        if isinstance(found, BadRow):
+            self._bad.append(found)
+            return
         limit = self._settings.max_length
-        length, prompt = len(sequence.ids), sequence.spans[0][0]
-        self._rows += 1
+        length, prompt = len(found.ids), found.spans[0][0]
         self._shortest_prompt = min(prompt, self._shortest_prompt or prompt)
         self._shortest_row = min(length, self._shortest_row or length)
-        mask = _loss_mask(sequence)[:limit]
-        if not mask.any():
+        whole = _loss_mask(found)
+        if self._settings.overlong == "split":
+            self._split(found, whole)
+        elif not (mask := whole[:limit]).any():
             self._prompt_too_long += 1
         elif length > limit and self._settings.overlong == "drop":
             self._dropped += 1
         else:
             self._truncated += length > limit
             # A copy, for what is left out need not stay in memory.
-            self._examples.append(Example(np.array(sequence.ids[:limit], np.int32), mask))
+            self._examples.append(Example(np.array(found.ids[:limit], np.int32), mask))
+
+    def _split(self, found: Tokens, whole: np.ndarray) -> None:
+        """Examples of all parts; the first token of a part has nothing before it to learn from."""
+        for start in range(0, len(found.ids), self._settings.max_length):
+            part = slice(start, start + self._settings.max_length)
+            mask = np.concatenate([np.zeros(1, np.int8), whole[part][1:]])
+            if mask.any():
+                self._examples.append(Example(np.array(found.ids[part], np.int32), mask))
 
     def result(self) -> EncodedSet:
         if not self._examples:
@@ -267,10 +289,11 @@ class _Tally:
             truncated=self._truncated,
             dropped=self._dropped,
             prompt_too_long=self._prompt_too_long,
+            bad=len(self._bad),
             tokens=sum(len(example.input_ids) for example in self._examples),
             loss_tokens=sum(int(example.loss_mask.sum()) for example in self._examples),
         )
-        return EncodedSet(self._examples, report)
+        return EncodedSet(self._examples, report, self._bad)
 
     def _nothing_left(self) -> str:
         limit = self._settings.max_length
@@ -280,6 +303,11 @@ class _Tally:
                 f"longer ones: the shortest has {self._shortest_row} tokens. "
                 "Raise max_length or set overlong to truncate."
             )
+        if not self._prompt_too_long:
+            return (
+                f"data: expected rows that can be read, got none of {self._rows}. The first says: "
+                f"{self._bad[0].reason}"
+            )
         return (
             f"data: expected prompts shorter than max_length = {limit} tokens, got none: the "
             f"shortest of {self._rows} has {self._shortest_prompt} tokens. Raise max_length above "
@@ -287,7 +315,7 @@ class _Tally:
         )
 
 
-def _loss_mask(sequence: _Sequence) -> np.ndarray:
+def _loss_mask(sequence: Tokens) -> np.ndarray:
     mask = np.zeros(len(sequence.ids), np.int8)
     for start, end in sequence.spans:
         mask[start:end] = 1
@@ -296,23 +324,63 @@ def _loss_mask(sequence: _Sequence) -> np.ndarray:
 
 def _encode_chunk(
     chunk: Sequence[tuple[int, Row]], tokenizer: Any, settings: ExampleSettings
-) -> Iterator[_Sequence]:
-    eos = _eos_id(tokenizer)
+) -> Iterator[Found]:
+    eos, skip = _eos_id(tokenizer), settings.bad_rows == "skip"
     if settings.template == "chat":
-        named = [(f"row {number}", row) for number, row in chunk]
-        texts = [(_answered(messages_of(row, settings, at), at), at) for at, row in named]
-        with Renderer(tokenizer).ready() as chat:
-            found = [_encode_chat(messages, chat, eos, where) for messages, where in texts]
-        yield from found
+        with renderer_for(tokenizer, settings).ready() as chat:
+            for number, row in chunk:
+                encode = functools.partial(
+                    encode_conversation, row, settings, chat, eos, f"row {number}"
+                )
+                yield from or_bad(number, encode, skip=skip)
         return
-    prompts = [prompt_text(row, settings, f"row {number}") for number, row in chunk]
-    responses = [response_text(row, settings, f"row {number}") for number, row in chunk]
-    prompt_ids = _prompt_ids(prompts, tokenizer)
-    response_ids = _plain_ids(responses, tokenizer)
-    for (number, _), prompt, response in zip(chunk, prompt_ids, response_ids, strict=True):
+    encoded = _encoded_texts(chunk, tokenizer, settings, eos)
+    for number, _ in chunk:
+        encode = functools.partial(next, encoded[number])
+        yield from or_bad(number, encode, skip=skip)
+
+
+def _encoded_texts(
+    chunk: Sequence[tuple[int, Row]], tokenizer: Any, settings: ExampleSettings, eos: int
+) -> Mapping[int, Iterator[list[Tokens]]]:
+    """What each row gives when it is asked for; all texts are tokenised at once."""
+    texts: dict[int, tuple[str, str]] = {}
+    errors: dict[int, InputError] = {}
+    for number, row in chunk:
+        try:
+            texts[number] = _texts(row, settings, f"row {number}")
+        except InputError as error:
+            errors[number] = error
+    ids = dict(zip(texts, _both_ids(list(texts.values()), tokenizer, settings), strict=True))
+
+    def give(number: int) -> Iterator[list[Tokens]]:
+        if number in errors:
+            raise errors[number]
+        prompt, response = ids[number]
+        if settings.template == "text":
+            whole = prompt + _end_once(response, eos)
+            yield [Tokens(whole, [(max(len(prompt), 1), len(whole))])]
+            return
         _check_prompt(prompt, f"row {number}")
-        ids = prompt + _end_once(response, eos)
-        yield _Sequence(ids, [(len(prompt), len(ids))])
+        whole = prompt + _end_once(response, eos)
+        yield [Tokens(whole, [(len(prompt), len(whole))])]
+
+    return {number: give(number) for number, _ in chunk}
+
+
+def _texts(row: Row, settings: ExampleSettings, where: str) -> tuple[str, str]:
+    """Prompt and response; a raw text has no prompt."""
+    prompt = "" if settings.template == "text" else prompt_text(row, settings, where)
+    return prompt, response_text(row, settings, where)
+
+
+def _both_ids(
+    texts: Sequence[tuple[str, str]], tokenizer: Any, settings: ExampleSettings
+) -> Iterator[tuple[list[int], list[int]]]:
+    if not texts:
+        return iter(())
+    prompts, responses = (list(column) for column in zip(*texts, strict=True))
+    return zip(text_ids(prompts, tokenizer), _plain_ids(responses, tokenizer), strict=True)
 
 
 def _check_prompt(prompt: Sequence[int], where: str) -> None:
@@ -349,8 +417,11 @@ def _plain_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _prompt_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """The ids of prompts: what the tokenizer puts before every text (BOS), once, then the text."""
+def text_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """The ids of prompts: what the tokenizer puts before every text (BOS), once, then the text.
+
+    What it puts behind (EOS) is left out: the text goes on.
+    """
     probe = tokenizer("a", add_special_tokens=True, return_special_tokens_mask=True)
     leading = itertools.takewhile(
         lambda pair: pair[1], zip(probe["input_ids"], probe["special_tokens_mask"], strict=True)
@@ -360,59 +431,3 @@ def _prompt_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
         ids if start and ids[: len(start)] == start else start + ids
         for ids in _plain_ids(texts, tokenizer)
     ]
-
-
-def _assistant_turns(messages: Iterable[Message]) -> list[int]:
-    return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-
-
-def _answered(messages: list[Message], where: str) -> list[Message]:
-    if not _assistant_turns(messages):
-        raise InputError(
-            f"{where}: expected at least one assistant turn, got none. "
-            "Leave the row out or rename its roles."
-        )
-    return messages
-
-
-def _encode_chat(messages: list[Message], chat: Renderer, eos: int, where: str) -> _Sequence:
-    """Tokenise a conversation up to its last assistant turn; each assistant turn is a span.
-
-    A turn ends with its EOS, or where the template ends it; what a template writes after the EOS
-    (a line break, mostly) is not learnt. The last turn gets an EOS if the template writes none.
-    """
-    turns = _assistant_turns(messages)
-    ids = chat.ids(messages[: turns[-1] + 1], where, generation=False)
-    spans = []
-    for turn in turns:
-        prompt = chat.ids(messages[:turn], where, generation=True)
-        whole = chat.ids(messages[: turn + 1], where, generation=False)
-        _check_prompt(prompt, where)
-        if ids[: len(prompt)] != prompt or ids[: len(whole)] != whole:
-            raise InputError(
-                f"{where}: expected the chat template to begin a conversation with the very tokens "
-                f"of its prompt, got other ones before message {turn + 1}. "
-                "Use a text template for this tokenizer."
-            )
-        if len(whole) <= len(prompt):
-            raise InputError(
-                f"{where}: expected the chat template to write message {turn + 1} after its "
-                "prompt, got nothing of it. Use a text template for this tokenizer."
-            )
-        spans.append((len(prompt), _turn_end(ids, len(prompt), len(whole), eos)))
-    start, end = spans[-1]
-    kept = ids[:end]
-    if eos not in kept[start:]:
-        kept = [*kept, eos]
-        spans[-1] = (start, len(kept))
-    return _Sequence(kept, spans)
-
-
-def _turn_end(ids: Sequence[int], start: int, end: int, eos: int) -> int:
-    """Where the learnt part of ids[start:end] ends: after its last EOS, if it has one.
-
-    >>> _turn_end([1, 7, 8, 2, 5], start=1, end=5, eos=2)
-    4
-    """
-    marks = [i for i in range(start, end) if ids[i] == eos]
-    return marks[-1] + 1 if marks else end

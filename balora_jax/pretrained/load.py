@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from balora_jax.array_types import Array, Float, Int, PRNGKeyArray
+from balora_jax.data.examples import text_ids
 from balora_jax.errors import InputError
 from balora_jax.io.peft_reader import read_peft
 from balora_jax.models.adapters import adapter_shapes, plan_adapters
@@ -124,13 +125,32 @@ class PretrainedModel:
         """
         tokenizer = self.tokenizer
         sampling = sampling_for(self.base, tokenizer, max_new_tokens, temperature, top_p)
-        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        ids = text_ids(list(prompts), tokenizer)
         self.base.check_prompts(ids, max_new_tokens)
         decoder = make_decoder(self.bind, sampling)
         tokens = generate(
             decoder, self.parts, ids, sampling, batch_size=len(ids), key=jax.random.key(seed)
         )
-        return tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return continuations(tokenizer, ids, tokens)
+
+
+def continuations(
+    tokenizer: Any, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
+) -> list[str]:
+    """The texts of what was written after prompts, without special tokens.
+
+    Decoded behind its prompt: alone, a tokenizer of sentencepiece takes the first blank of a text
+    for the one that it puts before every text.
+    """
+    before = tokenizer.batch_decode(list(map(list, prompts)), skip_special_tokens=True)
+    both = [[*prompt, *answer] for prompt, answer in zip(prompts, tokens, strict=True)]
+    whole = tokenizer.batch_decode(both, skip_special_tokens=True)
+    alone = tokenizer.batch_decode(list(map(list, tokens)), skip_special_tokens=True)
+    return [
+        # Where a prompt ends within a character, what follows completes it.
+        text[len(start) :] if text.startswith(start) else answer
+        for start, text, answer in zip(before, whole, alone, strict=True)
+    ]
 
 
 def sampling_for(

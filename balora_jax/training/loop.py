@@ -1,5 +1,6 @@
 """The training loop: optimizer steps with log and checkpoints; it knows no task."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -29,6 +30,7 @@ from balora_jax.training.workdir import (
     HEADER,
     METRICS,
     PROFILE,
+    SKIPPED,
     agree_on_folder,
     remove_leftovers,
 )
@@ -233,6 +235,9 @@ def open_folder(folder: Path, run: Run, found: checkpoint.Found | None) -> None:
         if found is not None:
             checkpoint.tidy(folder / CHECKPOINTS, found)
         write_atomically(folder / CONFIG, HEADER + dump_config(run.config))
+        if run.left_out:
+            rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in run.left_out)
+            write_atomically(folder / SKIPPED, rows)
     if jax.process_count() > 1:
         agree_on_folder(folder)
     if found is not None:

@@ -107,6 +107,11 @@ class Run(Protocol):
         """Lines about the data, for the start of a run."""
         ...
 
+    @property
+    def left_out(self) -> list[dict[str, Any]]:
+        """Training rows that cannot be read and were left out: ``set``, ``row``, ``reason``."""
+        ...
+
     def load(self) -> Loaded:
         """The frozen weights, and the start of what trains."""
         ...

@@ -18,6 +18,7 @@ from balora_jax.io.peft_writer import is_adapter
 from balora_jax.parallel import hosts
 from balora_jax.pretrained.export import ADAPTER, MODEL
 from balora_jax.training.trackers.tracker import SEEN
+from balora_jax.untyped.yaml_text import read_yaml
 
 CONFIG = "config.yaml"
 HEADER = "# The resolved config of a run of balora_jax.\n"
@@ -26,8 +27,9 @@ HEADER = "# The resolved config of a run of balora_jax.\n"
 METRICS, SUMMARY, CURVES = "metrics.jsonl", "summary.json", "curves.png"
 CHECKPOINTS, PROFILE = "checkpoints", "profile"
 TEACHER = "teacher_logits.safetensors"
+SKIPPED = "skipped_rows.jsonl"
 
-FILES = (CONFIG, METRICS, metrics.ASIDE, SUMMARY, CURVES, SEEN, TEACHER)
+FILES = (CONFIG, METRICS, metrics.ASIDE, SUMMARY, CURVES, SEEN, TEACHER, SKIPPED)
 FOLDERS = (CHECKPOINTS, ADAPTER, MODEL, PROFILE)
 """Everything that a run writes into its folder, and replaces there when it goes on."""
 
@@ -90,6 +92,16 @@ def _check_content(folder: Path, *, resume: bool) -> None:
 def holds_run(folder: Path) -> bool:
     """Whether a run has begun in a folder: its ``config.yaml`` is one that a run wrote."""
     return begins_with(folder / CONFIG, HEADER)
+
+
+def recorded_day(folder: Path) -> str | None:
+    """The day that the run in a folder tells its chat template; None where none is recorded."""
+    if not holds_run(folder):
+        return None
+    tree = read_yaml(folder / CONFIG)
+    data = tree.get("data") if isinstance(tree, dict) else None
+    found = data.get("today") if isinstance(data, dict) else None
+    return None if found is None else str(found)
 
 
 def _check_kinds(folder: Path, there: list[str]) -> None:

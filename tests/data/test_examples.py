@@ -167,7 +167,7 @@ LENGTHS = [{"q": "zz", "a": "zzz"}, {"q": "z", "a": "z"}, {"q": "z" * 8, "a": "z
 
 def test_truncation_cuts_the_response_keeps_the_prompt_and_counts():
     chosen = ExampleSettings("plain", "q", "a", max_length=5)
-    examples, report = encode_rows(LENGTHS, WITH_BOS, chosen)
+    examples, report, _ = encode_rows(LENGTHS, WITH_BOS, chosen)
     z = WITH_BOS.convert_tokens_to_ids("z")
     assert [e.input_ids.tolist() for e in examples] == [[0, z, z, z, z], [0, z, z, 1]]
     assert [e.loss_mask.tolist() for e in examples] == [[0, 0, 0, 1, 1], [0, 0, 1, 1]]
@@ -177,18 +177,19 @@ def test_truncation_cuts_the_response_keeps_the_prompt_and_counts():
         "truncated": 1,
         "dropped": 0,
         "prompt_too_long": 1,
+        "bad": 0,
         "tokens": 9,
         "loss_tokens": 4,
     }
     assert str(report) == (
-        "2 of 3 rows kept (1 truncated, 0 dropped as too long, 1 with a prompt too long), "
+        "2 examples of 3 rows (1 truncated, 0 dropped as too long, 1 with a prompt too long), "
         "9 tokens, 4 of them in the loss"
     )
 
 
 def test_dropping_leaves_long_rows_out_and_counts():
     chosen = ExampleSettings("plain", "q", "a", max_length=5, overlong="drop")
-    examples, report = encode_rows(LENGTHS, WITH_BOS, chosen)
+    examples, report, _ = encode_rows(LENGTHS, WITH_BOS, chosen)
     assert [len(e.input_ids) for e in examples] == [4]
     assert (report.kept, report.truncated, report.dropped, report.prompt_too_long) == (1, 0, 1, 1)
 
@@ -285,7 +286,7 @@ REFUSED = {
     "no assistant": (
         [{"messages": CONVERSATION[:2]}],
         TURNS,
-        "row 1: expected at least one assistant turn, got none.",
+        "row 1: expected at least one assistant turn to learn, got none.",
     ),
 }
 
@@ -293,8 +294,9 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_bad_rows_are_refused_in_one_sentence(name):
     rows, chosen, message = REFUSED[name]
+    tokenizer = tiny.make(chat=tiny.CHAT) if chosen is TURNS else WITH_BOS
     with pytest.raises(InputError) as error:
-        encode_rows(rows, WITH_BOS, chosen)
+        encode_rows(rows, tokenizer, chosen)
     assert message in str(error.value)
 
 
@@ -305,7 +307,16 @@ def test_bad_rows_are_refused_in_one_sentence(name):
         ({"template": "{q"}, "template: expected a text with {column} places, got unmatched"),
         ({"template": "{q} {output}"}, "got the response column 'output', which would show"),
         ({"messages_column": "m"}, "template: expected 'chat' with messages_column 'm', got"),
-        ({"overlong": "cut"}, "overlong: expected one of truncate, drop, got 'cut'."),
+        ({"overlong": "cut"}, "overlong: expected one of truncate, drop, split, got 'cut'."),
+        (
+            {"overlong": "split"},
+            "overlong: expected truncate or drop with the template 'alpaca', got",
+        ),
+        ({"bad_rows": "mend"}, "bad_rows: expected one of stop, skip, got 'mend'."),
+        ({"template": "{#a}x"}, "template: expected {/a}, got none. Close each section once."),
+        ({"template": "{#a}{b}{/b}"}, "template: expected {/a}, got {/b}. Close"),
+        ({"template": "{a}{/b}"}, "template: expected no end of a section, got {/b}. Close"),
+        ({"template": "{a!r}"}, "expected the bare name of a column in a place, got 'a' with a"),
         ({"max_length": 1}, "max_length: expected at least 2 tokens, got 1."),
     ],
 )
@@ -323,7 +334,12 @@ def test_a_tokenizer_without_eos_is_refused():
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (tiny.CHAT_FORGETFUL, "row 1: expected the chat template to begin a conversation with the"),
+        (
+            "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+            "{% if add_generation_prompt %}[model]{% endif %}",
+            "row 1: expected the chat template to write message 2 after its prompt, got "
+            "'assistant]two' where the prompt has 'model]'. Set data.chat_template_kwargs or",
+        ),
         (tiny.CHAT_REFUSING, "got: roles must alternate."),
         ("{{ '' }}", "got '', which has nothing of message"),
     ],
@@ -362,7 +378,7 @@ def test_gsm8k_on_a_real_tokenizer(stories):
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in itertools.islice(lines, 200)]
     chosen = ExampleSettings(prompt_column="question", response_column="answer", max_length=512)
-    examples, report = encode_rows(rows, stories, chosen)
+    examples, report, _ = encode_rows(rows, stories, chosen)
     assert report.kept + report.prompt_too_long == report.rows == 200
     assert report.truncated > 0
     whole = ExampleSettings("plain", "question", "answer", max_length=2048)

@@ -179,6 +179,11 @@ class LabelsRun(LabelsProgram):
         """What became of the training rows: counts by name."""
         return self.data.report
 
+    @property
+    def left_out(self) -> list[dict[str, Any]]:
+        """No row is left out."""
+        return []
+
     def describe(self) -> list[str]:
         """Lines about the data, for the start of a run."""
         first = describe_labels(self.data.examples[0], self.tokenizer, self.task)

@@ -107,6 +107,7 @@ def forward_rows(config: EvalConfig, mesh: Mesh) -> int:
 def train_rows(config: DataConfig, task: LabelsTask) -> Any:
     """The rows to train on: of a file, or of the hub's data set of the task."""
     if config.train is not None:
+        assert isinstance(config.train, str)  # checked with the config
         file = _named(config.train, config)
         return load_rows(file, split=config.split, limit=config.train_limit)
     assert task.hub is not None  # checked with the config

@@ -10,8 +10,16 @@ UNREAD = (
     "data.template",
     "data.prompt_column",
     "data.response_column",
+    "data.input_column",
     "data.messages_column",
+    "data.tools_column",
+    "data.assistant_turns",
+    "data.conversation",
+    "data.chat_template",
+    "data.chat_template_kwargs",
+    "data.today",
     "data.overlong",  # rows are always cut, as their tokenizer cuts a pair
+    "data.bad_rows",  # a table of labels is mended, or cut with train_limit
     "data.packing",
     "training.head",  # C classes fit in memory at once
     "training.head_chunk",
@@ -31,6 +39,10 @@ SAID_BY_GLUE = ("text_columns", "label_column", "labels", "regression")
 
 def check(data: DataConfig) -> None:
     """Raises InputError where rows or their columns are missing, or said twice."""
+    if not isinstance(data.train, str | None):
+        raise InputError(
+            "data.train: expected one file with task labels, got a list. Put the rows in one file."
+        )
     if data.glue is None and (data.train is None or not data.text_columns):
         raise InputError(
             "data: expected data.glue, or data.train with data.text_columns, for task labels, got "

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from balora_jax.array_types import PRNGKeyArray
 from balora_jax.config import DataConfig, ModelConfig, RunConfig
 from balora_jax.data.batches import TextBatches, common_length
-from balora_jax.data.examples import EncodedSet, describe_example, encode_prompt, encode_rows
-from balora_jax.data.sources import Rows, load_rows
+from balora_jax.data.examples import describe_example, encode_prompt, text_ids
+from balora_jax.data.training_sets import TrainingData, TrainingSet, encode_sets, load_sets
 from balora_jax.errors import InputError
 from balora_jax.evals.benchmark import TextBenchmark
 from balora_jax.parallel import hosts, sharding
@@ -26,7 +26,14 @@ from balora_jax.tasks.settings import benchmark_of
 from balora_jax.tasks.text.loss import Constants
 from balora_jax.tasks.text.moments import RowMoments
 from balora_jax.tasks.text.program import TextProgram, text_program
-from balora_jax.tasks.text.score import Answerer, Exam, exam_of, example_settings
+from balora_jax.tasks.text.score import (
+    Answerer,
+    Exam,
+    exam_of,
+    example_settings,
+    question_row,
+    training_sets,
+)
 from balora_jax.training.run import Arrays, Loaded, Scorer
 
 
@@ -44,7 +51,7 @@ class TextRun(TextProgram):
 
     base: Base
     tokenizer: Any
-    data: EncodedSet
+    data: TrainingData
     exam: Exam | None
     length: int
 
@@ -59,6 +66,7 @@ class TextRun(TextProgram):
             mode="packing" if self.config.data.packing else "padding",
             seed=training.seed,
             pad_id=self.base.padding_id(self.tokenizer),
+            weighted=self.data.weighted,
         )
 
     def step_flops(self, counted: float) -> float:
@@ -117,21 +125,28 @@ class TextRun(TextProgram):
         """What became of the training rows: counts by name."""
         return self.data.report
 
+    @property
+    def left_out(self) -> list[dict[str, Any]]:
+        """Training rows that cannot be read and were left out: ``set``, ``row``, ``reason``."""
+        return [{"set": name, "row": bad.row, "reason": bad.reason} for name, bad in self.data.bad]
+
     def describe(self) -> list[str]:
         """Lines about the data, for the start of a run."""
         return [
             f"data: {self.data.report}; rows of {self.length} tokens",
+            *self.data.notes,
             f"first example: {describe_example(self.data.examples[0], self.tokenizer)}",
+            *(f"first {name}: {text}" for name, text in self.data.others),
         ]
 
 
 class _Opened(NamedTuple):
-    """Inputs of a :class:`TextRun`, and the training rows as they were read."""
+    """Inputs of a :class:`TextRun`, and the training sets as they were read."""
 
     program: TextProgram
     base: Base
     tokenizer: Any
-    rows: Rows
+    sets: list[TrainingSet]
     exam: Exam | None
 
 
@@ -145,8 +160,7 @@ def check(config: RunConfig) -> TextRun:
         RunStoppedError: it is wrong in another process.
     """
     opened = hosts.together(partial(_open, config))
-    settings = example_settings(config.data)
-    data = encode_rows(opened.rows, opened.tokenizer, settings, share_out=hosts.share_out)
+    data = encode_sets(opened.sets, opened.tokenizer, share_out=hosts.share_out)
     opened.base.check_ids(data.examples)
     return TextRun(
         **vars(opened.program),
@@ -163,16 +177,15 @@ def _open(config: RunConfig) -> _Opened:
     base = open_base(config.model.name_or_path, config.model.revision)
     program = text_program(config, base.config)
     tokenizer = base.tokenizer()
-    assert config.data.train is not None  # checked with the config
-    rows = load_rows(config.data.train, split=config.data.split, limit=config.data.train_limit)
+    sets = load_sets(training_sets(config.data))
     exam = exam_of(tokenizer, config.data, config.eval, benchmark_of(config.task, config.eval.task))
     if exam is not None:  # what is wrong is said before a weight is read
         base.stop_ids()
         base.check_prompts(exam.prompts, config.eval.max_new_tokens)
-    return _Opened(program, base, tokenizer, rows, exam)
+    return _Opened(program, base, tokenizer, sets, exam)
 
 
-def _row_length(config: DataConfig, data: EncodedSet, base: Base, mesh: Mesh) -> int:
+def _row_length(config: DataConfig, data: TrainingData, base: Base, mesh: Mesh) -> int:
     length = config.max_length if config.packing else None
     length = length or common_length(data.examples, config.max_length)
     longest = max(len(example.input_ids) for example in data.examples)
@@ -217,10 +230,11 @@ def generate(
     model = opened_model(config.model, adapter)
     settings = example_settings(config.data)
     if raw:
-        ids = [model.tokenizer(prompt)["input_ids"] for prompt in prompts]
+        ids = text_ids(list(prompts), model.tokenizer)
     else:
-        rows = [{config.data.prompt_column: prompt} for prompt in prompts]
-        ids = [encode_prompt(row, model.tokenizer, settings) for row in rows]
+        rows = [question_row(prompt, settings) for prompt in prompts]
+        named = [(row, f"prompt {i}") for i, row in enumerate(rows, start=1)]
+        ids = [encode_prompt(row, model.tokenizer, settings, at) for row, at in named]
     model.base.check_prompts(ids, config.eval.max_new_tokens)
     answerer = Answerer(model.bind, model.base, config.eval)
     return answerer(model.parts, ids, jax.random.key(config.training.seed), "generate")

@@ -1,23 +1,29 @@
 """From prompts to texts, and from the validation rows to a score."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from balora_jax.array_types import Array, PRNGKeyArray
-from balora_jax.config import DataConfig, EvalConfig
+from balora_jax.config import DataConfig, EvalConfig, TrainSet
+from balora_jax.data.conversations import last_answer
 from balora_jax.data.examples import encode_prompt
 from balora_jax.data.sources import load_rows
+from balora_jax.data.template_files import read_template, template_of
 from balora_jax.data.templates import ExampleSettings
+from balora_jax.data.training_sets import TrainingSet
+from balora_jax.errors import InputError
 from balora_jax.evals.benchmark import Benchmark, TextBenchmark
 from balora_jax.models.decoder import Decoder
 from balora_jax.models.generation import Sampling, generate, make_decoder
 from balora_jax.parallel import hosts
 from balora_jax.pretrained.checkpoint import Base
-from balora_jax.pretrained.load import sampling_for
+from balora_jax.pretrained.load import continuations, sampling_for
 from balora_jax.progress import progress_bar
 
-Rows = Sequence[Mapping[str, Any]]
+Row = Mapping[str, Any]
+Rows = Sequence[Row]
 
 
 class Answerer:
@@ -50,19 +56,61 @@ class Answerer:
                 key=key,
                 progress=bar.update,
             )
-        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return continuations(self.tokenizer, prompts, tokens)
 
 
-def example_settings(config: DataConfig) -> ExampleSettings:
-    """How rows become examples, from the config's section."""
-    return ExampleSettings(
-        template=config.template,
+def example_settings(config: DataConfig, part: TrainSet | None = None) -> ExampleSettings:
+    """How rows become examples, from the config's section; of one of several sets, with its own.
+
+    Raises:
+        InputError: a template that cannot be read, or settings that do not fit each other.
+    """
+    chat = config.chat_template
+    shared = ExampleSettings(
+        template=template_of(config.template),
         prompt_column=config.prompt_column,
         response_column=config.response_column,
+        input_column=config.input_column,
         messages_column=config.messages_column,
+        tools_column=config.tools_column,
+        assistant_turns=config.assistant_turns,
+        conversation=config.conversation,
+        chat_template=None if chat is None else read_template(chat, "data.chat_template"),
+        chat_template_kwargs=config.chat_template_kwargs,
+        today=config.today,
         max_length=config.max_length,
         overlong=config.overlong,
+        bad_rows=config.bad_rows,
     )
+    if part is None:
+        return shared
+    own = part.model_dump(exclude_none=True, exclude={"path", "weight", "split", "limit"})
+    if part.template is not None:
+        own["template"] = template_of(part.template)
+    return replace(shared, **own)
+
+
+def training_sets(data: DataConfig) -> list[TrainingSet]:
+    """The sets that ``data.train`` names, not read yet."""
+    assert data.train is not None  # checked with the config
+    named = (TrainSet(path=data.train),) if isinstance(data.train, str) else data.train
+    return [
+        TrainingSet(
+            one.path,
+            one.split or data.split,
+            one.limit or data.train_limit,
+            example_settings(data, one),
+            one.weight,
+        )
+        for one in named
+    ]
+
+
+def question_row(question: str, settings: ExampleSettings) -> Row:
+    """A row that asks a question alone."""
+    if settings.messages_column is None:
+        return {settings.prompt_column: question}
+    return {settings.messages_column: [{"role": "user", "content": question}]}
 
 
 @dataclass(frozen=True)
@@ -127,9 +175,33 @@ def exam_of(
         return None
     prompt = config.prompt_column or benchmark.prompt_column or data.prompt_column
     gold = config.gold_column or benchmark.gold_column or data.response_column
-    golds = [benchmark.gold(row, gold, config.marker) for row in rows]
-    if benchmark.question is not None:
-        rows = [{**row, prompt: benchmark.question(row)} for row in rows]
     settings = replace(example_settings(data), prompt_column=prompt)
-    prompts = [encode_prompt(row, tokenizer, settings) for row in rows]
+    numbered = [(row, f"validation row {i}") for i, row in enumerate(rows, start=1)]
+    if settings.messages_column is not None and gold not in rows[0]:
+        # The last answer of a conversation is the right one.
+        numbered = [({**row, gold: last_answer(row, settings, at)}, at) for row, at in numbered]
+    golds = [_gold(benchmark, row, gold, config.marker, at) for row, at in numbered]
+    if benchmark.question is not None:
+        numbered = [({**row, prompt: benchmark.question(row)}, at) for row, at in numbered]
+    prompts = [encode_prompt(row, tokenizer, settings, at) for row, at in numbered]
     return Exam(benchmark, prompts, golds, config.marker)
+
+
+def _gold(benchmark: TextBenchmark, row: Row, column: str, marker: str, where: str) -> str:
+    """The right answer of a row. Raises InputError where there is none, with the row's number."""
+    cell = row.get(column, "")
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)) or cell == []:
+        raise InputError(
+            f"{where}: expected a right answer in the column {column!r}, got an empty cell. Fill "
+            "it or leave the row out."
+        )
+    try:
+        found = benchmark.gold(row, column, marker)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    if not found.strip():
+        raise InputError(
+            f"{where}: expected a right answer in the column {column!r}, got an empty text. Fill "
+            "it or leave the row out."
+        )
+    return found
