@@ -50,8 +50,9 @@ class Resumable:
         Raises:
             InputError: The state belongs to other examples or another setting, or is none at all.
         """
-        for key, mine in self._identity.items():
-            if state.get(key) != mine:
+        for key in dict.fromkeys((*self._identity, *state)):
+            mine = self._identity.get(key)
+            if key != "position" and state.get(key) != mine:
                 raise InputError(
                     f"data position: expected {key} = {mine}, got {state.get(key)} in the "
                     "checkpoint. Resume with the data and the settings of the first run."

@@ -53,32 +53,39 @@ def conversation_of(row: Row, settings: ExampleSettings, chat: Renderer, where: 
 
 
 def prompt_of(row: Row, settings: ExampleSettings, chat: Renderer, where: str) -> Chat:
-    """What stands before the last answer: all of it where there is no answer."""
+    """What stands before the answer at the end: all of it where the last turn is no answer."""
     if settings.messages_column is None:
         # The turn that is to be generated need not be in the row.
         row = {**row, settings.response_column: "-"}
     whole = conversation_of(row, settings, chat, where)
-    answers = assistant_turns(whole)
-    return whole.upto(answers[-1]) if answers else whole
+    last = len(whole.messages) - 1
+    return whole.upto(last) if whole.messages[last]["role"] == "assistant" else whole
 
 
-def last_answer(row: Row, settings: ExampleSettings, where: str) -> str:
-    """The text of the last assistant turn of a row's messages.
+def answered(row: Row, settings: ExampleSettings, gold: str, where: str) -> Row:
+    """A row whose messages end with their last answer, and that has its text in a column.
+
+    Args:
+        row: a row with messages.
+        settings: names their column.
+        gold: the column that gets the text.
+        where: what to call the row in an error.
 
     Raises:
-        InputError: there is none, or it has no text.
+        InputError: there is no answer, or it has no text.
     """
-    column = settings.messages_column or settings.response_column
-    for turn in reversed(_turns_or_text(row, column, "assistant", where)):
-        keys = _role_keys(turn, where)
-        if _ROLES.get(str(turn[keys[0]])) == "assistant":
-            answer = content_text(turn[keys[1]])
-            if answer.strip():
-                return answer
+    assert settings.messages_column is not None
+    column = settings.messages_column
+    turns = _turns(cell_of(row, column, where), column, where)
+    for last in range(len(turns) - 1, -1, -1):
+        role, content = (turns[last][key] for key in _role_keys(turns[last], where))
+        if _ROLES.get(str(role)) == "assistant" and isinstance(content, str | list):
+            if content_text(content).strip():
+                return {**row, column: turns[: last + 1], gold: content_text(content)}
             break
     raise InputError(
-        f"{where}: expected a last assistant turn with text, which is the right answer, got none. "
-        "Leave the row out."
+        f"{where}: expected an assistant turn with text at the end, which is the right answer, got "
+        "none. Leave the row out."
     )
 
 

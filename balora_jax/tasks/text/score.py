@@ -7,7 +7,7 @@ from typing import Any
 
 from balora_jax.array_types import Array, PRNGKeyArray
 from balora_jax.config import DataConfig, EvalConfig, TrainSet
-from balora_jax.data.conversations import last_answer
+from balora_jax.data.conversations import answered
 from balora_jax.data.examples import encode_prompt
 from balora_jax.data.sources import load_rows
 from balora_jax.data.template_files import read_template, template_of
@@ -179,7 +179,7 @@ def exam_of(
     numbered = [(row, f"validation row {i}") for i, row in enumerate(rows, start=1)]
     if settings.messages_column is not None and gold not in rows[0]:
         # The last answer of a conversation is the right one.
-        numbered = [({**row, gold: last_answer(row, settings, at)}, at) for row, at in numbered]
+        numbered = [(answered(row, settings, gold, at), at) for row, at in numbered]
     golds = [_gold(benchmark, row, gold, config.marker, at) for row, at in numbered]
     if benchmark.question is not None:
         numbered = [({**row, prompt: benchmark.question(row)}, at) for row, at in numbered]
