@@ -9,7 +9,7 @@ from balora_jax.config import DataConfig, EvalConfig
 from balora_jax.data.examples import encode_prompt
 from balora_jax.data.sources import load_rows
 from balora_jax.data.templates import ExampleSettings
-from balora_jax.evals.benchmark import Benchmark, TextBenchmark
+from balora_jax.evals.benchmark import Benchmark, TextBenchmark, golds_of
 from balora_jax.models.decoder import Decoder
 from balora_jax.models.generation import Sampling, generate, make_decoder
 from balora_jax.parallel import hosts
@@ -74,12 +74,14 @@ class Exam:
         prompts: token ids of every question.
         golds: the right answers.
         marker: text before a stated answer.
+        grader: who judges, as ``eval.grader`` names it.
     """
 
     benchmark: TextBenchmark
     prompts: list[list[int]]
     golds: list[str]
     marker: str
+    grader: str
 
     def score(
         self,
@@ -91,11 +93,12 @@ class Exam:
     ) -> dict[str, Any]:
         """Answer every row, print the score and the first answer, return the figures."""
         texts = answerer(parts, self.prompts, key, title)
-        figures = self.benchmark.score(texts, self.golds, self.marker)
+        figures = self.benchmark.score(texts, self.golds, self.marker, self.grader)
         name, value = next(iter(figures.items()))
         shown = " ".join(texts[0].split())[:160]
         hosts.say(
-            f"{title}: {name.replace('_', ' ')} {value:.3f} on {len(texts)} rows; "
+            f"{title}: {name.replace('_', ' ')} {value:.3f} on {len(texts)} rows, by the grader "
+            f"{figures['grader']}; "
             f"first answer: {shown!r} (right: {self.golds[0]})"
         )
         return figures
@@ -114,10 +117,25 @@ def validation_rows(data: DataConfig, config: EvalConfig, benchmark: Benchmark) 
     return list(map(dict, load_rows(source, split=split, limit=min(limits) if limits else None)))
 
 
-def exam_of(
-    tokenizer: Any, data: DataConfig, config: EvalConfig, benchmark: Benchmark
-) -> Exam | None:
-    """The questions and right answers of the validation rows; None where there is no score.
+@dataclass(frozen=True)
+class Asked:
+    """The questions and right answers of the validation rows, before any model is known.
+
+    Attributes:
+        benchmark: that asks.
+        rows: the rows, each with its question in the column ``prompt``.
+        prompt: name of that column.
+        golds: the right answers.
+    """
+
+    benchmark: TextBenchmark
+    rows: Rows
+    prompt: str
+    golds: list[str]
+
+
+def asked_of(data: DataConfig, config: EvalConfig, benchmark: Benchmark) -> Asked | None:
+    """What the validation rows ask; None where there is no score.
 
     Raises:
         InputError: a row without a named column, or without a right answer.
@@ -127,9 +145,22 @@ def exam_of(
         return None
     prompt = config.prompt_column or benchmark.prompt_column or data.prompt_column
     gold = config.gold_column or benchmark.gold_column or data.response_column
-    golds = [benchmark.gold(row, gold, config.marker) for row in rows]
+    golds = golds_of(benchmark, rows, gold, config.marker)
     if benchmark.question is not None:
         rows = [{**row, prompt: benchmark.question(row)} for row in rows]
-    settings = replace(example_settings(data), prompt_column=prompt)
-    prompts = [encode_prompt(row, tokenizer, settings) for row in rows]
-    return Exam(benchmark, prompts, golds, config.marker)
+    return Asked(benchmark, rows, prompt, golds)
+
+
+def exam_of(
+    tokenizer: Any, data: DataConfig, config: EvalConfig, asked: Asked | None
+) -> Exam | None:
+    """What is asked as tokens; None where nothing is.
+
+    Raises:
+        InputError: a row without a named column.
+    """
+    if asked is None:
+        return None
+    settings = replace(example_settings(data), prompt_column=asked.prompt)
+    prompts = [encode_prompt(row, tokenizer, settings) for row in asked.rows]
+    return Exam(asked.benchmark, prompts, asked.golds, config.marker, config.grader)
