@@ -6,7 +6,7 @@ nothing but an answer.
 
 import re
 
-from balora_jax.evals.numbers import SIZES, TYPOGRAPHY, parse_number
+from balora_jax.evals.numbers import SIZES, TYPOGRAPHY, units_of
 
 ANSWER_MARKER = "The answer is:"
 GSM8K_MARKER = "####"
@@ -17,8 +17,8 @@ def read_answer(text: str, marker: str = ANSWER_MARKER) -> str | None:
     r"""The answer that a text states, laid bare by `bare_answer`.
 
     The first of these that the text has: what follows the last marker; what follows the last
-    ``####``; the content of the last ``\boxed{}``; the text itself where it is one line that is a
-    number, mathematics without a word, or three words at most.
+    ``####``; the content of the last ``\boxed{}``; the text itself where it is one line that is
+    three words at most, or a number or mathematics with two words at most behind it.
 
     Args:
         text: A generated text, a reference solution, or a cell with an answer alone.
@@ -40,7 +40,8 @@ def read_answer(text: str, marker: str = ANSWER_MARKER) -> str | None:
     ):
         if found and (answer := bare_answer(found)):
             return answer
-    return _alone(text)
+    marked = marker in text or GSM8K_MARKER in text
+    return None if marked else _alone(text)
 
 
 def extract_answer(text: str, marker: str = ANSWER_MARKER) -> str | None:
@@ -120,7 +121,10 @@ _WRAPPINGS = tuple(
         r"\\\[(.+?)\\\]",
     )
 )
-_REMARK = re.compile(r"(?P<answer>.*\S)\s+\((?P<remark>[^()]*[^\W\d_]{2}[^()]*)\)\Z", re.DOTALL)
+_REMARK = re.compile(
+    r"(?P<answer>.*\S)\s+\((?P<remark>[^()\\]*[^\W\d_]{2}[^()\\]*|[%°$]|[gmshL])\)\Z", re.DOTALL
+)
+_SAYS_MORE = re.compile(rf"{SIZES.pattern}|\b(?:or|and|not|mod)\b", re.IGNORECASE)
 
 
 def bare_answer(answer: str) -> str:
@@ -128,7 +132,7 @@ def bare_answer(answer: str) -> str:
 
     Bold and code marks, dollar signs and brackets of LaTeX's, a ``\boxed`` inside, a full stop at
     the end, and a remark in brackets behind it go. A remark that gives another answer, or a size
-    (``72 (or 73)``, ``3 (million)``), stays.
+    (``72 (or 73)``, ``3 (million)``), stays; of one that is a unit the brackets go.
 
     >>> bare_answer("**72**."), bare_answer(r"$\boxed{72}$ eggs"), bare_answer("72 (8 times 9).")
     ('72', '72', '72')
@@ -144,10 +148,11 @@ def bare_answer(answer: str) -> str:
     answer = re.sub(r"(?<=[^.\s])[.。]+\Z", "", answer.strip())
     match = _REMARK.fullmatch(answer)
     if match is not None:
-        says_more = SIZES.search(match["remark"]) or re.search(
-            r"\b(?:or|and|not)\b", match["remark"]
-        )
-        answer = answer if says_more else match["answer"]
+        remark = match["remark"]
+        if len(remark.split()) <= 3 and units_of(f"1 {remark}"):
+            answer = f"{match['answer']} {remark}"
+        elif not _SAYS_MORE.search(remark):
+            answer = match["answer"]
     return answer.strip()
 
 
@@ -156,7 +161,8 @@ def _alone(text: str) -> str | None:
     answer = bare_answer(text)
     if not re.search(r"\w", answer) or "\n" in answer or len(answer) > 200:
         return None
-    words = re.findall(r"(?<![\\\w])[^\W\d_]{2,}", answer)
-    number = parse_number(answer) is not None and len(words) <= 2
-    spoken = len(words) <= 3 and " ".join(words) == answer
-    return answer if number or spoken or not words else None
+    said = re.sub(r"\\(?:begin|end)\{\w+\}|\\(?:text|mbox|mathrm)(?![a-z])", "", answer)
+    words = re.findall(r"(?<![\\\w])[^\W\d_]{2,}", said)
+    spoken = len(words) <= 3 and not re.search(r"\d", said)
+    measured = len(words) <= 2 and not re.match(r"[^\w\\]*[^\W\d_]{2}", said)
+    return answer if spoken or measured else None

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
 from balora_jax.errors import InputError
 from balora_jax.evals.grading import OURS, Grader, check_ours, ours
+from balora_jax.evals.judge import Judge
 
 Row = Mapping[str, Any]
 
@@ -80,8 +81,8 @@ class TextBenchmark(Benchmark):
 
         Returns:
             ``exact_match`` and ``answered`` in [0, 1]; ``rows``; ``grader``, the name of the one
-            that judged; ``undecided``, pairs on which its algebra came to no end, and which count
-            as wrong.
+            that judged (plain also where math-verify does not start); ``undecided``, pairs on
+            which its algebra came to no end, and which count as wrong.
 
         Raises:
             InputError: a grader that does not fit, or is not installed.
@@ -90,10 +91,13 @@ class TextBenchmark(Benchmark):
         others = {g.name: g for g in self.graders}
         if grader in others:
             return _figures(others[grader], texts, golds, marker)
-        with ours(grader if self.right is None else "plain") as (found, judge):
-            read, right = self.parse or found.read, self.right or found.right
-            name = found.name if self.right is None else self.name
-            figures = _figures(Grader(name, read, right), texts, golds, marker)
+        with Judge() as judge:
+            found = ours(grader, judge)
+            if self.right is not None:
+                found = Grader(self.name, found.read, self.right)
+            figures = _figures(replace(found, read=self.parse or found.read), texts, golds, marker)
+            if judge.failed:  # it proved nothing
+                figures["grader"] = "plain"
             return figures | {"undecided": judge.undecided}
 
 

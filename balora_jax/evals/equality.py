@@ -137,11 +137,18 @@ def _proven(ours: str, right: str, prove: Proof | None) -> bool:
     return prove is not None and _may_be_same(ours, right) and prove(ours, right)
 
 
+_COMMAND = re.compile(r"\\(?!(?:pi|theta|alpha|beta|gamma|phi|omega|infty)(?![a-zA-Z]))[a-zA-Z]+")
+_SLIP = re.compile(r"[a-zA-Z)}\]]\d")
+
+
 def _may_be_same(ours: str, right: str) -> bool:
     """Whether algebra has a say: small texts of one kind, in the same letters."""
     if bool(_EQUATES.search(ours)) != bool(_EQUATES.search(right)):
         return False
     both = f"{ours} {right}"
+    # A number behind a letter or a bracket is a slip, and so is an infinity that belongs to a set.
+    if re.search(r"\[-?\\infty|\\infty\]", both) or _SLIP.search(_COMMAND.sub(" ", both)):
+        return False
     digits = max(map(len, re.findall(r"\d+", both)), default=0)
     powers = [len(run) for pair in re.findall(r"\^\{?[-+]?(\d+)|(\d+)!", both) for run in pair]
     if len(ours) > 200 or len(right) > 200 or digits > 30 or max(powers, default=0) > 3:

@@ -1,7 +1,6 @@
 """A grader: how an answer is read from a text, and when it is the right one."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -44,13 +43,8 @@ def check_ours(name: str) -> None:
             )
 
 
-@contextmanager
-def ours(name: str) -> Iterator[tuple[Grader, Judge]]:
-    """Our grader, as ``eval.grader`` asks for it, and its judge, while a block runs.
-
-    Its name says whether math-verify runs: it may be not installed, or not start.
-    """
-    with Judge() as judge:
-        proves = name != "plain" and has_math_verify() and judge.start()
-        right = partial(exact_match, prove=judge) if proves else exact_match
-        yield Grader("math_verify" if proves else "plain", read_answer, right), judge
+def ours(name: str, judge: Judge) -> Grader:
+    """Our grader, as ``eval.grader`` asks for it."""
+    if name == "plain" or not has_math_verify():
+        return Grader("plain", read_answer, exact_match)
+    return Grader("math_verify", read_answer, partial(exact_match, prove=judge))

@@ -31,10 +31,11 @@ class Judge:
 
     Attributes:
         undecided: pairs without a verdict so far.
+        failed: whether no child started; no pair is decided then.
     """
 
     def __init__(self, seconds: int = 5):
-        self.seconds, self.undecided = seconds, 0
+        self.seconds, self.undecided, self.failed = seconds, 0, False
         self._known: dict[tuple[str, str], bool] = {}
         self._child: subprocess.Popen[str] | None = None
 
@@ -53,12 +54,12 @@ class Judge:
         pair = fractions_for_decimals(prediction), fractions_for_decimals(gold)
         if pair not in self._known:
             verdict = self._ask(pair)
-            self.undecided += verdict is None
+            self.undecided += verdict is None and not self.failed
             self._known[pair] = bool(verdict)
         return self._known[pair]
 
     def _ask(self, pair: tuple[str, str]) -> bool | None:
-        if self.undecided >= MOST_UNDECIDED:
+        if self.failed or self.undecided >= MOST_UNDECIDED:
             return None
         child = self._child or self._start()
         if child is None:
@@ -94,6 +95,7 @@ class Judge:
         if child.stdout.readline().strip() == _READY:
             return child
         self._end()
+        self.failed = True
         return None
 
     def _end(self) -> None:

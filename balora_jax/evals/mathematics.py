@@ -32,9 +32,11 @@ _REWRITES = tuple(
         (r"\\frac\{\s*(\d+)\s*\}\{\s*-\s*(\d+)\s*\}", r"-\\frac{\1}{\2}"),
         (r"^\s*-\s*-", ""),
         (r"([_^])\{(\w)\}", r"\1\2"),
-        # Between two digits a space is kept: "1 2" is not 12.
+        # Between two digits a space is kept, and behind a command: "1 2" is not 12, nor "\\sin x"
+        # a command of its own.
+        (r"(\\[a-zA-Z]+)\s+(?=[a-zA-Z])", "\\1\0"),
         (r"(?<!\d)\s+|\s+(?!\d)", ""),
-        (r"(?<=\d)\s+(?=\d)", " "),
+        (r"(?<=\d)\s+(?=\d)|\0", " "),
         (r"^(-?)(\d+)/(\d+)$", r"\1\\frac{\2}{\3}"),
         (r"\.+$", ""),
     )

@@ -1,8 +1,5 @@
 """Answers: values by hand, formats by hypothesis, and the gold answers of real data."""
 
-import gzip
-import json
-from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 

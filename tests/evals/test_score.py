@@ -67,15 +67,21 @@ def test_score_by_hand():
     ]
     golds = ["1200", "3.5", "9", "5", "0.5"]
     assert score_answers(texts, golds, MARKER) == {
-        **{"exact_match": 0.6, "answered": 0.8, "rows": 5},
-        **{"grader": OURS, "undecided": 0},
+        "exact_match": 0.6,
+        "answered": 0.8,
+        "rows": 5,
+        "grader": OURS,
+        "undecided": 0,
     }
 
 
 def test_score_of_nothing():
     assert score_answers([], [], MARKER) == {
-        **{"exact_match": 0.0, "answered": 0.0, "rows": 0},
-        **{"grader": OURS, "undecided": 0},
+        "exact_match": 0.0,
+        "answered": 0.0,
+        "rows": 0,
+        "grader": OURS,
+        "undecided": 0,
     }
 
 
