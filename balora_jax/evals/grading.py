@@ -39,7 +39,7 @@ def check_ours(name: str) -> None:
         if not has_math_verify() or not judge.start():
             raise InputError(
                 "eval.grader: expected the package math-verify with math_verify, got none that "
-                "starts. Run `pip install balora_jax[eval]`, or take auto or plain."
+                "starts. Install it with pip install '.[eval]', or take auto or plain."
             )
 
 

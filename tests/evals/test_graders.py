@@ -204,7 +204,7 @@ def test_math_verify_is_missing(monkeypatch):
     monkeypatch.setattr(grading, "has_math_verify", lambda: False)
     assert refused(eval={"grader": "math_verify"}) == (
         "test: eval.grader: expected the package math-verify with math_verify, got none that "
-        "starts. Run `pip install balora_jax[eval]`, or take auto or plain."
+        "starts. Install it with pip install '.[eval]', or take auto or plain."
     )
     assert BENCHMARKS["math"].score([], [], "")["grader"] == "plain"
 
