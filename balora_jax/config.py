@@ -23,6 +23,7 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Dtype = Literal["float32", "bfloat16"]
+Grader = Literal["auto", "math_verify", "plain", "authors", "lm_eval_strict", "lm_eval_flexible"]
 
 
 PAPER_NAMES = {"nlg": "text", "nlu": "labels"}
@@ -364,9 +365,12 @@ class EvalConfig(Section):
     """The score before and after training on ``data.validation``.
 
     Attributes:
-        task: the benchmark, such as ``exact_match``, ``gsm8k``, ``math`` (text) or ``labels``;
-            ``none`` for no score; where not given, ``exact_match`` for text and ``labels`` for
-            labels.
+        task: the benchmark: ``exact_match``, ``gsm8k``, ``gsm_hard``, ``svamp``, ``asdiv``,
+            ``math`` (text) or ``labels``; ``none`` for no score; where not given, ``exact_match``
+            for text and ``labels`` for labels.
+        grader: who judges a text: ``auto`` is ours, with math-verify where it is installed;
+            ``math_verify`` insists on it and ``plain`` does without; ``authors``,
+            ``lm_eval_strict`` and ``lm_eval_flexible`` are those of others, for comparison.
         marker: text before the answer; not empty.
         limit: use the first rows only.
         batch_size: prompts decoded together.
@@ -380,6 +384,7 @@ class EvalConfig(Section):
     """
 
     task: str | None = None
+    grader: Grader = "auto"
     marker: Annotated[str, Field(min_length=1)] = "The answer is:"
     limit: Positive | None = None
     batch_size: Positive = 32

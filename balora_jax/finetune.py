@@ -168,10 +168,10 @@ def _gains(summary: dict[str, Any]) -> list[str]:
         f"{name.replace('_', ' ')} on held-out rows: {before[name]:.3f} -> {after[name]:.3f} in "
         f"{seconds:.0f} s"
         for name in after
-        if name in before and not _is_count(name)
+        if name in before and not _is_count(name) and not isinstance(after[name], str)
     ]
 
 
 def _is_count(figure: str) -> bool:
     """Whether a figure of a score is a number of rows (MNLI's two sets name theirs)."""
-    return figure == "answered" or figure.split("_")[0] == "rows"
+    return figure in ("answered", "undecided") or figure.split("_")[0] == "rows"

@@ -1,163 +1,86 @@
-r"""The answer that a text gives, and whether it is the right one.
+r"""The answer that a text states: one reader for what a model says and for what is right.
 
-Numbers are compared as exact fractions, never as floats. A text that is not plainly one number has
-no value here (``3 to 4``, ``2x``, ``1,23``) and is compared as text.
+The order is that of `read_answer`: the marker, ``####``, the last ``\boxed{}``, and a text that is
+nothing but an answer.
 """
 
 import re
-from fractions import Fraction
+
+from balora_jax.evals.numbers import SIZES, TYPOGRAPHY, units_of
 
 ANSWER_MARKER = "The answer is:"
 GSM8K_MARKER = "####"
-
-_TYPOGRAPHY = str.maketrans({"−": "-", "–": "-", "－": "-", "\u00a0": " ", "\u202f": " "})
-_DIGITS = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)"
-_NUMBER = re.compile(
-    rf"""
-    (?P<sign>[+-]?) \s* (?:\\?\$|€|£)? \s* (?P<inner_sign>[+-]?)
-    (?:(?P<whole>\d+)\ +(?=\d+\s*/\s*\d))?          # the 1 of "1 1/2"
-    (?P<top>{_DIGITS}) (?:\s*/\s*(?P<bottom>{_DIGITS}))?
-    (?P<rest>.*)
-    """,
-    re.VERBOSE | re.DOTALL | re.ASCII,
-)
-# Longer than any answer; Python refuses to read integers of some thousand digits.
 _MOST_CHARACTERS = 1000
-# After the number: a percent sign, a unit glued to it, words apart from it, an end of sentence.
-_GLUED_UNITS = "km|cm|mm|kg|mg|ml|mL|lbs?|oz|ft|mph|kmh|hrs?|mins?|am|pm|AM|PM"
-_WORD = r"(?:[^\W\d_]{2,}\.?|[gmshL]\b)"
-_REST = re.compile(
-    rf"(?:\s*\\?%|\s*\$|(?:{_GLUED_UNITS})\b)?(?P<words>(?:(?:\s+|(?<=[^\W\d_])[/-]){_WORD})*)\s*[.,;]?"
-)
-# Words that change a number's value: reading past them would be a guess.
-_NOT_UNITS = frozenset(
-    {
-        "hundred",
-        "thousand",
-        "million",
-        "billion",
-        "trillion",
-        "dozen",
-        "dozens",
-        "score",
-        "half",
-        "halves",
-        "third",
-        "thirds",
-        "quarter",
-        "quarters",
-        "fourths",
-        "fifths",
-        "pi",
-        "sqrt",
-        "sin",
-        "cos",
-        "tan",
-        "log",
-        "ln",
-        "exp",
-        "or",
-        "and",
-        "to",
-        "plus",
-        "minus",
-        "times",
-        "over",
-        "by",
-        "mod",
-        "squared",
-        "cubed",
-    }
-)
+
+
+def read_answer(text: str, marker: str = ANSWER_MARKER) -> str | None:
+    r"""The answer that a text states, laid bare by `bare_answer`.
+
+    The first of these that the text has: what follows the last marker; what follows the last
+    ``####``; the content of the last ``\boxed{}``; the text itself where it is one line that is
+    three words at most, or a number or mathematics with two words at most behind it.
+
+    Args:
+        text: A generated text, a reference solution, or a cell with an answer alone.
+        marker: What announces the answer.
+
+    Returns:
+        The answer. None where the text states none: the last number of a longer text is not taken
+        for its answer.
+
+    >>> read_answer("2 + 2 is 4. The answer is: **4**."), read_answer("#### 1,010")
+    ('4', '1,010')
+    >>> read_answer(r"Hence $x = \boxed{\frac{1}{2}}$."), read_answer("It is 4.")
+    ('\\frac{1}{2}', None)
+    """
+    for found in (
+        extract_answer(text, marker),
+        extract_answer(text, GSM8K_MARKER),
+        last_boxed(text),
+    ):
+        if found and (answer := bare_answer(found)):
+            return answer
+    marked = marker in text or GSM8K_MARKER in text
+    return None if marked else _alone(text)
 
 
 def extract_answer(text: str, marker: str = ANSWER_MARKER) -> str | None:
-    """The answer that a generated text states: what follows the last marker, up to its line's end.
+    r"""What follows the last marker, up to the end of the first line that says something.
+
+    A line goes on where a brace or an environment of LaTeX is still open at its end.
 
     Args:
         text: The generated text.
         marker: What announces the answer.
 
     Returns:
-        The answer without spaces around it. None if there is no marker, or nothing after it: the
-        last number of such a text is not taken for its answer.
+        The answer without spaces around it. None if there is no marker, or nothing after it.
 
     >>> extract_answer("2 + 2 is 4. The answer is: 4")
     '4'
-    >>> extract_answer("It is 4.") is None
-    True
+    >>> extract_answer("The answer is:\n\\[\n5\n\\]\n")
+    '5'
 
-    **Source:** the answers of MetaMathQA end in this marker. Departure: no fallback to the last
-    number of the text.
+    **Source:** the answers of MetaMathQA end in this marker, those of GSM8K in ``####``.
     """
     _, found, after = text.rpartition(marker)
-    lines = after.strip().splitlines()
-    return lines[0].strip() if found and lines else None
-
-
-def parse_number(text: str) -> Fraction | None:
-    r"""The exact value of a text that is one number, else None.
-
-    Understood: thousands separators in their places, decimals, ``3/4``, ``1 1/2``, signs (the
-    Unicode minus too), currency signs, ``%`` (a unit: ``50%`` is 50), a full stop at the end, and
-    units after the number. A word that changes the value (``million``, ``dozen``), a letter right
-    behind the digits (``2x``) and a second number make it None.
-
-    >>> parse_number("$1,234.50 per month."), parse_number("−3/4"), parse_number("1,23")
-    (Fraction(2469, 2), Fraction(-3, 4), None)
-    """
-    text = text.translate(_TYPOGRAPHY).strip()
-    if len(text) > 1 and text[0] == text[-1] == "$":
-        text = text[1:-1].strip()
-    match = _NUMBER.fullmatch(text)
-    if len(text) > _MOST_CHARACTERS or match is None or (match["sign"] and match["inner_sign"]):
+    if not found:
         return None
-    rest = _REST.fullmatch(match["rest"])
-    if rest is None or _NOT_UNITS & set(re.split(r"[^a-z]+", rest["words"].lower())):
-        return None
-    value = _fraction(match["top"])
-    if match["bottom"] is not None:
-        bottom = _fraction(match["bottom"])
-        if bottom == 0:
-            return None
-        value /= bottom
-    value += int(match["whole"] or 0)
-    return -value if "-" in (match["sign"], match["inner_sign"]) else value
+    said = ""
+    for line in after.splitlines():
+        if not said and not re.search(r"\w", line):
+            continue
+        said += f" {line.strip()}"
+        if not _open(said):
+            break
+    return said.strip() or None
 
 
-def _fraction(digits: str) -> Fraction:
-    return Fraction(digits.replace(",", "").rstrip("."))
-
-
-def exact_match(prediction: str | None, gold: str) -> bool:
-    r"""Whether the predicted answer is the gold one.
-
-    Equal values if both are numbers (``\frac{3}{4}`` and ``0.75`` are), else equal texts after
-    `normalise_math`. No prediction is never right.
-
-    Args:
-        prediction: An answer, as `extract_answer` or `last_boxed` gives it, or None.
-        gold: The gold answer.
-
-    >>> exact_match("$1,000", "1000.0"), exact_match(r"\dfrac{1}{2}", "0.5"), exact_match(None, "1")
-    (True, True, False)
-    """
-    if prediction is None:
-        return False
-    values = _math_value(prediction), _math_value(gold)
-    if values[0] is not None and values[1] is not None:
-        return values[0] == values[1]
-    normal = normalise_math(prediction)
-    return normal != "" and normal == normalise_math(gold)
-
-
-def _math_value(text: str) -> Fraction | None:
-    """The value of a number as text or as LaTeX writes it."""
-    plain = parse_number(text)
-    if plain is not None:
-        return plain
-    normal = re.sub(r"(\d)\\frac", r"\1 \\frac", normalise_math(text))
-    return parse_number(re.sub(r"\\frac\{(\d+)\}\{(\d+)\}", r"\1/\2", normal))
+def _open(text: str) -> bool:
+    """Whether a brace or an environment of a text is still open."""
+    braces = re.sub(r"\\.", "", text)
+    begun, ended = text.count(r"\begin{"), text.count(r"\end{")
+    return begun > ended or braces.count("{") > braces.count("}")
 
 
 def last_boxed(text: str) -> str | None:
@@ -185,51 +108,61 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-_REWRITES = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"\\[!,;:> ]|\\q?quad(?![a-zA-Z])|~", " "),
-        (r"\{,\}", ","),
-        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-        (r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?", ""),
-        (r"\^\{?\\circ\}?|\\degree\b|°", ""),
-        (r"\\?\$|\\?%|\\[()\[\]]", ""),
-        (r"\\(?:geq|leq|neq)\b", lambda m: m[0][:-1]),
-        # A unit after the answer goes; text that is the answer loses its wrapping only.
-        (r"(?<=[^\s{,(])\s*\\(?:text|mbox|mathrm|textrm)\{[^{}]*\}(?:\^\{?\d\}?)?\s*\.?$", ""),
-        (r"\\(?:text|mbox|mathrm|mathbf|textbf|textrm|textit)\{([^{}]*)\}", r"\1"),
-        (r"^\s*[a-zA-Z]{1,2}\s*=\s*(?=[^=]+$)", ""),
-        (r"(?<![\d,.])\.(?=\d)", "0."),
-        (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
-        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-        (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
-        (r"(\\frac\{[^{}]*\})\s*(\d)", r"\1{\2}"),
-        (r"([_^])\{(\w)\}", r"\1\2"),
-        # Between two digits a space is kept: "1 2" is not 12.
-        (r"(?<!\d)\s+|\s+(?!\d)", ""),
-        (r"(?<=\d)\s+(?=\d)", " "),
-        (r"^(-?)(\d+)/(\d+)$", r"\1\\frac{\2}{\3}"),
-        (r"\.+$", ""),
+_WRAPPINGS = tuple(
+    (re.compile(pattern, re.DOTALL), r"\1")
+    for pattern in (
+        r"(?<![\w)}])\*\*(?=\S)(.+?)(?<=\S)\*\*(?!\w)",
+        r"(?<![\w)}])__(?=\S)(.+?)(?<=\S)__(?!\w)",
+        r"\A\*(?=[^\s*])([^*]+)\*\Z",
+        r"\A`+([^`]+)`+\Z",
+        r"(?<!\\)\$\$([^$]+)\$\$",
+        r"(?<!\\)\$((?:\\\$|[^$])+?)(?<!\\)\$",
+        r"\\\((.+?)\\\)",
+        r"\\\[(.+?)\\\]",
     )
 )
+_REMARK = re.compile(
+    r"(?P<answer>.*\S)\s+\((?P<remark>[^()\\]*[^\W\d_]{2}[^()\\]*|[%°$]|[gmshL])\)\Z", re.DOTALL
+)
+_SAYS_MORE = re.compile(rf"{SIZES.pattern}|\b(?:or|and|not|mod)\b", re.IGNORECASE)
 
 
-def normalise_math(text: str) -> str:
-    r"""One spelling for the ways in which MATH answers are written.
+def bare_answer(answer: str) -> str:
+    r"""An answer without what is only around it.
 
-    ``\dfrac`` and ``1/2`` become ``\frac{1}{2}``; ``\left``, ``\right``, spacing, degrees, ``\$``,
-    ``\%``, a leading ``x =``, a unit in ``\text`` and a full stop at the end go; thousands
-    separators go where the whole is one number.
+    Bold and code marks, dollar signs and brackets of LaTeX's, a ``\boxed`` inside, a full stop at
+    the end, and a remark in brackets behind it go. A remark that gives another answer, or a size
+    (``72 (or 73)``, ``3 (million)``), stays; of one that is a unit the brackets go.
 
-    >>> normalise_math(r"x = \dfrac12 \text{ cm}^2"), normalise_math(r"\left( 3, \pi \right)")
-    ('\\frac{1}{2}', '(3,\\pi)')
-
-    **Source:** the normalisation usual for MATH, in rules of our own. Departures: spaces between
-    two digits stay, and a text is not cut at its first unit.
+    >>> bare_answer("**72**."), bare_answer(r"$\boxed{72}$ eggs"), bare_answer("72 (8 times 9).")
+    ('72', '72', '72')
     """
-    text = " ".join(text.translate(_TYPOGRAPHY).split())
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-    if re.fullmatch(r"-?[1-9]\d{0,2}(,\d{3})+(\.\d+)?", text):
-        text = text.replace(",", "")
-    return text
+    answer = answer.translate(TYPOGRAPHY).strip()[:_MOST_CHARACTERS]
+    boxed = last_boxed(answer)
+    answer = answer if boxed is None else boxed
+    answer = re.sub(r"\A#+\s*", "", answer)
+    for pattern, inside in _WRAPPINGS:
+        answer = pattern.sub(inside, answer)
+    # What is left of a bracket whose other half stands on another line.
+    answer = re.sub(r"\A(?:\\[\[(]|\$\$)|(?:\\[\])]|\$\$)\Z", "", answer.strip())
+    answer = re.sub(r"(?<=[^.\s])[.。]+\Z", "", answer.strip())
+    match = _REMARK.fullmatch(answer)
+    if match is not None:
+        remark = match["remark"]
+        if len(remark.split()) <= 3 and units_of(f"1 {remark}"):
+            answer = f"{match['answer']} {remark}"
+        elif not _SAYS_MORE.search(remark):
+            answer = match["answer"]
+    return answer.strip()
+
+
+def _alone(text: str) -> str | None:
+    """A text that is nothing but an answer."""
+    answer = bare_answer(text)
+    if not re.search(r"\w", answer) or "\n" in answer or len(answer) > 200:
+        return None
+    said = re.sub(r"\\(?:begin|end)\{\w+\}|\\(?:text|mbox|mathrm)(?![a-z])", "", answer)
+    words = re.findall(r"(?<![\\\w])[^\W\d_]{2,}", said)
+    spoken = len(words) <= 3 and not re.search(r"\d", said)
+    measured = len(words) <= 2 and not re.match(r"[^\w\\]*[^\W\d_]{2}", said)
+    return answer if spoken or measured else None

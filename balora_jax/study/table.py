@@ -12,7 +12,12 @@ from balora_jax.io.drawing import save_picture
 from balora_jax.io.tables import markdown
 from balora_jax.study.grid import StudyRun
 
-COUNTS = ("rows", "answered")  # of a score: what it was taken on, not how good it is
+COUNTS = (
+    "rows",
+    "answered",
+    "grader",
+    "undecided",
+)  # of a score: what it was taken on, not how good it is
 
 Figures = dict[str, Any]
 

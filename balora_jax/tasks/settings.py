@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from balora_jax.config import DataConfig, RunConfig, Section
+from balora_jax.config import DataConfig, EvalConfig, RunConfig, Section
 from balora_jax.errors import InputError
-from balora_jax.evals.benchmark import Benchmark
+from balora_jax.evals.benchmark import Benchmark, TextBenchmark
 from balora_jax.evals.tasks import BENCHMARKS
 from balora_jax.tasks.labels import settings as labels
 from balora_jax.tasks.text import settings as text
@@ -50,8 +50,21 @@ def check_settings(config: RunConfig) -> None:
                 f"{key}: expected {shown(default)} with task {config.task}, got {shown(got)}: "
                 f"{task.ignores}. Leave it out."
             )
-    benchmark_of(config.task, config.eval.task)
+    benchmark = benchmark_of(config.task, config.eval.task)
+    if isinstance(benchmark, TextBenchmark):
+        _check_grader(benchmark, config.eval)
     task.check(config.data)
+
+
+def _check_grader(benchmark: TextBenchmark, config: EvalConfig) -> None:
+    benchmark.check_grader(config.grader)
+    marker, default = setting(config, "marker")
+    without = [grader.name for grader in benchmark.graders if not grader.reads_marker]
+    if marker != default and config.grader in without:
+        raise InputError(
+            f"eval.marker: expected {default!r} with eval.grader {config.grader}, got {marker!r}: "
+            "it reads no marker. Leave it out."
+        )
 
 
 def setting(section: Section, name: str) -> tuple[Any, Any]:

@@ -1,8 +1,5 @@
 """Answers: values by hand, formats by hypothesis, and the gold answers of real data."""
 
-import gzip
-import json
-from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,13 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balora_jax.evals.answers import (
-    exact_match,
-    extract_answer,
-    last_boxed,
-    normalise_math,
-    parse_number,
-)
+from balora_jax.evals.answers import bare_answer, extract_answer, last_boxed, read_answer
+from balora_jax.evals.equality import exact_match
+from balora_jax.evals.mathematics import normalise_math, parts_of
+from balora_jax.evals.numbers import parse_number, units_of
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 
@@ -76,6 +70,15 @@ NUMBERS = {
     "1/2 cup": Fraction(1, 2),
     "20% of the class": 20,
     "42\u00a0kg": 42,
+    "1e5": 100000,
+    "1.5E-3": Fraction(3, 2000),
+    "-2e+2": -200,
+    r"2.5 \times 10^3": 2500,
+    r"2 \cdot 10^{-3}": Fraction(1, 500),
+    "3 x 10^4": 30000,
+    "3 million": 3000000,
+    "$1.5 billion dollars": 1500000000,
+    "3/4 of a mile": Fraction(3, 4),
 }
 NOT_NUMBERS = [
     "",
@@ -120,11 +123,17 @@ NOT_NUMBERS = [
     "3 hours and 20 minutes",
     "3 and a half",
     "1 half",
-    "3 million",
+    "3 millions",
     "2 dozen eggs",
+    "3 million thousand",
     "7:30",
     "1 000",
-    "1e5",
+    "1e",
+    "1e5x",
+    "1e401",
+    "1e99999999999",
+    "1e1.5",
+    "2 a",
     "1101_2",
     "(1, 2)",
     "about 42",
@@ -195,6 +204,13 @@ def test_a_misplaced_separator_has_no_value(value, digits):
         ("a. The answer is: 1\nb. The answer is: 2\n", "2"),
         ("The answer is: 7\n\n### Instruction:\nNext, 8", "7"),
         ("The answer is:\n 7 apples \n", "7 apples"),
+        ("The answer is:\n\\[\n7\n\\]", "7"),
+        ("The answer is: \\frac{1}\n{2}\nand", "\\frac{1}"),
+        ("The answer is: {1,\n2}\nand", "{1, 2}"),
+        (
+            "The answer is: \\begin{pmatrix}1\\\\\n2\\end{pmatrix}.\nSo",
+            "\\begin{pmatrix}1\\\\ 2\\end{pmatrix}.",
+        ),
         ("The answer is 42", None),
         ("the answer is: 42", None),
         ("It is 42.", None),
@@ -314,8 +330,8 @@ def test_last_boxed(text, content):
         (r"12\text{ inches}", "12"),
         (r"12 \mathrm{cm}^3", "12"),
         (r"12\mbox{ m}.", "12"),
-        (r"3 \text{ or } 5", "3or5"),
-        ("x = 3", "3"),
+        (r"3 \text{ or } 5", "3,5"),
+        ("x = 3", "x=3"),
         ("x=y=3", "x=y=3"),
         (r"x \leq 3", r"x\le3"),
         (r"\neq", r"\ne"),
@@ -338,25 +354,93 @@ def test_normalise_math(text, normal):
     assert normalise_math(normal) == normal
 
 
-def shared_rows(name):
-    file = SHARED / "data" / "math" / name
-    if not file.is_file():
-        pytest.skip("the shared folder is not there")
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        # the order: the marker, ####, the last box, a text that is an answer and nothing else
+        (r"\boxed{1} #### 2 The answer is: 3", "3"),
+        ("The answer is: 3\n#### 2", "3"),
+        (r"\boxed{1}" + "\n#### 2", "2"),
+        (r"First \boxed{1}, then \boxed{2}.", "2"),
+        ("The answer is:\n", None),
+        ("The answer is: \n#### 2", "2"),
+        # what is only around it
+        (r"The answer is: \boxed{72}.", "72"),
+        (r"The answer is: $x = \boxed{72}$", "72"),
+        ("The answer is: **72**", "72"),
+        ("The answer is: **$72**.", "$72"),
+        ("The answer is: `72`", "72"),
+        ("The answer is: $72.", "$72"),
+        ("The answer is: $72$.", "72"),
+        (r"The answer is: \(72\)", "72"),
+        ("The answer is: 72 (since 8 times 9 is 72).", "72"),
+        ("The answer is: 72 (or 73)", "72 (or 73)"),
+        ("The answer is: 3 (million)", "3 (million)"),
+        ("The answer is: (1, 2)", "(1, 2)"),
+        ("The answer is: 2**10", "2**10"),
+        # alone
+        ("145.0", "145.0"),
+        (r"\frac{1}{2}", r"\frac{1}{2}"),
+        ("New York", "New York"),
+        ("9 apples", "9 apples"),
+        ("?", None),
+        ("It is 42.", None),
+        ("4 apples were left on the table", None),
+        ("4\n5", None),
+        ("", None),
+    ],
+)
+def test_read_answer(text, answer):
+    assert read_answer(text, "The answer is:") == answer
 
 
-@pytest.mark.parametrize("name", ["gsm8k_train.jsonl.gz", "gsm8k_test.jsonl.gz"])
-def test_every_gold_answer_of_gsm8k_is_a_number(name):
-    for row in shared_rows(name):
-        gold = row["answer"].rpartition("####")[2].strip()
-        assert parse_number(gold) == Fraction(Decimal(gold.replace(",", "")))
+@given(st.text(max_size=80))
+def test_any_text_is_read_or_not(text):
+    for found in (read_answer(text), read_answer(f"The answer is:{text}")):
+        assert found is None or found
+    assert isinstance(bare_answer(text), str)
+    assert parts_of(normalise_math(text)).elements
 
 
-def test_every_solution_of_math_has_a_boxed_answer_that_matches_itself():
-    rows = shared_rows("math_test.jsonl.gz")
-    answers = [last_boxed(row["solution"]) for row in rows]
-    assert all(answers)
-    assert all(exact_match(answer, str(answer)) for answer in answers)
-    for row in shared_rows("math500.jsonl.gz"):
-        assert exact_match(last_boxed(row["solution"]), row["answer"])
+@pytest.mark.parametrize(
+    ("text", "brackets", "elements"),
+    [
+        ("5", "", ("5",)),
+        ("(5)", "", ("5",)),
+        ("1,2", "", ("1", "2")),
+        ("(1,2)", "()", ("1", "2")),
+        ("[0,1)", "[)", ("0", "1")),
+        (r"\{1,2\}", "{}", ("1", "2")),
+        ("{5}", "", ("5",)),
+        ("(x+1)(x+2)", "", ("(x+1)(x+2)",)),
+        ("(1,2),(3,4)", "", ("(1,2)", "(3,4)")),
+        (r"\pm2", "", ("2", "-2")),
+        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "pmatrix 2x2", tuple("1234")),
+        (r"\begin{bmatrix}1\\2\end{bmatrix}", "pmatrix 1x1", tuple("12")),
+        (r"1,\begin{pmatrix}1,2\end{pmatrix}", "", ("1", r"\begin{pmatrix}1,2\end{pmatrix}")),
+        ("(1", "", ("(1",)),
+    ],
+)
+def test_parts(text, brackets, elements):
+    assert parts_of(text) == (brackets, elements)
+
+
+@pytest.mark.parametrize(
+    ("text", "units"),
+    [
+        ("5 cm", {"cm"}),
+        (r"5\text{ cm}^2", {"cm"}),
+        ("60mph", {"mile", "hour"}),
+        ("$5", {"$"}),
+        ("5 dollars", {"$"}),
+        ("50%", {"%"}),
+        (r"90^\circ", {"degree"}),
+        ("7:30 p.m.", {"pm"}),
+        ("72 apples", set()),
+        ("72", set()),
+        ("east", set()),
+        (r"\frac{1}{2}", set()),
+    ],
+)
+def test_units(text, units):
+    assert units_of(text) == units

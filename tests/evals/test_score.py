@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 from balora_jax.evals.benchmark import TextBenchmark
+from balora_jax.evals.judge import has_math_verify
 from balora_jax.evals.tasks import BENCHMARKS
 from balora_jax.evals.tasks.exact_match import gold_answer
 from balora_jax.tasks.settings import benchmark_of
@@ -16,6 +17,7 @@ from balora_jax.tasks.text import run, score
 from tests import tiny_run
 
 MARKER = "The answer is:"
+OURS = "math_verify" if has_math_verify() else "plain"
 
 
 def benchmark(name):
@@ -64,11 +66,23 @@ def test_score_by_hand():
         "The answer is: 2/4",  # right
     ]
     golds = ["1200", "3.5", "9", "5", "0.5"]
-    assert score_answers(texts, golds, MARKER) == {"exact_match": 0.6, "answered": 0.8, "rows": 5}
+    assert score_answers(texts, golds, MARKER) == {
+        "exact_match": 0.6,
+        "answered": 0.8,
+        "rows": 5,
+        "grader": OURS,
+        "undecided": 0,
+    }
 
 
 def test_score_of_nothing():
-    assert score_answers([], [], MARKER) == {"exact_match": 0.0, "answered": 0.0, "rows": 0}
+    assert score_answers([], [], MARKER) == {
+        "exact_match": 0.0,
+        "answered": 0.0,
+        "rows": 0,
+        "grader": OURS,
+        "undecided": 0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -94,19 +108,16 @@ def test_the_right_answers_of_benchmarks(name, row, gold):
 
 
 def test_math_reads_what_is_boxed_where_nothing_is_stated():
-    texts = [r"\boxed{3}", r"\boxed{3} The answer is: 4", "3"]
-    assert benchmark("math").score(texts, ["3", "4", "3"], MARKER) == {
-        "exact_match": 2 / 3,
-        "answered": 2 / 3,
-        "rows": 3,
-    }
+    texts = [r"\boxed{3}", r"\boxed{3} The answer is: 4", "It is 3"]
+    figures = benchmark("math").score(texts, ["3", "4", "3"], MARKER)
+    assert figures["exact_match"] == figures["answered"] == 2 / 3
 
 
 def test_a_benchmark_scores_the_models_of_its_task():
     with pytest.raises(InputError) as caught:
         config(eval={"task": "labels"})
     assert str(caught.value) == (
-        "test: eval.task: expected one of exact_match, gsm8k, math, none with task text, got "
+        "test: eval.task: expected one of exact_match, gsm8k, gsm_hard, svamp, asdiv, math, none with task text, got "
         "labels, which scores labels. Choose one of them, or leave it out."
     )
     with pytest.raises(InputError, match=r"eval\.task: expected a benchmark, one of exact_match, "):
@@ -159,7 +170,8 @@ def scored(tokenizer, rows, config, monkeypatch):
     """The figures of the adder on rows that stand for those of a file."""
     monkeypatch.setattr(score, "load_rows", lambda source, split, limit: rows)
     data = config.data.model_copy(update={"validation": "unread"})
-    exam = score.exam_of(tokenizer, data, config.eval, benchmark_of(config.task, config.eval.task))
+    asked = score.asked_of(data, config.eval, benchmark_of(config.task, config.eval.task))
+    exam = score.exam_of(tokenizer, data, config.eval, asked)
     return exam.score(adder(tokenizer), (), key=jax.random.key(0), title="before")
 
 
@@ -167,9 +179,13 @@ def test_rows_are_prompted_answered_and_scored(tokenizer, capsys, monkeypatch):
     rows = [{"question": f"{a}+{b}", "answer": f"#{a + b}"} for a, b in ((1, 2), (4, 5), (8, 9))]
     rows.append({"question": "2+2", "answer": "#5"})
     figures = scored(tokenizer, rows, config(), monkeypatch)
-    assert figures == {"exact_match": 0.5, "answered": 0.75, "rows": 4}
+    counts = {"exact_match": 0.5, "answered": 0.75, "rows": 4}
+    assert figures == {**counts, "grader": OURS, "undecided": 0}
     printed = capsys.readouterr().out
-    assert printed == ("before: exact match 0.500 on 4 rows; first answer: 'so #3' (right: 3)\n")
+    assert printed == (
+        f"before: exact match 0.500 on 4 rows, by the grader {OURS}; first answer: 'so #3' "
+        "(right: 3)\n"
+    )
 
 
 def test_gold_column_of_its_own(tokenizer, capsys, monkeypatch):

@@ -56,6 +56,7 @@ OTHER = {
     "eval.top_p": 0.5,
     "eval.prompt_column": "q",
     "eval.gold_column": "a",
+    "eval.grader": "plain",
 }
 """For each key that some task ignores, a value that is not the default."""
 

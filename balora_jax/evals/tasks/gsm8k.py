@@ -6,6 +6,7 @@
 from balora_jax.errors import InputError
 from balora_jax.evals.answers import GSM8K_MARKER, extract_answer
 from balora_jax.evals.benchmark import Row, TextBenchmark, column_text
+from balora_jax.evals.graders import NUMBER_GRADERS
 
 
 def gold_answer(row: Row, column: str, marker: str = "") -> str:
@@ -31,6 +32,7 @@ def gold_answer(row: Row, column: str, marker: str = "") -> str:
 GSM8K = TextBenchmark(
     name="gsm8k",
     gold=gold_answer,
+    graders=NUMBER_GRADERS,
     prompt_column="question",
     gold_column="answer",
     source="openai/gsm8k:main",

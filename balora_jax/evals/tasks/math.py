@@ -5,8 +5,9 @@ the 500 problems of Lightman et al. 2023 where no file is named.
 """
 
 from balora_jax.errors import InputError
-from balora_jax.evals.answers import extract_answer, last_boxed
+from balora_jax.evals.answers import last_boxed
 from balora_jax.evals.benchmark import Row, TextBenchmark, column_text
+from balora_jax.evals.graders import MATH_GRADERS
 
 
 def gold_answer(row: Row, column: str, marker: str = "") -> str:
@@ -21,7 +22,7 @@ def gold_answer(row: Row, column: str, marker: str = "") -> str:
     """
     cell = column_text(row, column, marker)
     gold = last_boxed(cell)
-    if gold is None:
+    if not gold:
         raise InputError(
             f"eval.gold_column: expected a \\boxed answer in {column!r}, got {cell[-40:]!r}. Check "
             "that the column holds MATH solutions."
@@ -29,21 +30,10 @@ def gold_answer(row: Row, column: str, marker: str = "") -> str:
     return gold
 
 
-def stated_answer(text: str, marker: str) -> str | None:
-    r"""The answer after the marker, or else in the last ``\boxed{}``.
-
-    Example:
-        >>> stated_answer("The answer is: 4", "The answer is:"), stated_answer(r"\boxed{5}", "#")
-        ('4', '5')
-    """
-    answer = extract_answer(text, marker)
-    return last_boxed(text) if answer is None else answer
-
-
 MATH = TextBenchmark(
     name="math",
     gold=gold_answer,
-    parse=stated_answer,
+    graders=MATH_GRADERS,
     prompt_column="problem",
     gold_column="solution",
     source="HuggingFaceH4/MATH-500",

@@ -25,6 +25,7 @@ UNREAD = (
     "training.head_chunk",
     "training.head_memory_mib",
     "mesh.sequence",
+    "eval.grader",
     "eval.marker",
     "eval.max_new_tokens",
     "eval.temperature",

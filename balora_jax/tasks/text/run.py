@@ -29,6 +29,7 @@ from balora_jax.tasks.text.program import TextProgram, text_program
 from balora_jax.tasks.text.score import (
     Answerer,
     Exam,
+    asked_of,
     exam_of,
     example_settings,
     question_row,
@@ -174,11 +175,12 @@ def check(config: RunConfig) -> TextRun:
 
 def _open(config: RunConfig) -> _Opened:
     assemble.objective_of(config.regularizers)  # before a checkpoint is looked for
+    asked = asked_of(config.data, config.eval, benchmark_of(config.task, config.eval.task))
     base = open_base(config.model.name_or_path, config.model.revision)
     program = text_program(config, base.config)
     tokenizer = base.tokenizer()
     sets = load_sets(training_sets(config.data))
-    exam = exam_of(tokenizer, config.data, config.eval, benchmark_of(config.task, config.eval.task))
+    exam = exam_of(tokenizer, config.data, config.eval, asked)
     if exam is not None:  # what is wrong is said before a weight is read
         base.stop_ids()
         base.check_prompts(exam.prompts, config.eval.max_new_tokens)
@@ -214,8 +216,9 @@ def evaluate(config: RunConfig, *, adapter: str | None) -> dict[str, Any]:
             "data.validation: expected rows to score, got none. Name a file with --set "
             "data.validation=FILE."
         )
+    asked = asked_of(config.data, config.eval, benchmark)
     model = opened_model(config.model, adapter)
-    exam = exam_of(model.tokenizer, config.data, config.eval, benchmark)
+    exam = exam_of(model.tokenizer, config.data, config.eval, asked)
     assert exam is not None  # load_rows raises where there is no row
     model.base.check_prompts(exam.prompts, config.eval.max_new_tokens)
     answerer = Answerer(model.bind, model.base, config.eval)

@@ -1,6 +1,5 @@
 """From prompts to texts, and from the validation rows to a score."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,8 +12,7 @@ from balora_jax.data.sources import load_rows
 from balora_jax.data.template_files import read_template, template_of
 from balora_jax.data.templates import ExampleSettings
 from balora_jax.data.training_sets import TrainingSet
-from balora_jax.errors import InputError
-from balora_jax.evals.benchmark import Benchmark, TextBenchmark
+from balora_jax.evals.benchmark import Benchmark, TextBenchmark, golds_of, place
 from balora_jax.models.decoder import Decoder
 from balora_jax.models.generation import Sampling, generate, make_decoder
 from balora_jax.parallel import hosts
@@ -122,12 +120,14 @@ class Exam:
         prompts: token ids of every question.
         golds: the right answers.
         marker: text before a stated answer.
+        grader: who judges, as ``eval.grader`` names it.
     """
 
     benchmark: TextBenchmark
     prompts: list[list[int]]
     golds: list[str]
     marker: str
+    grader: str
 
     def score(
         self,
@@ -139,11 +139,12 @@ class Exam:
     ) -> dict[str, Any]:
         """Answer every row, print the score and the first answer, return the figures."""
         texts = answerer(parts, self.prompts, key, title)
-        figures = self.benchmark.score(texts, self.golds, self.marker)
+        figures = self.benchmark.score(texts, self.golds, self.marker, self.grader)
         name, value = next(iter(figures.items()))
         shown = " ".join(texts[0].split())[:160]
         hosts.say(
-            f"{title}: {name.replace('_', ' ')} {value:.3f} on {len(texts)} rows; "
+            f"{title}: {name.replace('_', ' ')} {value:.3f} on {len(texts)} rows, by the grader "
+            f"{figures['grader']}; "
             f"first answer: {shown!r} (right: {self.golds[0]})"
         )
         return figures
@@ -162,10 +163,25 @@ def validation_rows(data: DataConfig, config: EvalConfig, benchmark: Benchmark) 
     return list(map(dict, load_rows(source, split=split, limit=min(limits) if limits else None)))
 
 
-def exam_of(
-    tokenizer: Any, data: DataConfig, config: EvalConfig, benchmark: Benchmark
-) -> Exam | None:
-    """The questions and right answers of the validation rows; None where there is no score.
+@dataclass(frozen=True)
+class Asked:
+    """The questions and right answers of the validation rows, before any model is known.
+
+    Attributes:
+        benchmark: that asks.
+        rows: the rows, each with its question in the column ``prompt``.
+        prompt: name of that column.
+        golds: the right answers.
+    """
+
+    benchmark: TextBenchmark
+    rows: Rows
+    prompt: str
+    golds: list[str]
+
+
+def asked_of(data: DataConfig, config: EvalConfig, benchmark: Benchmark) -> Asked | None:
+    """What the validation rows ask; None where there is no score.
 
     Raises:
         InputError: a row without a named column, or without a right answer.
@@ -175,33 +191,28 @@ def exam_of(
         return None
     prompt = config.prompt_column or benchmark.prompt_column or data.prompt_column
     gold = config.gold_column or benchmark.gold_column or data.response_column
-    settings = replace(example_settings(data), prompt_column=prompt)
-    numbered = [(row, f"validation row {i}") for i, row in enumerate(rows, start=1)]
-    if settings.messages_column is not None and gold not in rows[0]:
+    if data.messages_column is not None and gold not in rows[0]:
         # The last answer of a conversation is the right one.
-        numbered = [(answered(row, settings, gold, at), at) for row, at in numbered]
-    golds = [_gold(benchmark, row, gold, config.marker, at) for row, at in numbered]
+        settings = example_settings(data)
+        named = ((row, place(i)) for i, row in enumerate(rows, start=1))
+        rows = [answered(row, settings, gold, at) for row, at in named]
+    golds = golds_of(benchmark, rows, gold, config.marker)
     if benchmark.question is not None:
-        numbered = [({**row, prompt: benchmark.question(row)}, at) for row, at in numbered]
-    prompts = [encode_prompt(row, tokenizer, settings, at) for row, at in numbered]
-    return Exam(benchmark, prompts, golds, config.marker)
+        rows = [{**row, prompt: benchmark.question(row)} for row in rows]
+    return Asked(benchmark, rows, prompt, golds)
 
 
-def _gold(benchmark: TextBenchmark, row: Row, column: str, marker: str, where: str) -> str:
-    """The right answer of a row. Raises InputError where there is none, with the row's number."""
-    cell = row.get(column, "")
-    if cell is None or (isinstance(cell, float) and math.isnan(cell)) or cell == []:
-        raise InputError(
-            f"{where}: expected a right answer in the column {column!r}, got an empty cell. Fill "
-            "it or leave the row out."
-        )
-    try:
-        found = benchmark.gold(row, column, marker)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-    if not found.strip():
-        raise InputError(
-            f"{where}: expected a right answer in the column {column!r}, got an empty text. Fill "
-            "it or leave the row out."
-        )
-    return found
+def exam_of(
+    tokenizer: Any, data: DataConfig, config: EvalConfig, asked: Asked | None
+) -> Exam | None:
+    """What is asked as tokens; None where nothing is.
+
+    Raises:
+        InputError: a row without a named column.
+    """
+    if asked is None:
+        return None
+    settings = replace(example_settings(data), prompt_column=asked.prompt)
+    named = ((row, place(i)) for i, row in enumerate(asked.rows, start=1))
+    prompts = [encode_prompt(row, tokenizer, settings, at) for row, at in named]
+    return Exam(asked.benchmark, prompts, asked.golds, config.marker, config.grader)
