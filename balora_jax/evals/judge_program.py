@@ -26,7 +26,7 @@ def main() -> None:
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
     logging.disable(logging.CRITICAL)
-    import math_verify  # noqa: F401
+    import math_verify  # noqa: F401  # pyright: ignore[reportMissingImports]
 
     answers.write("ready\n")
     answers.flush()
@@ -41,7 +41,11 @@ def main() -> None:
 
 def same(prediction: str, gold: str) -> bool:
     """Whether math-verify reads both, and finds them the same."""
-    from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify import (  # pyright: ignore[reportMissingImports]
+        LatexExtractionConfig,
+        parse,
+        verify,
+    )
 
     # Its own limits of time are signals to this process, which would take the alarm's place.
     readings = [
