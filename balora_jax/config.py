@@ -18,6 +18,7 @@ from balora_jax.models.starts import STARTS
 from balora_jax.numerics.objective import MaskAlignment
 from balora_jax.numerics.schedules import WARMUP_FRACTION
 from balora_jax.numerics.terms.term import Variant
+from balora_jax.untyped.shown import shown
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -161,7 +162,7 @@ class TrainSet(Section):
         template, prompt_column, response_column, input_column, messages_column: as in ``data``.
     """
 
-    path: Annotated[str, Field(min_length=1)]
+    path: str
     weight: Annotated[float, Field(gt=0)] | None = None
     split: str | None = None
     limit: Positive | None = None
@@ -184,6 +185,16 @@ Train = Annotated[
     Discriminator(lambda value: ONE_FILE if isinstance(value, str) else SEVERAL),
 ]
 """A file, or a list of files and sets; an error of one names no branch of the other."""
+
+
+def no_number(value: Any) -> Any:
+    """A day is written as one: a number would be read as seconds since 1970."""
+    if not isinstance(value, str | datetime.date | None):
+        raise ValueError(f"expected a day such as 2026-01-31, got {shown(value)}. Write it so.")
+    return value
+
+
+Day = Annotated[datetime.date, BeforeValidator(no_number)]
 
 
 class DataConfig(Section):
@@ -243,7 +254,7 @@ class DataConfig(Section):
     conversation: Literal["auto", "whole", "turns"] = "auto"
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] = {}
-    today: datetime.date | None = None
+    today: Day | None = None
     max_length: Positive = 512
     overlong: Literal["truncate", "drop", "split"] = "truncate"
     bad_rows: Literal["stop", "skip"] = "stop"

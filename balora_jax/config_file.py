@@ -99,7 +99,8 @@ def _describe(error: ValidationError) -> str:
     if kind == "missing":
         return f"{location}: expected a value, got none. Add the key."
     if kind == "value_error":
-        return str(first.get("ctx", {}).get("error", first["msg"]))
+        said = str(first.get("ctx", {}).get("error", first["msg"]))
+        return f"{location}: {said}" if said.startswith("expected ") else said
     if kind == "string_too_short":
         return f"{location}: expected a text, got an empty one. Write it."
     expected = first["msg"].removeprefix("Input should be ").rstrip(".")

@@ -1,5 +1,6 @@
 """Every setting of the schema with every kind of value, and values that are bad for one of them."""
 
+import datetime
 import math
 import types
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ CHOSEN = {
     str: ("int", "empty", "long", "nul", "lines", "escape", "list", "dict", "date", "null"),
     tuple: ("int", "str", "long", "escape", "list", "deep-list", "dict", "bytes", "null"),
     dict: ("int", "str", "list", "dict", "null"),
+    datetime.date: ("int", "zero", "float", "bool", "str", "list", "dict", "nan", "null"),
 }
 """Kinds of values that say most about a setting of a type."""
 ELSEWHERE = ("bool", "set", "float")
