@@ -136,9 +136,9 @@ def column_text(row: Row, column: str, marker: str = "") -> str:
             f"{', '.join(map(str, row))}. Name the column of the right answer."
         )
     cell = row[column]
-    nothing = cell is None or (isinstance(cell, float) and not math.isfinite(cell))
-    if nothing or not str(cell).strip():
-        got = "null" if cell is None else repr(cell)
+    endless = isinstance(cell, float) and not math.isfinite(cell)
+    if cell is None or endless or isinstance(cell, list | dict) or not str(cell).strip():
+        got = "null" if cell is None else repr(cell)[:40]
         raise InputError(
             f"eval.gold_column: expected a right answer in {column!r}, got {got}. Fill it in, or "
             "drop the row."

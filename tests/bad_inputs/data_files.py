@@ -33,7 +33,7 @@ def cases() -> Iterator[Case]:
         yield Case(f"data/cell-{name}", make, expect)
         row = {"question": "1+1", "answer": cell}
         make = _file("a.jsonl", (LINES + json.dumps(row) + "\n").encode(), "validation")
-        yield Case(f"data/gold-{name}", make, "any")
+        yield Case(f"data/gold-{name}", make, expect)
     for name, change in INSTEAD.items():
         yield Case(f"data/{name}", _instead(change), apart=name in APART)
     for name, turns in TURNS.items():

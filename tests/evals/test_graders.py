@@ -215,6 +215,11 @@ def test_math_verify_is_missing(monkeypatch):
         ({"answer": None}, "eval.gold_column: expected a right answer in 'answer', got null."),
         ({"answer": ""}, "eval.gold_column: expected a right answer in 'answer', got ''."),
         ({"answer": "  "}, "eval.gold_column: expected a right answer in 'answer', got '  '."),
+        ({"answer": [2]}, "eval.gold_column: expected a right answer in 'answer', got [2]."),
+        (
+            {"answer": {"a": 2}},
+            "eval.gold_column: expected a right answer in 'answer', got {'a': 2}.",
+        ),
         ({}, "eval.gold_column: expected the column 'answer' in the validation rows, got question"),
     ],
 )
