@@ -138,7 +138,7 @@ def _proven(ours: str, right: str, prove: Proof | None) -> bool:
 
 
 _COMMAND = re.compile(r"\\(?!(?:pi|theta|alpha|beta|gamma|phi|omega|infty)(?![a-zA-Z]))[a-zA-Z]+")
-_SLIP = re.compile(r"[a-zA-Z)}\]]\d")
+_SLIP = re.compile(r"[a-zA-Z)}\]]\d|[-+*/^=<>_,(\[{]\Z|\A[*/^=<>_,)\]}]|[+*/^=]{2}")
 
 
 def _may_be_same(ours: str, right: str) -> bool:
@@ -146,8 +146,11 @@ def _may_be_same(ours: str, right: str) -> bool:
     if bool(_EQUATES.search(ours)) != bool(_EQUATES.search(right)):
         return False
     both = f"{ours} {right}"
-    # A number behind a letter or a bracket is a slip, and so is an infinity that belongs to a set.
-    if re.search(r"\[-?\\infty|\\infty\]", both) or _SLIP.search(_COMMAND.sub(" ", both)):
+    # Slips are a number behind a letter or a bracket, a sign with nothing on one side, and an
+    # infinity that belongs to a set.
+    if re.search(r"\[-?\\infty|\\infty\]", both):
+        return False
+    if any(_SLIP.search(_COMMAND.sub(" ", text)) for text in (ours, right)):
         return False
     digits = max(map(len, re.findall(r"\d+", both)), default=0)
     powers = [len(run) for pair in re.findall(r"\^\{?[-+]?(\d+)|(\d+)!", both) for run in pair]

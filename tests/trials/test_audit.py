@@ -24,6 +24,7 @@ ALL = os.environ.get("BALORA_AUDIT") == "all"
 STARTED = {
     "fc-list": "matplotlib",  # asks the system for its fonts, once, when its cache is new
     "/sbin/ldconfig": "cuda",  # what torch brings, where it is installed, looks for libraries
+    "judge_program.py": "evals",  # proves expressions equal, where math-verify is installed
 }
 
 
@@ -104,7 +105,7 @@ def check(seen):
     assert not seen.of(r"socket\."), seen.of(r"socket\.")
     assert not seen.of(r"pickle\."), seen.of(r"pickle\.")
     for event in seen.of(STARTS.pattern):
-        named = [owner for name, owner in STARTED.items() if f"'{name}'" in event["about"]]
+        named = [owner for name, owner in STARTED.items() if f"{name}'" in event["about"]]
         assert named, event
         assert any(f"/{named[0]}/" in frame for frame in event["frames"]), event
     changes = (e for e in seen.events if not re.match(r"socket|pickle", e["event"]))
