@@ -58,7 +58,7 @@ def test_counts_and_lengths_are_those_of_the_rows(tmp_path):
     assert found["fill"] == pytest.approx(kept.sum() / (3 * 8 * 16))
     first = rows[0]
     assert f"<s>{first['question']}=⟦{first['answer']}</s>⟧" in out
-    assert "19 of 20 rows kept (0 truncated, 1 dropped" in out
+    assert "19 examples of 20 rows (0 truncated, 1 dropped" in out
     assert f"{found['trainable']:,} trainable parameters" in out
     assert picture.read_bytes()[:4] == b"\x89PNG"
 

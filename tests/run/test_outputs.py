@@ -168,7 +168,7 @@ def test_what_is_printed_at_the_start(finished):
     assert f"({TOTAL:,} parameters)" in rest.replace("llama, ", "(").replace("((", "(")
     assert f"adapters: {LAYERS * len(LINEAR)} layers" in rest
     assert f"{TRAINABLE:,} trainable parameters" in rest
-    assert "24 of 24 rows kept" in rest
+    assert "24 examples of 24 rows (0 truncated" in rest
     row = sums(24, seed=0)[0]
     # The prompt is masked, the response and its EOS are not.
     assert f"<s>{row['question']}=⟦{row['answer']}</s>⟧" in rest

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from balora_jax import finetune, signals
+from balora_jax.data import training_sets
 from balora_jax.errors import InputError
 from balora_jax.io import checkpoint, lock
 from balora_jax.tasks.text import run as text_run
@@ -158,7 +159,7 @@ LAST = "is the newest whole checkpoint. Go on with --resume."
 @pytest.mark.parametrize(
     ("name", "owner", "function", "truth"),
     [
-        ("SIGTERM", text_run, "load_rows", NOTHING),
+        ("SIGTERM", training_sets, "load_rows", NOTHING),
         ("SIGINT", text_run.TextRun, "load", NOTHING),
         ("SIGTERM", loop.Training, "score_before", NO_CHECKPOINT),
         ("SIGINT", steps, "compile_step", NO_CHECKPOINT),
