@@ -95,7 +95,9 @@ def _describe(error: ValidationError) -> str:
     location = ".".join(str(part) for part in first["loc"] if not _is_type_tag(part))
     kind, got = first["type"], first.get("input")
     if kind == "extra_forbidden":
-        return _unknown_key([str(part) for part in first["loc"] if not _is_type_tag(part)])
+        # The last part is the user's own word, whatever it looks like.
+        *above, last = first["loc"]
+        return _unknown_key([*(str(part) for part in above if not _is_type_tag(part)), str(last)])
     if kind == "missing":
         return f"{location}: expected a value, got none. Add the key."
     if kind == "value_error":

@@ -145,3 +145,13 @@ def test_every_setting_is_read_by_a_task_or_refused(task, tmp_path, monkeypatch)
     fit(config, workdir=tmp_path / "run")
     of_all = {key for key in KEYS if key.startswith("study.")}  # read by balora study alone
     assert KEYS - of_all - seen == set(SETTINGS[task].unread) - HANDED_ON
+
+
+@pytest.mark.parametrize("key", ["\x1b[2J", "str", "a[0]", "train as a list"])
+def test_an_unknown_key_is_named_whatever_it_looks_like(key, tmp_path):
+    tree = tree_of("text", tmp_path)
+    tree["data"][key] = 1
+    with pytest.raises(InputError, match="unknown key in data"):
+        parse_config(tree, "config")
+    with pytest.raises(InputError, match="unknown key in the top level"):
+        parse_config({**tree_of("text", tmp_path), key: 1}, "config")
