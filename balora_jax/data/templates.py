@@ -151,6 +151,8 @@ def cell_text(row: Row, column: str, where: str) -> str:
         if cell.strip():
             return cell
         got = "an empty cell"
+    elif isinstance(cell, float) and math.isinf(cell):
+        got = "a number without bound"
     elif isinstance(cell, int | float):
         return str(cell)
     else:
