@@ -173,7 +173,7 @@ class ArrowRows:
         begin = self._ends[unit] - units.sizes[unit]
         start = self._first + len(self._rows)
         if not was_open or not begin <= start <= index:
-            start, self._batches = begin, _slices(units.batches(unit))
+            start, self._batches = begin, _slices(units, unit)
         self._rows = []
         while True:
             batch = next(self._batches, None)
@@ -202,10 +202,12 @@ class ArrowRows:
         return rows
 
 
-def _slices(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    for batch in batches:
-        for start in range(0, batch.num_rows, _CHUNK):
-            yield batch.slice(start, _CHUNK)
+def _slices(units: _Units, first: int) -> Iterator[pa.RecordBatch]:
+    """All rows from a piece on, a thousand at most in each."""
+    for unit in range(first, len(units.sizes)):
+        for batch in units.batches(unit):
+            for start in range(0, batch.num_rows, _CHUNK):
+                yield batch.slice(start, _CHUNK)
 
 
 def class_names(schema: pa.Schema, file: str) -> Mapping[str, Sequence[str]]:

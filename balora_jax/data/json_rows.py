@@ -15,6 +15,7 @@ from balora_jax.data.text_rows import BYTE_ORDER_MARK, MOST_OF_A_ROW, Found
 from balora_jax.errors import InputError
 from balora_jax.untyped.json_text import without_twins
 
+_HEAD = 2**12
 _PIECE = 2**20
 _NOT_BLANK = re.compile(r"[^ \t\r\n]")
 _CHECKED = json.JSONDecoder(object_pairs_hook=without_twins)
@@ -44,11 +45,11 @@ def json_rows(file: str, stream: BufferedIOBase) -> Found:
 
 def _first_byte(stream: BufferedIOBase) -> bytes:
     """The first that is not blank; nothing where there is none."""
-    piece = stream.read(_PIECE).removeprefix(BYTE_ORDER_MARK)
+    piece = stream.read(_HEAD).removeprefix(BYTE_ORDER_MARK)
     while piece:
         if text := piece.lstrip(b" \t\r\n"):
             return text[:1]
-        piece = stream.read(_PIECE)
+        piece = stream.read(_HEAD)
     return b""
 
 

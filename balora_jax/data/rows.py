@@ -45,7 +45,7 @@ class Joined:
         self._open = 0
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Row:
         index = range(len(self))[index]
