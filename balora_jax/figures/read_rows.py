@@ -10,7 +10,6 @@ its highest point; the mapped pages of a file, which the system may drop, are no
 """
 
 import argparse
-import functools
 import json
 import statistics
 import subprocess
@@ -88,8 +87,8 @@ def read(reader: str, file: str, folder: str) -> dict[str, Any]:
         datasets.disable_progress_bars()
 
         def load() -> Iterable[Any]:
-            load = functools.partial(datasets.load_dataset, "json", split="train")
-            return cast(Any, load(data_files=file, cache_dir=folder))
+            found = datasets.load_dataset("json", data_files=file, cache_dir=folder, split="train")
+            return cast(Any, found)
     else:
         from balora_jax.data.sources import load_rows
 
