@@ -247,7 +247,7 @@ def files_of_folder(folder: str, split: str) -> list[str] | None:
     """
     path = Path(folder)
     if (path / "dataset_dict.json").is_file():
-        names = [str(name) for name in read_object(path / "dataset_dict.json").get("splits") or ()]
+        names = list(map(str, _listed(path / "dataset_dict.json", "splits")))
         if split not in names or not (path / split / "state.json").is_file():
             raise InputError(
                 f"{folder}: expected a saved data set with the split {split!r}, got the splits "
@@ -256,9 +256,8 @@ def files_of_folder(folder: str, split: str) -> list[str] | None:
         path /= split
     if not (path / "state.json").is_file():
         return None
-    listed = read_object(path / "state.json").get("_data_files") or ()
     files = []
-    for one in listed:
+    for one in _listed(path / "state.json", "_data_files"):
         name = one.get("filename") if isinstance(one, Mapping) else one
         if not isinstance(name, str) or Path(name).name != name or not (path / name).is_file():
             raise InputError(
@@ -267,3 +266,8 @@ def files_of_folder(folder: str, split: str) -> list[str] | None:
             )
         files.append(str(path / name))
     return files
+
+
+def _listed(file: Path, key: str) -> list[Any]:
+    found = read_object(file).get(key)
+    return found if isinstance(found, list) else [found]

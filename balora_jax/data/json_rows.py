@@ -195,9 +195,12 @@ class _Window:
             try:
                 found, end = _CHECKED.raw_decode(self._text, self._at)
                 break
-            except json.JSONDecodeError:
+            except json.JSONDecodeError as error:
                 # Broken, or not all of it is here yet.
-                if len(self._text) - self._at > MOST_OF_A_ROW or not self._read_on(size):
+                if len(self._text) - self._at > MOST_OF_A_ROW:
+                    most = f"or an object of more than {MOST_OF_A_ROW >> 20} MiB"
+                    raise ValueError(f"{error.msg}, {most}") from error
+                if not self._read_on(size):
                     raise
                 size *= 2
         _check_pairs(self._text[self._at : end], found)

@@ -60,9 +60,13 @@ class Joined:
 
 
 def state_of(handle: int) -> tuple[int, ...]:
-    """What changes when an open file is written to or another takes its place."""
+    """What changes when an open file is written to, or another takes its place.
+
+    Numbers of files do not tell: some mounted buckets give a file another one when it is opened
+    again.
+    """
     found = os.fstat(handle)
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_size, found.st_mtime_ns
 
 
 def changed(file: str) -> InputError:

@@ -130,6 +130,7 @@ def touch(path):
 def replace(path):
     other = path.with_name("other")
     other.write_bytes(path.read_bytes())
+    touch(other)
     other.replace(path)
 
 
@@ -204,6 +205,13 @@ def test_local_files_need_no_cache_and_no_network(tmp_path):
         capture_output=True,
     )
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_an_object_of_an_array_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_rows, "MOST_OF_A_ROW", 2**21)
+    (tmp_path / "a.json").write_text('[{"a": "' + "x" * 2**22 + '"}]')
+    with pytest.raises(InputError, match=r"or an object of more than 2 MiB\) at its place 1"):
+        load_rows(str(tmp_path / "a.json"))
 
 
 def test_long_work_is_shown(tmp_path, monkeypatch, capfd):
