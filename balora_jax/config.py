@@ -201,11 +201,11 @@ class DataConfig(Section):
     """Rows, and how each becomes tokens.
 
     Attributes:
-        train, validation: a JSON-lines, CSV or parquet file, or a hub data-set name. With
-            ``glue`` the hub's splits where not given, and ``{glue}`` in a path is the task.
-            ``train`` may be a list of these, or of sets with the keys ``path``, ``weight``,
-            ``split``, ``limit``, ``template``, ``prompt_column``, ``response_column``,
-            ``input_column``, ``messages_column``.
+        train, validation: a JSON, CSV, TSV, parquet or Arrow file, a folder that ``datasets``
+            saved, or a hub data-set name. With ``glue`` the hub's splits where not given, and
+            ``{glue}`` in a path is the task. ``train`` may be a list of these, or of sets with
+            the keys ``path``, ``weight``, ``split``, ``limit``, ``template``,
+            ``prompt_column``, ``response_column``, ``input_column``, ``messages_column``.
         glue: name of a GLUE task (``task: labels``): columns, labels and metrics follow from it.
         text_columns, label_column, labels, regression: the same for your own data: one text
             or two, names of the classes in the order of their ids, or a score instead.

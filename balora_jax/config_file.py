@@ -78,8 +78,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise InputError(f"--set: expected key.path=value, got {shown(override)}. Write it so.")
-    value = parse_yaml(text, f"--set {one_line(key, most=100)}: expected a YAML value", "Quote it.")
     *parents, leaf = key.strip().split(".")
+    where = f"--set {one_line(key, most=100)}: expected a YAML value"
+    value = parse_yaml(text, where, "Quote it.", leaf)
     node = tree
     for parent in parents:
         below = node.setdefault(parent, {})

@@ -6,18 +6,24 @@ with the published checkpoints: an entailment is class 0 in MNLI, QNLI and RTE, 
 
 import dataclasses
 import difflib
+import functools
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 
 from balora_jax.data.templates import Row, cell_text
 from balora_jax.errors import InputError
+from balora_jax.untyped.shown import shown
 
 Label = int | np.float32
 
 _NAMES_IN_A_MESSAGE = 6
+_LARGEST_SCORE = float(np.finfo(np.float32).max)
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,9})?", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,9 +236,11 @@ def label_cell(row: Row, task: LabelsTask, where: str) -> Any:
 def label_of(cell: Any, task: LabelsTask, where: str) -> Label | None:
     """The label that a cell spells: a class id, a score, or None if it says that there is none.
 
-    A class may be given by its name or its id, the id as a number or as text. Where the names are
-    numbers themselves (stars from "1" to "5"), a number is always a name. No label is an empty
-    cell, NaN, or the -1 of GLUE's test sets (unless -1 is a name or a possible score).
+    A class may be given by its name or its id, the id as a number or as text. Where a name is a
+    number itself (stars from "1" to "5"), a number is always a name, by its value: 1, 1.0, "1" and
+    "1.0" are the same star. ``true`` and ``false`` of JSON and parquet are the names that spell so,
+    in whatever case. No label is an empty cell, NaN, or the -1 of GLUE's test sets (unless -1 is a
+    name or a possible score).
 
     Args:
         cell: The content of the label's column.
@@ -252,57 +260,75 @@ def label_of(cell: Any, task: LabelsTask, where: str) -> Label | None:
 
 def _score(cell: Any, task: LabelsTask, where: str) -> np.float32 | None:
     number = _number(cell)
-    low, high = task.score_range or (-math.inf, math.inf)
+    low, high = task.score_range or (-_LARGEST_SCORE, _LARGEST_SCORE)
     if number is not None and low <= number <= high:
-        return np.float32(number)
+        return np.float32(float(number))
     if number == -1:
         return None
-    wanted = "a number" if task.score_range is None else f"a score from {low:g} to {high:g}"
-    raise InputError(f"{where}: expected {wanted} as label, got {cell!r}. Fix the row.")
+    wanted = f"a score from {low:g} to {high:g}" if task.score_range else "a number"
+    if number is not None and not task.score_range:
+        wanted = f"a number from {low:g} to {high:g}, as 32 bits hold,"
+    raise InputError(f"{where}: expected {wanted} as label, got {shown(cell)}. Fix the row.")
 
 
 def _class_id(cell: Any, task: LabelsTask, where: str) -> int | None:
-    names = [name.strip() for name in task.labels]
-    spelled, number = _spelling(cell), _number(cell)
-    if spelled in names:
-        return names.index(spelled)
+    names, values = _names(task.labels)
+    number = _number(cell)
+    for found in _places_of(cell, names), _places(number, values):
+        if len(found) == 1:
+            return found[0]
     if number == -1:
         return None
-    ids_count = all(_number(name) is None for name in names)
-    if ids_count and number is not None and number in range(len(names)):
-        return int(number)
+    ids_count = values.count(None) == len(values)
+    if ids_count and (found := _places(number, range(len(names)))):
+        return found[0]
     listed = ", ".join(names[:_NAMES_IN_A_MESSAGE]) + (
         ", …" if len(names) > _NAMES_IN_A_MESSAGE else ""
     )
     ids = f" or an id from 0 to {len(names) - 1}" if ids_count else ""
     raise InputError(
-        f"{where}: expected a label of {task.name} ({listed}){ids}, got {cell!r}."
-        f"{did_you_mean(spelled, names)} Fix the row or the list of labels."
+        f"{where}: expected a label of {task.name} ({listed}){ids}, got {shown(cell)}."
+        f"{did_you_mean(cell[:100], names) if isinstance(cell, str) else ''} Fix the row or the "
+        "list of labels."
     )
 
 
-def _spelling(cell: Any) -> str:
-    """A cell as a label's name: true, 1 and 1.0 as JSON, CSV and parquet files may hold them."""
-    if isinstance(cell, bool):
-        return str(cell).lower()
-    if isinstance(cell, float) and cell.is_integer():
-        return str(int(cell))
-    return str(cell).strip()
+@functools.cache
+def _names(labels: tuple[str, ...]) -> tuple[list[str], list[Decimal | None]]:
+    """The names of the classes, and the numbers that they spell."""
+    names = [name.strip() for name in labels]
+    return names, [_number(name) for name in names]
 
 
-def _number(cell: Any) -> float | None:
-    """The finite number that a cell holds or spells; a truth value is none.
+def _places_of(cell: Any, names: Sequence[str]) -> list[int]:
+    """Where the names stand that a cell spells."""
+    if isinstance(cell, bool | np.bool_):
+        return _places(str(cell).lower(), [name.lower() for name in names])
+    return _places(cell.strip(), names) if isinstance(cell, str) else []
 
-    >>> _number(" 3.5 "), _number("positive"), _number(True), _number("nan")
-    (3.5, None, None, None)
+
+def _places(value: Any, values: Iterable[Any]) -> list[int]:
+    return [i for i, one in enumerate(values) if value is not None and one == value]
+
+
+def _number(cell: Any) -> Decimal | None:
+    """The finite number that a cell holds or spells, exactly; a truth value is none.
+
+    >>> _number(" 3.50 "), _number("positive"), _number(True), _number("nan"), _number("1_000")
+    (Decimal('3.50'), None, None, None, None)
     """
-    if isinstance(cell, bool) or not isinstance(cell, str | int | float | np.number):
+    if isinstance(cell, np.number):
+        cell = cell.item()
+    if isinstance(cell, str):
+        text = cell.strip()
+        return Decimal(text) if _NUMBER.fullmatch(text) else None
+    if isinstance(cell, bool) or not isinstance(cell, int | float) or not _is_finite(cell):
         return None
-    try:
-        number = float(cell)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
+    return Decimal(cell)
+
+
+def _is_finite(number: float) -> bool:
+    return isinstance(number, int) or math.isfinite(number)
 
 
 def did_you_mean(text: str, choices: Iterable[str]) -> str:

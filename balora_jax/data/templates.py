@@ -290,6 +290,8 @@ def cell_text(row: Row, column: str, where: str) -> str:
         got = "an empty cell"
     elif isinstance(cell, bool):
         return str(cell).lower()
+    elif isinstance(cell, float) and math.isinf(cell):
+        got = "a number without bound"
     elif isinstance(cell, int | float):
         return str(cell)
     else:

@@ -146,7 +146,7 @@ def measured(
     command = [sys.executable, "-m", "balora_jax.figures.load_memory_process", options]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         samples: list[tuple[float, int]] = []
-        watch = threading.Thread(target=_sample, args=(process, samples))
+        watch = threading.Thread(target=sample_anonymous, args=(process, samples))
         watch.start()
         text, _ = process.communicate()
         watch.join()
@@ -155,7 +155,7 @@ def measured(
     return _row(json.loads(text.splitlines()[-1]), samples)
 
 
-def _sample(process: subprocess.Popen, samples: list[tuple[float, int]]) -> None:
+def sample_anonymous(process: subprocess.Popen, samples: list[tuple[float, int]]) -> None:
     """Anonymous memory of a process by time until it ends."""
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:

@@ -47,7 +47,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 def _parsed(data: bytes, file: Path) -> Any:
     try:
-        content = json.loads(data.decode("utf-8"), object_pairs_hook=_without_twins)
+        content = json.loads(data.decode("utf-8"), object_pairs_hook=without_twins)
     except RecursionError as error:
         raise _too_deep(file) from error
     except ValueError as error:  # no JSON, no UTF-8, a key twice, or thousands of digits
@@ -76,7 +76,15 @@ def _too_deep(file: Path) -> InputError:
     )
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of its keys and values, as the parser of JSON takes it for a hook.
+
+    Raises:
+        ValueError: a key twice, with two values.
+
+    >>> without_twins([("a", 1), ("a", 1)])
+    {'a': 1}
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: dict[str, Any] = {}

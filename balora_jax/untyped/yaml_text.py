@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 from yaml.events import AliasEvent
-from yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode
+from yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode, SequenceNode
 
 from balora_jax.errors import InputError
 from balora_jax.untyped.shown import one_line, shown
@@ -14,6 +14,9 @@ from balora_jax.untyped.shown import one_line, shown
 MOST_BYTES = 2**20
 MOST_VALUES = 20_000
 DEEPEST = 50
+
+_TEXT = "tag:yaml.org,2002:str"
+_NO_TEXT = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp")}
 
 
 def read_yaml(file: Path) -> Any:
@@ -42,13 +45,17 @@ def read_yaml(file: Path) -> Any:
     return parse_yaml(text, f"{file}: expected YAML", "Correct the file.")
 
 
-def parse_yaml(text: str, expected: str, remedy: str) -> Any:
+def parse_yaml(text: str, expected: str, remedy: str, key: str = "") -> Any:
     """The values of a text, as YAML's safe loader makes them.
+
+    Under ``labels`` and under keys that end with ``_column`` or ``_columns`` stand names, which are
+    text as it was written: ``[no, yes]`` are no truth values there, and ``01`` is no number.
 
     Args:
         text: one document.
         expected: opens the message: where the text stands, and what belongs there.
         remedy: ends it.
+        key: the key that the whole of it stands under, if there is one.
 
     Raises:
         InputError: no YAML, a key that stands twice in a section, a tag or a scalar that has no
@@ -56,11 +63,18 @@ def parse_yaml(text: str, expected: str, remedy: str) -> Any:
 
     >>> parse_yaml("{a: [1, x]}", "--set a: expected a YAML value", "Quote it.")
     {'a': [1, 'x']}
+    >>> parse_yaml("{labels: [no, yes, 01], packing: yes}", "", "")
+    {'labels': ['no', 'yes', '01'], 'packing': True}
     """
     try:
         loader = _Loader(text)
         loader.extents = {}
-        return loader.get_single_data()
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _holds_names(key):
+            _read_as_text(node)
+        return loader.construct_document(node)
     except yaml.YAMLError as error:
         reason = one_line(_reason(error), most=200)
         raise InputError(f"{expected}, got: {reason}. {remedy}") from error
@@ -105,6 +119,9 @@ class _Loader(yaml.SafeLoader):
             if name in seen:
                 raise _fault(f"the key {shown(key.value)} twice", key.start_mark)
             seen.add(name)
+        for key, value in node.value:
+            if _holds_names(key.value):
+                _read_as_text(value)
         return node
 
     def construct_object(self, node: Node, *args: Any, **options: Any) -> Any:
@@ -127,6 +144,17 @@ class _Loader(yaml.SafeLoader):
         if values > MOST_VALUES or levels > DEEPEST:
             raise _too_much(node.start_mark)
         return values, levels
+
+
+def _holds_names(key: Any) -> bool:
+    return isinstance(key, str) and (key == "labels" or key.endswith(("_column", "_columns")))
+
+
+def _read_as_text(node: Node) -> None:
+    """Take a plain word, or those of a list, as text, whatever else it might be."""
+    for one in node.value if isinstance(node, SequenceNode) else [node]:
+        if isinstance(one, ScalarNode) and one.style is None and one.tag in _NO_TEXT:
+            one.tag = _TEXT
 
 
 def _fault(problem: str, mark: yaml.Mark) -> ConstructorError:

@@ -89,7 +89,7 @@ FILES: dict[str, tuple[str, Content, Any]] = {
     "jsonl-latin-1": ("a.jsonl", b'{"question": "\xe9", "answer": "#1"}\n', "refuse"),
     "jsonl-utf-16": ("a.jsonl", LINES.encode("utf-16"), "refuse"),
     "jsonl-bom": ("a.jsonl", b"\xef\xbb\xbf" + LINES.encode(), "any"),
-    "jsonl-duplicate-key": ("a.jsonl", b'{"question": "1", "question": "2", "answer": "#"}\n', "any"),
+    "jsonl-duplicate-key": ("a.jsonl", b'{"question": "1", "question": "2", "answer": "#"}\n', "refuse"),
     "jsonl-wide": (
         "a.jsonl",
         (json.dumps({f"c{i}": i for i in range(20_000)} | ROWS[0]) + "\n").encode(),
@@ -122,7 +122,7 @@ FILES: dict[str, tuple[str, Content, Any]] = {
     "csv-wide-row": ("a.csv", b"question,answer\n1,2,3\n", "refuse"),
     "csv-late-wide-row": ("a.csv", GOOD_CSV.encode() + b"1,2,3\n", "refuse"),
     "csv-short-row": ("a.csv", GOOD_CSV.encode() + b"1\n", "refuse"),
-    "csv-open-quote": ("a.csv", GOOD_CSV.encode() + b'"1,2\n', "any"),
+    "csv-open-quote": ("a.csv", GOOD_CSV.encode() + b'"1,2\n', "refuse"),
     "csv-cell-200k": ("a.csv", GOOD_CSV.encode() + b"1" * 200_000 + b",#1\n", "any"),
     "csv-header-200k": ("a.csv", b"q" * 200_000 + b",answer\n1,2\n", "any"),
     "csv-first-200k": ("a.csv", b"question,answer\n" + b"1" * 200_000 + b",#1\n", "any"),
@@ -139,6 +139,17 @@ FILES: dict[str, tuple[str, Content, Any]] = {
     "parquet-text": ("a.parquet", LINES.encode(), "refuse"),
     "parquet-magic": ("a.parquet", b"PAR1" + b"\0" * 64 + b"PAR1", "refuse"),
     "parquet-footer-huge": ("a.parquet", b"PAR1" + b"\xff" * 8 + b"PAR1", "refuse"),
+    "json-cut": ("a.json", json.dumps(ROWS).encode()[:-9], "refuse"),
+    "json-comma": ("a.json", b'[{"question": "1", "answer": "2"},]', "refuse"),
+    "json-after": ("a.json", json.dumps(ROWS).encode() + b"x", "refuse"),
+    "json-long-object": ("a.json", b'[{"question": "' + b"1" * 10**8, "refuse"),
+    "csv-stray-quote": ("a.csv", GOOD_CSV.encode() + b'"1"2,#1\n', "refuse"),
+    "tsv-return": ("a.tsv", b"question\tanswer\n1\r2\t#1\n", "refuse"),
+    "arrow-empty": ("a.arrow", b"", "refuse"),
+    "arrow-text": ("a.arrow", LINES.encode(), "refuse"),
+    "arrow-magic": ("a.arrow", b"ARROW1\0\0" + b"\xff" * 64 + b"ARROW1", "refuse"),
+    "arrow-continued": ("a.arrow", b"\xff" * 4096, "refuse"),
+    "feather-first": ("a.feather", b"FEA1" + b"\0" * 64 + b"FEA1", "refuse"),
     "suffix-none": ("rows", LINES.encode(), "refuse"),
     "suffix-zip": ("a.zip", b"PK\x03\x04", "refuse"),
     "suffix-pickle": ("a.pkl", b"\x80\x04.", "refuse"),
@@ -157,9 +168,21 @@ def _file(name: str, content: Content, key: str = "train"):
     return make
 
 
+def _saved(folder: Path, state: str, name: str = "state.json") -> None:
+    folder.mkdir()
+    (folder / name).write_text(state)
+
+
 INSTEAD: dict[str, Callable[[Path], Any]] = {
     "missing": lambda file: None,
     "folder": Path.mkdir,
+    "saved-nothing": lambda file: _saved(file, "{}"),
+    "saved-broken": lambda file: _saved(file, "{"),
+    "saved-gone": lambda file: _saved(file, '{"_data_files": [{"filename": "a.arrow"}]}'),
+    "saved-outside": lambda file: _saved(file, '{"_data_files": [{"filename": "../a.arrow"}]}'),
+    "saved-numbers": lambda file: _saved(file, '{"_data_files": [7]}'),
+    "saved-number": lambda file: _saved(file, '{"_data_files": 7}'),
+    "saved-splits": lambda file: _saved(file, '{"splits": 7}', "dataset_dict.json"),
     "link-to-nothing": lambda file: file.symlink_to("gone"),
     "link-loop": lambda file: file.symlink_to(file.name),
     "fifo": os.mkfifo,

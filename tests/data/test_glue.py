@@ -1,6 +1,7 @@
 """Rows of labels: GLUE's columns and label order, every spelling of a label, and every refusal."""
 
 import collections
+import datetime
 import gzip
 import json
 
@@ -15,6 +16,12 @@ from balora_jax.errors import InputError
 
 STARS = custom_task("review", "stars", ["1", "2", "3", "4", "5"])
 FLAG = custom_task("text", "toxic", ["false", "true"])
+YES = custom_task("text", "toxic", ["no", "yes"])
+PYTHONIC = custom_task("text", "toxic", ["False", "True"])
+ZEROS = custom_task("text", "code", ["01", "1"])
+WIDE = custom_task("text", "code", ["9007199254740992", "2"])
+HALVES = custom_task("text", "points", ["0", "0.5", "1"])
+DATES = custom_task("text", "day", ["2024-01-05", "2024-01-06"])
 POINTS = custom_task(("a", "b"), "points", regression=True)
 
 
@@ -117,6 +124,20 @@ def test_bad_tasks_are_refused(arguments, options, message):
         (FLAG, True, 1),
         (FLAG, False, 0),
         (FLAG, "true", 1),
+        (FLAG, np.bool_(True), 1),
+        (PYTHONIC, True, 1),
+        (PYTHONIC, "False", 0),
+        (YES, "no", 0),
+        (YES, 1, 1),
+        (STARS, "5.0", 4),
+        (STARS, "+5", 4),
+        (STARS, np.float32(5), 4),
+        (ZEROS, "01", 0),
+        (ZEROS, "1", 1),
+        (WIDE, 9007199254740992, 0),
+        (WIDE, "9007199254740992", 0),
+        (HALVES, 0.5, 1),
+        (HALVES, "0.50", 1),
         (custom_task("t", "y", ["-1", "0", "1"]), -1, 0),
     ],
 )
@@ -174,7 +195,34 @@ WITH_IDS = "(entailment, neutral, contradiction) or an id from 0 to 2"
         (GLUE["stsb"], "high", "row 7: expected a score from 0 to 5 as label, got 'high'. "),
         (POINTS, float("inf"), "row 7: expected a number as label, got inf. "),
         (POINTS, True, "row 7: expected a number as label, got True. "),
-        (POINTS, 10**400, "row 7: expected a number as label, got 1000"),
+        (
+            POINTS,
+            10**400,
+            "3.40282e+38, as 32 bits hold, as label, got a whole number of 1329 bits.",
+        ),
+        (
+            POINTS,
+            1e40,
+            "row 7: expected a number from -3.40282e+38 to 3.40282e+38, as 32 bits hold,",
+        ),
+        (POINTS, "1e999999999", "as label, got '1e999999999'. Fix the row."),
+        (POINTS, "1_000", "row 7: expected a number as label, got '1_000'. Fix the row."),
+        (GLUE["mnli"], 1e40, "or an id from 0 to 2, got 1e+40. "),
+        (GLUE["mnli"], "1e999999999", "got '1e999999999'. "),
+        (STARS, 9007199254740993, "got 9007199254740993. "),
+        (WIDE, 9007199254740993, "got 9007199254740993. "),
+        (STARS, True, "got True. "),
+        (YES, True, "row 7: expected a label of custom (no, yes) or an id from 0 to 1, got True. "),
+        (YES, "No", "got 'No'. Did you mean 'no'? Fix the row or the list of labels."),
+        (FLAG, 1.5, "got 1.5. "),
+        (FLAG, "True", "got 'True'. Did you mean 'true'? Fix the row or the list of labels."),
+        (
+            DATES,
+            datetime.date(2024, 1, 5),
+            "got datetime.date(2024, 1, 5). Fix the row or the list",
+        ),
+        (YES, b"yes", "got b'yes'. "),
+        (YES, {"a": "yes"}, "got {'a': 'yes'}. "),
     ],
 )
 def test_a_label_outside_the_task_is_refused(task, cell, message):

@@ -149,7 +149,7 @@ REFUSED = {
     "number.jsonl": ('{"a": 1}\n5\n', "got something else in line 2."),
     "deep.jsonl": (
         "[" * 10**5 + "\n",
-        "expected a readable data file, got an error (nested too de",
+        "expected an array of JSON objects, got something else at its place 1. Fix that row.",
     ),
     "deep_row.jsonl": (
         '{"a": 1}\n' + '{"a": ' * 10**5 + "}" * 10**5,
@@ -169,23 +169,81 @@ REFUSED = {
         '[{"a": 1}, 5]',
         "expected an array of JSON objects, got something else at its pl",
     ),
-    "broken.json": ("[{", "expected a readable data file, got an error ("),
+    "broken.json": ("[{", "expected an array of JSON objects, got broken JSON (Expecting property"),
     "not.jsonl.gz": ("text", "expected a whole gzip file, got a damaged one (Not a gzipped file"),
     "cut.jsonl.gz": (PACKED[: len(PACKED) // 2], "expected a whole gzip file, got a damaged one"),
     "hurt.jsonl.gz": (
         PACKED[:500] + b"\xff" * 300 + PACKED[800:],
         "expected a whole gzip file, got a damaged one",
     ),
-    "latin.jsonl": (b'{"a": "\xe9"}\n', "expected a readable data file, got an error ("),
-    "long.csv": ("a,b\n1,2\n1,2,3\n", "expected a readable data file, got an error ("),
+    "latin.jsonl": (
+        b'{"a": "\xe9"}\n',
+        "got what is not UTF-8 (invalid continuation byte) in line 1. Fix that line.",
+    ),
+    "long.csv": (
+        "a,b\n1,2\n1,2,3\n",
+        "expected 2 cells in a row, as in the header, got 3 in line 3.",
+    ),
+    "short.csv": ("a,b\n\n1\n", "expected 2 cells in a row, as in the header, got 1 in line 3."),
+    "open.csv": (
+        'a,b\n1,"2\n3,4\n',
+        "expected rows of ',' between cells, got one that is broken (unexpected end of data) and that "
+        "ends in line 3. Fix its quotes.",
+    ),
+    "stray.csv": (
+        'a,b\n1,"2"3\n',
+        "that is broken (',' expected after '\"') and that ends in line 2.",
+    ),
+    "latin.csv": (
+        b"a\n\xe9\n",
+        "got b'\\xe9\\n', which is not UTF-8, in line 2. Fix that line, or sav",
+    ),
+    "utf16.csv": (
+        "a\n1\n".encode("utf-16"),
+        "which is not UTF-8, in line 1. Fix that line, or save",
+    ),
     "wider.csv": (
         "a,b\n1,2,3\n",
-        "expected 2 cells in a row, as in the header, got 3 in the first.",
+        "expected 2 cells in a row, as in the header, got 3 in line 2.",
     ),
     "twice.csv": ("a,a\n1,2\n", "expected each column once, got a, a."),
+    "other.json": (
+        '[{"a": 1}; {}]',
+        "got broken JSON (no comma after the object before it) at its pl",
+    ),
+    "comma.json": ('[{"a": 1},]', "got something else at its place 2. Fix that row."),
+    "cut.json": ('[{"a": 1},', "got the end of the file at its place 2. Fix that row."),
+    "open.json": (
+        '[{"a": 1}',
+        "got broken JSON (no comma after the object before it) at its place",
+    ),
+    "more.json": (
+        '[{"a": 1}]\n[]',
+        "got broken JSON (more text after the end of the array) at its",
+    ),
+    "latin.json": (
+        b'[{"a": "\xe9"}]',
+        "got what is not UTF-8 (invalid continuation byte) at its place 1.",
+    ),
+    "half.json": ('[{"a": "\\ud800"}]', "surrogates not allowed) at its place 1. Fix that row."),
+    "deep.json": (
+        '[{"a": ' + "[" * 10**5,
+        "got broken JSON (nested too deep) at its place 1. Fix that row.",
+    ),
+    "twins.jsonl": (
+        '{"a": 1, "a": 2}\n',
+        "broken JSON (the key 'a' twice, with two values) in line 1.",
+    ),
+    "twins.json": (
+        '[{"a": 1, "a": 2}]',
+        "JSON (the key 'a' twice, with two values) at its place 1.",
+    ),
     "no.parquet": ("text", "expected a readable data file, got an error ("),
-    "notes.txt": ("text", "expected JSON lines (.jsonl, .json), CSV, TSV or parquet"),
-    "packed.parquet.gz": ("text", "expected JSON lines (.jsonl, .json), CSV, TSV or parquet"),
+    "notes.txt": ("text", "expected JSON lines (.jsonl, .json), CSV, TSV, parquet or Arrow"),
+    "packed.parquet.gz": (
+        "text",
+        "expected JSON lines (.jsonl, .json), CSV, TSV, parquet or Arrow",
+    ),
 }
 
 

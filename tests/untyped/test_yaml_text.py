@@ -99,3 +99,32 @@ def test_files(tmp_path):
     for other in (tmp_path, tmp_path / "pipe"):
         with pytest.raises(InputError, match="expected a file, got something else"):
             read_yaml(other)
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ("[no, yes]", ["no", "yes"]),
+        ("[false, True]", ["false", "True"]),
+        ("[on, OFF, y]", ["on", "OFF", "y"]),
+        ("[0, 01, 1_000, 0x1F, 12:30]", ["0", "01", "1_000", "0x1F", "12:30"]),
+        ("[1.0, 1e3, .5, .inf]", ["1.0", "1e3", ".5", ".inf"]),
+        ("[2024-01-05]", ["2024-01-05"]),
+        ("['no', \"1\"]", ["no", "1"]),
+        ("\n- no\n- yes", ["no", "yes"]),
+        ("no", "no"),
+        ("[a, ~]", ["a", None]),
+    ],
+)
+def test_names_are_the_words_that_stand_there(words, names):
+    """YAML 1.1 would make truth values, numbers in three bases and days of them."""
+    for key in ("labels", "label_column", "text_columns"):
+        assert parse_yaml(f"data:\n  {key}: {words}".replace("\n-", "\n  -"), "", "") == {
+            "data": {key: names}
+        }
+        assert parse_yaml(words, "", "", key) == names
+    assert parse_yaml("{split: no, rank: 01, labels_: [no]}", "", "") == {
+        "split": False,
+        "rank": 1,
+        "labels_": [False],
+    }
