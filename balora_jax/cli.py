@@ -1,6 +1,9 @@
 """The command line: parse, call one function, turn errors into one sentence and an exit code."""
 
 import argparse
+import errno
+import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -9,8 +12,9 @@ from balora_jax import __version__, signals
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.options import Parser
 from balora_jax.parallel import child
+from balora_jax.untyped.native import silence_stdout
 from balora_jax.verbs import bench, check, eval, export, generate, plan, study, train
-from balora_jax.verbs.verb import check_paths, check_report
+from balora_jax.verbs.verb import check_paths, check_report, check_text
 
 VERBS = (
     check.VERB,
@@ -37,7 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command(arguments: Sequence[str] | None = None) -> NoReturn:
-    """The program: :func:`main`, after whose end a signal changes nothing any more."""
+    """The program: :func:`main`, after whose end a signal changes nothing any more.
+
+    What a terminal, a file or a pipe cannot show, as its encoding lacks it, is written as an
+    escape.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     with signals.taken(for_good=True):
         sys.exit(main(arguments))
 
@@ -46,11 +56,17 @@ def _ended(arguments: list[str], caught: signals.Signals) -> int:
     """Run the command to its end, whatever that is; returns the exit code."""
     try:
         with caught.interruption():
+            check_text(arguments)
             options = make_parser().parse_args(arguments)
             options.arguments = arguments
             code = _run(options)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # a full disk or a closed pipe: said here, not at the very end
             caught.end()
             return code
+    except OSError as error:
+        caught.end()
+        sentence, code = _refused_by_system(error)
     except (InputError, RunStoppedError) as error:
         caught.end()  # from here on a signal changes nothing any more
         sentence, code = str(error), error.exit_code
@@ -59,6 +75,19 @@ def _ended(arguments: list[str], caught: signals.Signals) -> int:
         sentence, code = caught.sentence(), RunStoppedError.exit_code
     caught.say(sentence)
     return code
+
+
+def _refused_by_system(error: OSError) -> tuple[str, int]:
+    """The sentence and the exit code for what the system does not give."""
+    if error.filename is None and sys.stdout is not None:
+        silence_stdout()
+    where = "output" if error.filename is None else os.fsdecode(error.filename)
+    stopped = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
+    return (
+        f"{where}: expected to read and write there, got: {error.strerror or error}. Correct that "
+        "and start again.",
+        (RunStoppedError if stopped else InputError).exit_code,
+    )
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ from balora_jax.training.endings import failures, reading
 from balora_jax.training.loop import Training, resumable
 from balora_jax.training.run import Run
 from balora_jax.training.trackers import TRACKERS
+from balora_jax.training.trackers.tracker import last_seen
 from balora_jax.training.workdir import CURVES, METRICS, SUMMARY, check_workdir, held, recorded_day
 
 
@@ -49,21 +50,27 @@ def fit(config: RunConfig, *, workdir: str | Path, resume: bool = False) -> dict
         with reading():
             hosts.by_first(functools.partial(check_workdir, folder, resume=resume))
             trackers = [TRACKERS[name] for name in config.training.trackers]
+            if trackers:
+                hosts.by_first(functools.partial(last_seen, folder))
             config = dated(config, folder)
             run = TASKS[config.task].check(config)
-        with held(folder, resume=resume):
+        with held(folder, resume=resume) as check:
             with reading():
                 found = resumable(run, folder) if resume else None
                 loaded = run.load()
             describe(run)
             with jax.set_mesh(run.mesh):
-                training = Training(run, loaded, folder, signals, trackers=trackers, found=found)
+                training = Training(
+                    run, loaded, folder, signals, trackers=trackers, found=found, check=check
+                )
                 with training.trackers as told:
                     training.score_before()
                     training.train()
+                    check()
                     written = export_trained(training)
                     summary = summarise(training, training.score("after"), began)
                     told.summary = summary
+                check()
                 write_results(folder, summary, written)
         return summary
 
@@ -168,7 +175,8 @@ def _gains(summary: dict[str, Any]) -> list[str]:
         f"{name.replace('_', ' ')} on held-out rows: {before[name]:.3f} -> {after[name]:.3f} in "
         f"{seconds:.0f} s"
         for name in after
-        if name in before and not _is_count(name) and not isinstance(after[name], str)
+        if not _is_count(name) and not isinstance(after[name], str)
+        if isinstance(before.get(name), float | int)
     ]
 
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -105,10 +105,11 @@ class Signals:
     def say(self, sentence: str) -> None:
         """Print the last line of a command to standard error."""
         line = f"balora: {one_line(sentence)}\n"
-        if self._stderr is None:
-            print(line, end="", file=sys.stderr, flush=True)
-        else:
-            os.write(self._stderr, self._below_bar(line))
+        with suppress(OSError, ValueError):  # a full disk, a closed file: the exit code still tells
+            if self._stderr is None:
+                print(line, end="", file=sys.stderr, flush=True)
+            else:
+                os.write(self._stderr, self._below_bar(line))
 
     def _below_bar(self, line: str) -> bytes:
         """A line for a terminal where a bar may still stand: on a line of its own."""

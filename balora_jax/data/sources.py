@@ -94,8 +94,13 @@ def _matching_files(path: str, split: str) -> list[str]:
     if exact and Path(path).is_dir() and (saved := _saved(path, split)) is not None:
         return saved
     for file in found:
-        if not Path(file).is_file():
+        if Path(file).is_dir():
             raise InputError(f"{file}: expected a data file, got a folder. Name the files in it.")
+        if not Path(file).is_file():
+            raise InputError(
+                f"{file}: expected a data file, got a pipe or a device, which can be read only "
+                "once. Write its rows to a file."
+            )
         if _kind(file) is None:
             raise InputError(f"{file}: expected {_FORMATS}, got another suffix. Convert the file.")
     if len({_kind(file) for file in found}) > 1:

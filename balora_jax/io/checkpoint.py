@@ -1,11 +1,12 @@
 """Checkpoints: what a run needs to go on exactly where it was, and when it must refuse to."""
 
 import logging
+import math
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from absl import logging as absl_logging
 
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.io import seals
+from balora_jax.io.checkpoint_folder import REMOVED, WRITING, sealed_steps
 from balora_jax.io.folders import write_atomically
 from balora_jax.numerics.objective import depends_on_length
 from balora_jax.parallel import hosts
@@ -56,13 +58,6 @@ FREE_KEYS = (
 FORMAT = 2
 """Of what lies in a checkpoint; another version's is refused by number."""
 
-WRITING = "writing"
-"""File beside the checkpoints that says which step's is being written."""
-
-_REMOVED = ".removed-"
-_ORBAX_MARK = "_CHECKPOINT_METADATA"
-
-
 _DESCRIPTIONS = ("_CHECKPOINT_METADATA", "state/_METADATA")
 """Files of a checkpoint in which orbax takes a JSON object for granted."""
 
@@ -77,22 +72,6 @@ class Identity(NamedTuple):
 
     config: dict[str, Any]
     base: str
-
-
-class Found(NamedTuple):
-    """What lies in the folder of a run's checkpoints.
-
-    Attributes:
-        step: of the newest whole checkpoint; None where there is none.
-        said: a line about each that is not whole.
-        damaged: those to be put aside, each with its new name.
-        cut_short: what a kill left of those that were being written or removed.
-    """
-
-    step: int | None
-    said: list[str]
-    damaged: list[tuple[Path, str]]
-    cut_short: list[Path]
 
 
 class Restored(NamedTuple):
@@ -118,13 +97,18 @@ class Checkpoints:
     be written: until then the newest is not known to be good.
 
     Every method is to be called by all processes of a run, at the same steps.
+
+    Args:
+        folder: gets one for each step.
+        keep: how many to keep.
+        check: called before anything is written; raises where the folder is not the run's.
     """
 
-    def __init__(self, folder: Path, *, keep: int):
+    def __init__(self, folder: Path, *, keep: int, check: Callable[[], None] = lambda: None):
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None, create=True, enable_async_checkpointing=True
         )
-        self.folder, self.keep = folder.absolute(), keep
+        self.folder, self.keep, self._check = folder.absolute(), keep, check
         self._manager = ocp.CheckpointManager(self.folder, options=options)
         self._unsealed: int | None = None
 
@@ -148,6 +132,7 @@ class Checkpoints:
             RunStoppedError: this or the checkpoint before cannot be written.
         """
         self.wait()
+        self._check()
         with self._writing():
             self._prune()
             if hosts.is_first():
@@ -179,6 +164,7 @@ class Checkpoints:
             return
         with self._writing():
             self._manager.wait_until_finished()
+            self._check()
             if hosts.is_first():
                 seals.seal(self.path_of(self._unsealed), self._unsealed)
                 (self.folder / WRITING).unlink()
@@ -195,6 +181,9 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:
+            if jax.process_count() == 1:  # all processes would have to ask
+                self._unsealed = None
+                self._check()  # the folder may have gone under the writer
             # The writer of arrays reports what the system said as a ValueError.
             found = re.search(r"os_error_code='(\d+)'|OS error (\d+)", str(error))
             number = error.errno if isinstance(error, OSError) else None
@@ -214,7 +203,7 @@ class Checkpoints:
     def _prune(self) -> None:
         """Remove the oldest sealed checkpoints; their folders vanish at once, whatever happens."""
         for old in sealed_steps(self.folder)[: -self.keep] if hosts.is_first() else ():
-            doomed = self.folder / f"{_REMOVED}{old}"
+            doomed = self.folder / f"{REMOVED}{old}"
             os.rename(self.path_of(old), doomed)
             shutil.rmtree(doomed)
 
@@ -241,6 +230,7 @@ class Checkpoints:
     def close(self) -> None:
         """Finish writing, remove what is not to be kept, and let go."""
         self.wait()
+        self._check()
         hosts.barrier("checkpoints closed")
         with self._writing():
             self._prune()
@@ -256,99 +246,6 @@ def _silence_late_answers() -> None:
             before(found)
 
     sys.unraisablehook = hook
-
-
-def sealed_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints that were written to their end, the oldest first."""
-    there = ((step, path) for step, path in _numbered(folder) if not path.is_symlink())
-    return sorted(step for step, path in there if seals.is_sealed(path))
-
-
-def look(folder: Path) -> Found:
-    """The newest checkpoint whose every file is as it was written; changes nothing.
-
-    Raises:
-        InputError: there are checkpoints but all of them are damaged, or a folder has the name of
-            a checkpoint and is none.
-    """
-    found = Found(None, [], [], [])
-    writing = _being_written(folder)
-    for step, path in sorted(_numbered(folder), reverse=True):
-        if path.is_symlink() or not path.is_dir():
-            raise InputError(
-                f"{path}: expected a folder of this run, got a link or a file. Move it elsewhere."
-            )
-        if seals.is_sealed(path):
-            damage = seals.damage(path, step)
-            if damage is None:
-                found = found._replace(step=step)
-                break
-            aside = _free_name(path, f"damaged-{step}")
-            found.said.append(f"{path}: damaged, as {damage}; put aside as {aside}")
-            found.damaged.append((path, aside))
-        elif step == writing:
-            found.said.append(f"{path}: writing it was cut short; removed")
-        elif (path / _ORBAX_MARK).is_file():
-            aside = _free_name(path, f"unsealed-{step}")
-            found.said.append(f"{path}: it has no {seals.NAME}; put aside as {aside}")
-            found.damaged.append((path, aside))
-        else:
-            raise InputError(
-                f"{path}: expected a checkpoint of this run, got another folder. Move it elsewhere."
-            )
-    if found.step is None and any("damaged, as " in line for line in found.said):
-        raise InputError(
-            f"{folder}: expected a whole checkpoint, got only damaged ones "
-            f"({'; '.join(found.said[:2])}). Bring one back from a copy, or use a new --workdir."
-        )
-    found.cut_short.extend(_cut_short(folder, writing))
-    return found
-
-
-def tidy(folder: Path, found: Found) -> None:
-    """Put aside what is damaged, and remove what a kill left half-written."""
-    for path, aside in found.damaged:
-        path.rename(path.with_name(aside))
-    for path in found.cut_short:
-        shutil.rmtree(path)
-    (folder / WRITING).unlink(missing_ok=True)
-
-
-def _being_written(folder: Path) -> int | None:
-    """The step whose checkpoint was begun and not sealed."""
-    file = folder / WRITING
-    text = file.read_bytes() if file.is_file() else b""
-    return int(text) if re.fullmatch(rb"[0-9]{1,18}\n", text) else None
-
-
-def _cut_short(folder: Path, writing: int | None) -> list[Path]:
-    """Folders that only this program makes: of a checkpoint half-written or half-removed."""
-    if not folder.is_dir():
-        return []
-    half = re.compile(rf"{writing}(\.orbax-checkpoint-tmp.*)?" if writing is not None else r"(?!)")
-    return [
-        child
-        for child in folder.iterdir()
-        if re.fullmatch(rf"{re.escape(_REMOVED)}[0-9]+", child.name)
-        or (half.fullmatch(child.name) and not seals.is_sealed(child))
-    ]
-
-
-def _free_name(path: Path, name: str) -> str:
-    """The name, or the first of it with a number that nothing has."""
-    names = (name, *(f"{name}-{i}" for i in range(2, 10**6)))
-    return next(n for n in names if not os.path.lexists(path.with_name(n)))
-
-
-def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    """What has the name of a step."""
-    if not folder.is_dir():
-        return []
-    return [
-        (int(child.name), child)
-        for child in folder.iterdir()
-        if re.fullmatch(r"0|[1-9][0-9]{0,17}", child.name)
-    ]
 
 
 def read_identity(path: Path) -> Identity:
@@ -383,7 +280,11 @@ def read_data(path: Path) -> dict[str, Any]:
         InputError: another program wrote it.
     """
     data = _read(path, "data/metadata")
-    if data.keys() != {"batches", "before"} or not all(isinstance(v, dict) for v in data.values()):
+    if (
+        data.keys() != {"batches", "before"}
+        or not all(isinstance(v, dict) for v in data.values())
+        or not all(map(_is_score, data["before"].values()))
+    ):
         raise InputError(
             f"{path}: expected a position in the data and a score, got something else. Go on from "
             "another checkpoint, or use a new --workdir."
@@ -391,9 +292,29 @@ def read_data(path: Path) -> dict[str, Any]:
     return data
 
 
+def _is_score(value: Any) -> bool:
+    """Whether a value can stand in a score: a finite number, or the name of a grader."""
+    return isinstance(value, str) or (
+        type(value) in (int, float) and abs(value) < 2**1023 and math.isfinite(value)
+    )
+
+
 def _read(path: Path, name: str) -> dict[str, Any]:
     """A file that orbax wrote as JSON."""
     return read_object(path / name)
+
+
+def scored_alike(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two configs, as nested dicts, score the same rows in the same way."""
+    return _scoring(saved) == _scoring(now)
+
+
+def _scoring(config: Mapping[str, Any]) -> list[Any]:
+    data = config.get("data") or {}
+    rows = [data.get(key) for key in ("validation", "validation_limit", "validation_split")]
+    settings = dict(config.get("eval") or {})
+    settings.pop("batch_size", None)
+    return [*rows, settings]
 
 
 def check_same_run(saved: Identity, now: Identity, where: str) -> None:

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from balora_jax.errors import InputError
-from balora_jax.io.folders import check_file
+from balora_jax.io.folders import check_file, replaced_file
 from balora_jax.numerics.terms import TERMS
 
 ACROSS = 3
 """Panels of the curves beside each other."""
+
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def panels() -> list[tuple[str, tuple[str, ...]]]:
@@ -35,7 +37,7 @@ def check_picture(path: Path | None) -> None:
         raise InputError(
             f"--picture {path}: expected a name that ends in .png, got another. Choose another."
         )
-    check_file(path, f"--picture {path}")
+    check_file(path, f"--picture {path}", begins=(_PNG,))
 
 
 def save_picture(path: Path, paint: Callable[[Any], Any]) -> bool:
@@ -56,7 +58,8 @@ def save_picture(path: Path, paint: Callable[[Any], Any]) -> bool:
     from matplotlib import pyplot
 
     figure = paint(pyplot)
-    figure.savefig(path, dpi=110)
+    with replaced_file(path) as draft:
+        figure.savefig(draft, dpi=110, format="png")
     pyplot.close(figure)
     return True
 

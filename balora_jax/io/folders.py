@@ -2,51 +2,101 @@
 
 import errno
 import os
+import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from balora_jax.errors import InputError
+from balora_jax.io import seals
+
+_PARTIAL = ".partial"
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a whole file or nothing."""
-    temporary = _partial(path)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replaced_file(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
-def check_file(path: str | Path, where: str) -> None:
-    """See that :func:`write_atomically` could write a file: before the work, not after it.
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Yield an empty sibling file that takes the place of ``path`` when the block succeeds.
+
+    Its name is new, so that nothing that lies there is written to; a link in the place of ``path``
+    is replaced, not followed. On any error the sibling is removed.
+    """
+    handle, name = tempfile.mkstemp(prefix=_prefix(path), suffix=_PARTIAL, dir=path.parent)
+    os.close(handle)
+    draft = Path(name)
+    try:
+        draft.chmod(0o644)  # mkstemp makes it private; the result is an ordinary file
+        yield draft
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def drafts_of(folder: Path, names: Iterable[str]) -> list[Path]:
+    """What writers of these files and folders left beside them when they were killed."""
+    any_name = "|".join(map(re.escape, names))
+    draft = re.compile(rf"\.({any_name})\.(old\.)?[a-z0-9_]{{8}}{re.escape(_PARTIAL)}")
+    return [child for child in folder.iterdir() if draft.fullmatch(child.name)]
+
+
+def check_file(path: str | Path, where: str, *, begins: tuple[bytes, ...]) -> None:
+    """See that :func:`replaced_file` may write a file: before the work, not after it.
 
     Args:
         path: of the file.
         where: opens the message.
+        begins: how a file begins that may be replaced: nobody's but one of the same kind.
 
     Raises:
-        InputError: a folder, or no folder to write to, or a name that the system refuses.
+        InputError: something else is there, or no folder to write to, or a name that the system
+            refuses.
     """
+    path = Path(path)
     try:
-        if not str(path).strip() or Path(path).name != os.path.basename(path):
+        if not str(path).strip() or path.name in ("", ".."):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        for name in (Path(path), _partial(Path(path))):
-            with suppress(FileNotFoundError):
-                if stat.S_ISDIR(os.stat(name).st_mode):
-                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        with tempfile.TemporaryFile(dir=Path(path).parent):
+        seals.check_outside(path, where)
+        got = _in_the_way(path, begins)
+        with tempfile.NamedTemporaryFile(prefix=_prefix(path), dir=path.parent):
             pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(
             f"{where}: expected a file that can be written, got {reason}. Choose another."
         ) from error
+    if got is not None:
+        raise InputError(
+            f"{where}: expected a new file, or one that the same command wrote before, got {got}, "
+            "which would be lost. Choose another."
+        )
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
+def _in_the_way(path: Path, begins: tuple[bytes, ...]) -> str | None:
+    """What is in a file's place and must stay; None where nothing is."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(mode):
+        return "a link, a pipe or a device"
+    with path.open("rb") as stream:
+        found = stream.read(max(map(len, begins)))
+    return None if found.startswith(begins) else "another file"
+
+
+def _prefix(path: Path) -> str:
+    """The beginning of the name of a draft: hidden, and never too long for the system."""
+    return f".{path.name[:100]}."
 
 
 def begins_with(file: Path, text: str) -> bool:
@@ -71,7 +121,8 @@ def replaced_folder(
         may_replace: says whether an existing folder that is not empty may be replaced.
 
     Raises:
-        InputError: ``target`` is a file, is a folder with other content, or cannot be written.
+        InputError: ``target`` is a file, is a folder with other content or one that cannot be
+            renamed, or cannot be written.
     """
     target = Path(target)
     _check_free(target, may_replace)
@@ -93,11 +144,12 @@ def replaced_folder(
 
 def _sibling(target: Path, kind: str) -> Path:
     """An empty folder beside the target, with a name that only this module makes."""
-    prefix = f".{target.name}.{kind}"
-    return Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=target.parent))
+    prefix = _prefix(target) + kind
+    return Path(tempfile.mkdtemp(prefix=prefix, suffix=_PARTIAL, dir=target.parent))
 
 
 def _check_free(target: Path, may_replace: Callable[[Path], bool]) -> None:
+    seals.check_outside(target, str(target))
     if not target.exists():
         if target.is_symlink():
             raise InputError(
@@ -106,6 +158,11 @@ def _check_free(target: Path, may_replace: Callable[[Path], bool]) -> None:
         return
     if not target.is_dir():
         raise InputError(f"{target}: expected a folder to write to, got a file. Choose another.")
+    if target.is_symlink() or target.is_mount() or target.samefile(os.curdir):
+        raise InputError(
+            f"{target}: expected a folder that another can take the place of, got a link, a mount "
+            "or the folder you are in. Name a new folder inside of it."
+        )
     if any(target.iterdir()) and not may_replace(target):
         raise InputError(
             f"{target}: expected a new or empty folder, got one with other files in it. "

@@ -5,7 +5,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,26 +24,38 @@ _WAIT = 2.0  # seconds: another process may only look, or has not yet written wh
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[Callable[[], bool]]:
     """Hold the lock of a folder, which is made if it is not there.
 
     The system holds the lock (``flock``, on NFS by the server), so a crash releases it on every
     host. On leaving, its two files go, and folders that were made for it and are still empty.
+
+    Yields what says whether the folder is still the one that was locked: somebody may have moved
+    or removed it, and another may hold what has its name now.
 
     Raises:
         InputError: another process holds it; the sentence names it.
         OSError: the folder cannot be written.
     """
     lock, made = _taken(folder)
+    who = _who()
+
+    def is_held() -> bool:
+        try:
+            return (folder / HOLDER).read_bytes() == who
+        except OSError:
+            return False
+
     try:
-        _say_who(folder / HOLDER)
-        yield
+        (folder / HOLDER).write_bytes(who)
+        yield is_held
     finally:
-        for name in (HOLDER, NAME):  # while it is held: who waits for it looks again
+        doomed = (HOLDER, NAME) if is_held() else ()
+        for name in doomed:  # while it is held: who waits for it looks again
             with suppress(OSError):
                 (folder / name).unlink()
         lock.release()
-        for parent in made:
+        for parent in made if doomed else ():
             with suppress(OSError):  # not empty: the run wrote into it
                 parent.rmdir()
 
@@ -116,13 +128,14 @@ def _make(folder: Path) -> list[Path]:
     return made
 
 
-def _say_who(file: Path) -> None:
+def _who() -> bytes:
+    """This process, as no other is called."""
     who = {
         "host": socket.gethostname(),
         "process": os.getpid(),
         "start": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
-    file.write_text(json.dumps(who) + "\n", encoding="utf-8")
+    return (json.dumps(who) + "\n").encode()
 
 
 def _holder(folder: Path) -> str:

@@ -95,5 +95,13 @@ def _row(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):  # bytes that are no UTF-8 are a ValueError, too
         return None
-    step = row.get("step") if isinstance(row, dict) else None
-    return row if type(step) is int and set(columns()) <= row.keys() else None
+    if not isinstance(row, dict) or not set(columns()) <= row.keys():
+        return None
+    return row if type(row["step"]) is int and all(map(_is_figure, row.values())) else None
+
+
+def _is_figure(value: Any) -> bool:
+    """Whether a value can stand in a row: nothing, or a number that a float holds."""
+    if type(value) is int:
+        return abs(value) < 2**1023
+    return value is None or type(value) is float

@@ -10,8 +10,14 @@ import os
 import re
 from pathlib import Path
 
+from balora_jax.errors import InputError
+
 NAME = "SHA256SUMS"
+ORBAX_MARK = "_CHECKPOINT_METADATA"
+"""File that orbax writes into every checkpoint."""
+
 _DRAFT = f"{NAME}.partial"
+_MOST = 64 * 2**20  # bytes of a seal: some 300 000 files
 _LAST = re.compile(r"# step (\d+), (\d+) files, sha256 ([0-9a-f]{64})\n")
 _LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)\n")
 
@@ -22,7 +28,7 @@ def seal(folder: Path, step: int) -> None:
     lines = "".join(
         f"{_digest(folder / name)}  {name}\n" for name in names if name not in (NAME, _DRAFT)
     )
-    with (folder / _DRAFT).open("wb") as file:
+    with (folder / _DRAFT).open("xb") as file:
         file.write((lines + _last_line(step, lines)).encode())
         file.flush()
         os.fsync(file.fileno())
@@ -32,6 +38,16 @@ def seal(folder: Path, step: int) -> None:
 def is_sealed(folder: Path) -> bool:
     """Whether writing the folder came to its end."""
     return (folder / NAME).is_file()
+
+
+def check_outside(path: Path, where: str) -> None:
+    """Raises InputError for a place in a checkpoint: what is written there breaks its seal."""
+    for parent in Path(os.path.realpath(path)).parents:
+        if is_sealed(parent) and (parent / ORBAX_MARK).is_file():
+            raise InputError(
+                f"{where}: expected a place outside of a run's checkpoints, got one in {parent}. "
+                "Choose another."
+            )
 
 
 def damage(folder: Path, step: int) -> str | None:
@@ -44,6 +60,8 @@ def damage(folder: Path, step: int) -> str | None:
 
 
 def _damage(folder: Path, step: int) -> str | None:
+    if (folder / NAME).stat().st_size > _MOST:
+        return f"{NAME} is too large"
     text = (folder / NAME).read_bytes().decode(errors="replace")
     *lines, last = text.splitlines(keepends=True) or [""]
     if not last.endswith("\n"):

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -11,14 +12,19 @@ from balora_jax.config import RunConfig
 from balora_jax.config_file import load_config
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.finetune import fit
+from balora_jax.io import lock
 from balora_jax.io.drawing import check_picture
 from balora_jax.io.folders import write_atomically
 from balora_jax.paths import named_folder
 from balora_jax.progress import progress_bar
 from balora_jax.signals import Interrupted, Signals, taken
-from balora_jax.study.grid import FIGURES, PICTURE, TABLE, StudyRun, chosen, plan_runs
+from balora_jax.study.grid import FIGURES, FILES, PICTURE, TABLE, StudyRun, chosen, plan_runs
 from balora_jax.study.table import Figures, diverged, draw, figures_of, main_metric, table
-from balora_jax.training.workdir import check_writable
+from balora_jax.training.workdir import CONFIG, SUMMARY, check_writable
+from balora_jax.untyped.json_text import read_object
+
+LOG = "log.txt"
+"""File in the folder of each run with what it printed."""
 
 RECORDED = ("before", "after", "wall_seconds", "trainable_parameters", "device")
 
@@ -52,11 +58,20 @@ def conduct(
     runs = plan_runs(config, folder)
     wanted = chosen(runs, only)
     check_writable(folder)
+    lock.check_not_held(folder)
+    _check_content(folder, runs)
     check_picture(picture)
+    with _locked(folder):
+        return _done(folder, runs, wanted, picture)
+
+
+def _done(
+    folder: Path, runs: Sequence[StudyRun], wanted: Sequence[StudyRun], picture: Path | None
+) -> Figures:
+    """Do the wanted runs of a checked study; print the table, draw, and return the figures."""
     summaries = {run.name: finished(run) for run in runs}
     records = {name: _record(found) for name, found in summaries.items() if found is not None}
     todo = [run for run in wanted if run.name not in records]
-    folder.mkdir(parents=True, exist_ok=True)
     _save(folder, figures_of(runs, records))
     done = len(wanted) - len(todo)
     bar = progress_bar(total=len(wanted), initial=done, desc="study", unit="run")
@@ -75,6 +90,43 @@ def conduct(
     return figures
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder of a study: its figures have one writer."""
+    try:
+        with lock.locked(folder):
+            yield
+    except OSError as error:
+        raise RunStoppedError(
+            f"{error.filename or folder}: expected to read and write there, got: "
+            f"{error.strerror or error}. Correct that; {_kept()}"
+        ) from error
+
+
+def _check_content(folder: Path, runs: Sequence[StudyRun]) -> None:
+    """Raises InputError where a file of a user's has a name that a study replaces or writes to."""
+    there = [name for name in FILES if os.path.lexists(folder / name)]
+    strange = [name for name in there if not _is_plain(folder / name)]
+    if FIGURES in there and not strange:
+        figures = read_object(folder / FIGURES)
+        strange = [] if {"datasets", "variants", "runs"} <= figures.keys() else [FIGURES]
+    elif there and not strange:
+        strange = there[:1]
+    logs = [run.folder / LOG for run in runs]
+    strange += [
+        str(log.relative_to(folder)) for log in logs if os.path.lexists(log) and not _is_plain(log)
+    ]
+    if strange:
+        raise InputError(
+            f"--workdir {folder}: expected an empty folder, or that of a study, got one with "
+            f"{strange[0]} that no study wrote, and that this one would write to. Choose another."
+        )
+
+
+def _is_plain(file: Path) -> bool:
+    return file.is_file() and not file.is_symlink()
+
+
 def raise_failures(figures: Mapping[str, Any]) -> None:
     """Raises RunStoppedError if a run of these figures diverged."""
     failed = diverged(figures)
@@ -91,7 +143,7 @@ def finished(run: StudyRun) -> Figures | None:
     Raises:
         InputError: its folder holds a run of another config.
     """
-    written = run.folder / "config.yaml"
+    written = run.folder / CONFIG
     if not written.exists():
         return None
     there = load_config(written)
@@ -101,8 +153,28 @@ def finished(run: StudyRun) -> Figures | None:
             f"{run.folder}: expected no run or one with {key} {new!r}, got one with {old!r}. "
             "Remove that folder, or choose another --workdir."
         )
-    summary = run.folder / "summary.json"
-    return json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
+    file = run.folder / SUMMARY
+    if not os.path.lexists(file):
+        return None
+    summary = read_object(file)
+    if not _is_summary(summary):
+        raise InputError(
+            f"{file}: expected the summary of a run, got something else. Remove that folder, or "
+            "choose another --workdir."
+        )
+    return summary
+
+
+def _is_summary(found: Figures) -> bool:
+    """Whether figures are those that the table of a study takes for granted."""
+    scores = (found.get("before"), found.get("after"))
+    numbers = (found.get("wall_seconds"), found.get("trainable_parameters"))
+    values = [value for score in scores if isinstance(score, dict) for value in score.values()]
+    return (
+        all(isinstance(score, dict) for score in scores)
+        and all(type(number) in (int, float) for number in numbers)
+        and all(type(value) in (int, float, str) for value in values)
+    )
 
 
 def _first_difference(old: RunConfig, new: RunConfig) -> tuple[str, Any, Any]:
@@ -123,7 +195,7 @@ def _first_difference(old: RunConfig, new: RunConfig) -> tuple[str, Any, Any]:
 def _perform(run: StudyRun, signals: Signals) -> Figures:
     """One run, its output in ``log.txt``; what it scored, or why it failed."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    with (run.folder / "log.txt").open("a", encoding="utf-8") as log:
+    with (run.folder / LOG).open("a", encoding="utf-8") as log:
         try:
             with redirect_stdout(log), redirect_stderr(log):
                 # With nothing to go on from, `resume` begins at the beginning.

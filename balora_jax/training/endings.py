@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from balora_jax.errors import InputError, RunStoppedError
-from balora_jax.io.checkpoint import sealed_steps
+from balora_jax.io.checkpoint_folder import sealed_steps
 from balora_jax.signals import Signals
 from balora_jax.training.workdir import CHECKPOINTS, holds_run
 

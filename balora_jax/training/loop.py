@@ -14,7 +14,7 @@ from balora_jax import hardware
 from balora_jax.config import TrainingConfig
 from balora_jax.config_file import dump_config
 from balora_jax.errors import RunStoppedError
-from balora_jax.io import checkpoint, metrics
+from balora_jax.io import checkpoint, checkpoint_folder, metrics
 from balora_jax.io.folders import write_atomically
 from balora_jax.parallel import hosts
 from balora_jax.progress import Bar
@@ -47,6 +47,7 @@ class Training:
         signals: what takes SIGTERM and SIGINT.
         trackers: those that the config names.
         found: the checkpoints of a run to go on with; None for a new one.
+        check: raises where the folder is no longer the run's.
     """
 
     def __init__(
@@ -57,8 +58,10 @@ class Training:
         signals: Signals,
         *,
         trackers: Sequence[Tracker] = (),
-        found: checkpoint.Found | None,
+        found: checkpoint_folder.Found | None,
+        check: Callable[[], None],
     ):
+        self.check_folder = check
         self.run, self.folder, self.signals = run, folder, signals
         training = run.config.training
         self.batches = run.batches()
@@ -73,30 +76,42 @@ class Training:
         self.saved: int | None = None
         self.postponed = False
         self.start = 0
+        self.scorer = run.scorer()
         if found is not None and found.step is not None:
-            self.store = open_store(folder, training.keep_checkpoints)
+            self.store = self.open_store()
             self.start = self.restore(found.step)
         open_folder(folder, run, found)
         if self.start:
             self.store.look_again()
         else:
-            self.store = open_store(folder, training.keep_checkpoints)
+            self.store = self.open_store()
         self.log = open_log(folder, self.start)
         told = trackers if hosts.is_first() else ()
         self.trackers = Trackers(told, folder, run.config.model_dump(mode="json"))
         self.report = Reporter(
             self.log, training.log_every, run.step_flops, peak_of(run.mesh), self.trackers
         )
-        self.scorer = run.scorer()
         self.teacher: Any = run.teacher(self.constants, folder)
 
+    def open_store(self) -> checkpoint.Checkpoints:
+        """The checkpoints of the run."""
+        keep = self.run.config.training.keep_checkpoints
+        return checkpoint.Checkpoints(self.folder / CHECKPOINTS, keep=keep, check=self.check_folder)
+
     def restore(self, step: int) -> int:
-        """Go to the checkpoint of a step; returns it."""
+        """Go to the checkpoint of a step; returns it.
+
+        Its score of the start is kept if it is of the same rows and settings; else the start is
+        scored again, before its weights are given up.
+        """
+        saved = checkpoint.read_identity(self.store.path_of(step)).config
+        alike = checkpoint.scored_alike(saved, identity_of(self.run).config)
+        again = {} if alike else self.score("before")
         found = self.store.restore(step, self.saved_tree())
         self.constants = self.constants._replace(origin=found.state["origin"])
         self.state = steps.TrainState(**found.state["train"])
         self.batches.set_state(found.data["batches"])
-        self.before, self.saved = found.data["before"], step
+        self.before, self.saved = found.data["before"] if alike else again, step
         hosts.say(f"resumed at step {step} from {self.store.path_of(step)}")
         return step
 
@@ -228,12 +243,12 @@ class Training:
             self.before = self.score("before")
 
 
-def open_folder(folder: Path, run: Run, found: checkpoint.Found | None) -> None:
+def open_folder(folder: Path, run: Run, found: checkpoint_folder.Found | None) -> None:
     """The first writing: tidy the folder of a run to go on with, and put the config in it."""
     if hosts.is_first():
         remove_leftovers(folder)
         if found is not None:
-            checkpoint.tidy(folder / CHECKPOINTS, found)
+            checkpoint_folder.tidy(folder / CHECKPOINTS, found)
         write_atomically(folder / CONFIG, HEADER + dump_config(run.config))
         if run.left_out:
             rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in run.left_out)
@@ -242,11 +257,6 @@ def open_folder(folder: Path, run: Run, found: checkpoint.Found | None) -> None:
         agree_on_folder(folder)
     if found is not None:
         hosts.say(*found.said)
-
-
-def open_store(folder: Path, keep: int) -> checkpoint.Checkpoints:
-    """The checkpoints of a run."""
-    return checkpoint.Checkpoints(folder / CHECKPOINTS, keep=keep)
 
 
 def open_log(folder: Path, start: int) -> metrics.MetricsLog | None:
@@ -259,25 +269,25 @@ def open_log(folder: Path, start: int) -> metrics.MetricsLog | None:
     return log
 
 
-def resumable(run: Run, folder: Path) -> checkpoint.Found:
+def resumable(run: Run, folder: Path) -> checkpoint_folder.Found:
     """The checkpoints of a run to go on with; changes nothing.
 
     Raises:
         InputError: all are damaged, or the newest whole one is of another run, of other data, or
             of another version.
     """
-    mine: list[checkpoint.Found] = []
+    mine: list[checkpoint_folder.Found] = []
 
     def find() -> tuple[int | None, list[str]]:
         mine.append(_found(run, folder))
         return mine[0].step, mine[0].said
 
     step, said = hosts.by_first(find)
-    return mine[0] if mine else checkpoint.Found(step, said, [], [])
+    return mine[0] if mine else checkpoint_folder.Found(step, said, [], [])
 
 
-def _found(run: Run, folder: Path) -> checkpoint.Found:
-    found = checkpoint.look(folder / CHECKPOINTS)
+def _found(run: Run, folder: Path) -> checkpoint_folder.Found:
+    found = checkpoint_folder.look(folder / CHECKPOINTS)
     if found.step is not None:
         path = folder / CHECKPOINTS / str(found.step)
         saved = checkpoint.read_identity(path)

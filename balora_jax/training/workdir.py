@@ -1,17 +1,16 @@
 """The folder of a run: what may lie in it before the run begins, and who writes there."""
 
 import os
-import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from balora_jax.errors import InputError
-from balora_jax.io import lock, metrics
-from balora_jax.io.folders import begins_with
+from balora_jax.errors import InputError, RunStoppedError
+from balora_jax.io import lock, metrics, seals
+from balora_jax.io.folders import begins_with, drafts_of
 from balora_jax.io.hf_export import is_merged
 from balora_jax.io.hf_files import CONFIG_FILE
 from balora_jax.io.peft_writer import is_adapter
@@ -33,8 +32,10 @@ FILES = (CONFIG, METRICS, metrics.ASIDE, SUMMARY, CURVES, SEEN, TEACHER, SKIPPED
 FOLDERS = (CHECKPOINTS, ADAPTER, MODEL, PROFILE)
 """Everything that a run writes into its folder, and replaces there when it goes on."""
 
+MOST_METRICS = 2 * 2**30
+"""Bytes of metrics that are read; years of rows have less."""
+
 _TOKEN = ".hosts_see_this"
-_PARTIAL = ".partial"
 
 
 def check_workdir(folder: Path, *, resume: bool) -> None:
@@ -49,26 +50,39 @@ def check_workdir(folder: Path, *, resume: bool) -> None:
 
 
 @contextmanager
-def held(folder: Path, *, resume: bool) -> Iterator[None]:
+def held(folder: Path, *, resume: bool) -> Iterator[Callable[[], None]]:
     """Hold a checked folder for a run: nobody else begins or goes on with one there.
+
+    Yields what raises RunStoppedError, in every process, where the folder is no longer the one that
+    is held; to be called before the run writes there by name.
 
     Raises:
         InputError: another process was quicker.
     """
     with ExitStack() as stack:
+        is_held: list[Callable[[], bool]] = []
 
         def take() -> None:
             try:
-                stack.enter_context(lock.locked(folder))
+                is_held.append(stack.enter_context(lock.locked(folder)))
             except OSError as error:
                 raise _unwritable(folder, error) from error
             _check_content(folder, resume=resume)
 
+        def check() -> None:
+            if not hosts.by_first(lambda: is_held[0]()):
+                raise RunStoppedError(
+                    f"--workdir {folder}: expected the folder that this run has locked, got "
+                    "another or none: it was moved or removed meanwhile. Nothing more is written; "
+                    "go on with --resume where it lies now."
+                )
+
         hosts.by_first(take)
-        yield
+        yield check
 
 
 def _check_content(folder: Path, *, resume: bool) -> None:
+    seals.check_outside(folder, f"--workdir {folder}")
     there = [name for name in (*FILES, *FOLDERS) if os.path.lexists(folder / name)]
     if (folder / CONFIG_FILE).exists():
         raise InputError(
@@ -106,14 +120,25 @@ def recorded_day(folder: Path) -> str | None:
 
 def _check_kinds(folder: Path, there: list[str]) -> None:
     """Raises InputError where something of a user's has the name of something of the run's."""
-    for name in there:
-        path = folder / name
-        wanted = "a folder" if name in FOLDERS else "a file"
-        if not (path.is_dir() if name in FOLDERS else path.is_file()):
+    token = folder / _TOKEN
+    for path, wants_folder in (
+        *((folder / name, name in FOLDERS) for name in there),
+        *_leftovers(folder),
+        *([(token, False)] if os.path.lexists(token) else []),
+    ):
+        # What is replaced may be no link; what is only written into may lie on another disk.
+        mode = (os.stat if path.name in (CHECKPOINTS, PROFILE) else os.lstat)(path).st_mode
+        if not (stat.S_ISDIR(mode) if wants_folder else stat.S_ISREG(mode)):
+            wanted = "a folder" if wants_folder else "a file"
             raise InputError(
-                f"--workdir {folder}: expected {name} to be {wanted} of the run, got something "
-                "else. Move it elsewhere."
+                f"--workdir {folder}: expected {path.name} to be {wanted} of the run, got "
+                "something else. Move it elsewhere."
             )
+    if METRICS in there and (size := (folder / METRICS).stat().st_size) > MOST_METRICS:
+        raise InputError(
+            f"{folder / METRICS}: expected at most {MOST_METRICS >> 30} GiB of rows, got "
+            f"{size / 2**30:.0f} GiB. Move the file elsewhere."
+        )
     for name, is_ours in ((ADAPTER, is_adapter), (MODEL, is_merged)):
         written = folder / name
         if written.is_dir() and any(written.iterdir()) and not is_ours(written):
@@ -158,13 +183,18 @@ def _is_there(path: Path) -> bool:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed run left half-written, by names that only this program uses."""
-    for name in FILES:
-        (folder / f"{name}{_PARTIAL}").unlink(missing_ok=True)
     (folder / _TOKEN).unlink(missing_ok=True)
-    drafts = re.compile(rf"\.({ADAPTER}|{MODEL})\.(old\.)?[a-z0-9_]{{8}}{re.escape(_PARTIAL)}")
-    for child in folder.iterdir():
-        if drafts.fullmatch(child.name):
-            shutil.rmtree(child)
+    for path, is_folder in _leftovers(folder):
+        if is_folder:
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _leftovers(folder: Path) -> list[tuple[Path, bool]]:
+    """Drafts of a run's files and folders, and whether each is to be a folder."""
+    files = [(path, False) for path in drafts_of(folder, FILES)]
+    return files + [(path, True) for path in drafts_of(folder, (ADAPTER, MODEL))]
 
 
 def agree_on_folder(folder: Path) -> None:

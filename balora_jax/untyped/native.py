@@ -76,6 +76,15 @@ def silenced_stderr() -> int:
     return kept
 
 
+def silence_stdout() -> None:
+    """Let what standard output could not write go nowhere: Python would try again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
+
+
 def is_stderr(stream: object) -> bool:
     """Whether a stream writes to the file of standard error."""
     try:

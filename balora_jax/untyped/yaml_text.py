@@ -16,6 +16,7 @@ MOST_VALUES = 20_000
 DEEPEST = 50
 
 _TEXT = "tag:yaml.org,2002:str"
+_NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
 _NO_TEXT = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp")}
 
 
@@ -126,8 +127,14 @@ class _Loader(yaml.SafeLoader):
 
     def construct_object(self, node: Node, *args: Any, **options: Any) -> Any:
         """The value of a node."""
+        if isinstance(node, ScalarNode) and node.tag in _NUMBERS and ":" in node.value:
+            # 1:30 is 90 in YAML 1.1 and text in 1.2; of a long one the value takes minutes.
+            raise _fault(f"a number in base 60, {shown(node.value)}: quote it", node.start_mark)
         try:
-            return super().construct_object(node, *args, **options)
+            value = super().construct_object(node, *args, **options)
+            if isinstance(value, str):
+                value.encode()  # "\ud800" is half of a character, which no file can hold
+            return value
         # What Python says of `!!int x`, `!!bool x`, `!!timestamp x`, 2024-13-45, 5000 digits ...
         except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
             kind = shown(node.tag.rpartition(":")[2])

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +10,14 @@ from typing import TYPE_CHECKING, Any
 from balora_jax.errors import InputError
 from balora_jax.options import add_config
 from balora_jax.paths import check_local
+from balora_jax.untyped.shown import shown
 
 if TYPE_CHECKING:
     from balora_jax.config import RunConfig
+
+
+_BEGINS = (b'{\n  "', b"[\n  {", b"{}\n", b"[]\n")
+"""How reports begin: what ``--json`` may replace."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,17 @@ class Verb:
         self.add_options(parser)
 
 
+def check_text(arguments: Sequence[str]) -> None:
+    """Raises InputError for an argument with bytes that are no UTF-8: no file could hold it."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{shown(argument)}: expected text in UTF-8, got other bytes. Rename or quote it."
+            ) from error
+
+
 def check_paths(options: argparse.Namespace) -> None:
     """Raises InputError for an option whose path is an address such as ``gs://…``."""
     for name in ("config", "workdir", "adapter", "out", "json", "picture"):
@@ -53,7 +69,7 @@ def check_report(file: str | None) -> None:
     if file is not None:
         from balora_jax.io.folders import check_file
 
-        check_file(file, f"--json {file}")
+        check_file(file, f"--json {file}", begins=_BEGINS)
 
 
 def report(figures: Any, file: str | None) -> None:

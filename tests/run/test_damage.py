@@ -13,7 +13,7 @@ import pytest
 
 from balora_jax import finetune
 from balora_jax.errors import InputError
-from balora_jax.io import checkpoint, folders, metrics, peft_writer, seals
+from balora_jax.io import checkpoint, checkpoint_folder, folders, metrics, peft_writer, seals
 from balora_jax.training import loop
 from tests.run.conftest import invoke
 from tests.tiny_run import adapter_bytes, checkpoint_steps, metrics_of, tree_digest
@@ -70,7 +70,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(finished, tmp
     files = [path for path in files_of(folder / "4") if path.stat().st_size]
     file = files[trial % len(files)]
     break_file(file, ("truncate", "flip a bit", "remove")[trial % 3], rng)
-    found = checkpoint.look(folder)
+    found = checkpoint_folder.look(folder)
     assert checkpoint_steps(folder.parent) == [2, 4]  # to look changes nothing
     assert found.step == 2
     (said,) = found.said
@@ -79,7 +79,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(finished, tmp
         assert str(file.relative_to(folder / "4")) in said
     aside = "unsealed-4" if not (folder / "4" / "SHA256SUMS").exists() else "damaged-4"
     assert f"put aside as {aside}" in said
-    checkpoint.tidy(folder, found)
+    checkpoint_folder.tidy(folder, found)
     assert sorted(path.name for path in folder.iterdir()) == ["2", aside]
 
 
@@ -101,10 +101,10 @@ def test_one_without_a_seal_is_put_aside(finished, tmp_path):
     folder = unfinished(finished, tmp_path) / "checkpoints"
     (folder / "4" / "SHA256SUMS").unlink()
     (folder / "unsealed-4").mkdir()
-    found = checkpoint.look(folder)
+    found = checkpoint_folder.look(folder)
     assert found.step == 2
     assert found.said == [f"{folder / '4'}: it has no SHA256SUMS; put aside as unsealed-4-2"]
-    checkpoint.tidy(folder, found)
+    checkpoint_folder.tidy(folder, found)
     assert sorted(path.name for path in folder.iterdir()) == ["2", "unsealed-4", "unsealed-4-2"]
 
 
@@ -116,16 +116,16 @@ def test_one_that_a_kill_cut_short_is_removed(finished, tmp_path, name):
     (folder / "4").rename(folder / name)
     (folder / "writing").write_text("4\n")
     (folder / "4.bak").mkdir()
-    found = checkpoint.look(folder)
+    found = checkpoint_folder.look(folder)
     assert found.step == 2
-    checkpoint.tidy(folder, found)
+    checkpoint_folder.tidy(folder, found)
     assert sorted(path.name for path in folder.iterdir()) == ["2", "4.bak"]
 
 
 def test_one_that_was_being_removed_is_removed(finished, tmp_path):
     folder = unfinished(finished, tmp_path) / "checkpoints"
     (folder / "2").rename(folder / ".removed-2")
-    checkpoint.tidy(folder, checkpoint.look(folder))
+    checkpoint_folder.tidy(folder, checkpoint_folder.look(folder))
     assert [path.name for path in folder.iterdir()] == ["4"]
 
 
@@ -172,7 +172,7 @@ def test_what_has_the_name_of_a_checkpoint_is_refused_by_name(finished, tmp_path
 def test_another_step_under_its_name_is_damaged(finished, tmp_path):
     workdir = unfinished(finished, tmp_path)
     (workdir / "checkpoints" / "4").rename(workdir / "checkpoints" / "3")
-    found = checkpoint.look(workdir / "checkpoints")
+    found = checkpoint_folder.look(workdir / "checkpoints")
     assert found.step == 2
     assert "damaged, as it is the checkpoint of step 4 under another name" in found.said[0]
 
@@ -331,7 +331,9 @@ def test_a_disk_that_fills_anywhere_names_the_newest_checkpoint(
         patch.setattr(owner, function, full)
         code, _, err = invoke("train", finished.config, "--workdir", workdir, "--resume")
     assert code == 3
-    newest = workdir / "checkpoints" / str(checkpoint.sealed_steps(workdir / "checkpoints")[-1])
+    newest = (
+        workdir / "checkpoints" / str(checkpoint_folder.sealed_steps(workdir / "checkpoints")[-1])
+    )
     said = err.splitlines()[-1]
     assert os.strerror(errno.ENOSPC) in said
     assert str(newest) in said
@@ -344,9 +346,9 @@ def test_a_disk_that_fills_anywhere_names_the_newest_checkpoint(
 
 
 def test_nothing_there_is_nothing_to_resume(tmp_path):
-    assert checkpoint.look(tmp_path / "checkpoints") == (None, [], [], [])
+    assert checkpoint_folder.look(tmp_path / "checkpoints") == (None, [], [], [])
     folder = tmp_path / "checkpoints" / "7"
     folder.mkdir(parents=True)
     (folder / "SHA256SUMS").write_text("0" * 64 + "  gone\n")
     with pytest.raises(InputError, match="only damaged"):
-        checkpoint.look(tmp_path / "checkpoints")
+        checkpoint_folder.look(tmp_path / "checkpoints")

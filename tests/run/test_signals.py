@@ -17,7 +17,7 @@ import pytest
 from balora_jax import finetune, signals
 from balora_jax.data import training_sets
 from balora_jax.errors import InputError
-from balora_jax.io import checkpoint, lock
+from balora_jax.io import checkpoint_folder, lock
 from balora_jax.tasks.text import run as text_run
 from balora_jax.training import loop, steps
 from tests.run import workers
@@ -140,7 +140,7 @@ def test_a_second_signal_ends_at_once_and_names_the_newest_checkpoint(
     workdir = tmp_path / "run"
     code, _, err = invoke("train", config, "--workdir", workdir)
     assert code == 3
-    newest = checkpoint.sealed_steps(workdir / "checkpoints")[-1]
+    newest = checkpoint_folder.sealed_steps(workdir / "checkpoints")[-1]
     assert newest in (5, 10)
     assert err.splitlines()[-1] == (
         f"balora: interrupted by SIGINT; {workdir / 'checkpoints' / str(newest)} is the newest "

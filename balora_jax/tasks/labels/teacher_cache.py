@@ -1,7 +1,6 @@
 """The teacher's logits of a training set on disk, so that a resumed run need not compute them."""
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from balora_jax.io.folders import replaced_file
 from balora_jax.training.workdir import TEACHER
 
 
@@ -55,6 +55,5 @@ class TeacherCache:
     def write(self, logits: np.ndarray) -> None:
         """Keep the logits, whole or not at all."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.file.with_name(f"{TEACHER}.partial")
-        draft.write_bytes(save({"logits": logits}, metadata={"key": self.key}))
-        os.replace(draft, self.file)
+        with replaced_file(self.file) as draft:
+            draft.write_bytes(save({"logits": logits}, metadata={"key": self.key}))

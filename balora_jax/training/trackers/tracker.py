@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from balora_jax.errors import InputError
 from balora_jax.io.folders import write_atomically
 from balora_jax.untyped.json_text import read_object
+from balora_jax.untyped.shown import shown
 
 SEEN = "trackers.json"
 """File of a run that says which step's row the trackers got last."""
@@ -34,6 +36,24 @@ class Tracker(Protocol):
         ...
 
 
+def last_seen(workdir: Path) -> int:
+    """The step whose row the trackers of a run got last; 0 for none.
+
+    Raises:
+        InputError: the file that says so was not written by a run.
+    """
+    file = workdir / SEEN
+    if not file.exists():
+        return 0
+    found = read_object(file)
+    if found.keys() != {"step"} or type(found["step"]) is not int:
+        raise InputError(
+            f"{file}: expected the step that the trackers got last, got {shown(found)}. Remove the "
+            "file: they then get every row of this run again."
+        )
+    return found["step"]
+
+
 class Trackers:
     """The trackers of one run, which give each row once.
 
@@ -50,8 +70,8 @@ class Trackers:
         self.trackers, self.file = tuple(trackers), workdir / SEEN
         self.summary: Mapping[str, Any] | None = None
         self.seen = 0
-        if self.trackers and self.file.is_file():
-            self.seen = int(read_object(self.file)["step"])
+        if self.trackers:
+            self.seen = last_seen(workdir)
         for tracker in self.trackers:
             tracker.start(workdir, config)
 
