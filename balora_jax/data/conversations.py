@@ -89,6 +89,20 @@ def answered(row: Row, settings: ExampleSettings, gold: str, where: str) -> Row:
     )
 
 
+def unread_keys(row: Row, settings: ExampleSettings, chat: Renderer) -> list[str]:
+    """Keys of a row's turns that hold something and that the chat template never mentions."""
+    turns = row.get(settings.messages_column or "")
+    read = {key for pair in _ROLE_KEYS for key in pair} | set(_LEARN)
+    keys = [
+        key
+        for turn in (turns if isinstance(turns, list) else ())
+        if isinstance(turn, Mapping)
+        for key, value in turn.items()
+        if value not in (None, "", [], {}) and key not in read and not chat.mentions(key)
+    ]
+    return list(dict.fromkeys(keys))
+
+
 def assistant_turns(chat: Chat) -> list[int]:
     """The places of the assistant's messages."""
     return [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]

@@ -5,6 +5,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from balora_jax.data.conversations import unread_keys
 from balora_jax.data.examples import (
     EncodingReport,
     Example,
@@ -13,6 +14,7 @@ from balora_jax.data.examples import (
     describe_example,
     encode_rows,
     first_of_each_branch,
+    renderer_for,
 )
 from balora_jax.data.sequences import BadRow
 from balora_jax.data.sources import Rows, load_rows
@@ -99,7 +101,7 @@ def encode_sets(
         for one, encoded in named[1:]
     ]  # fmt: skip
     for one in sets:
-        notes += _unread(one)
+        notes += _unread(one, tokenizer)
         others += _branches(one, tokenizer)
     return TrainingData(
         [example for encoded in found for example in encoded.examples],
@@ -111,12 +113,20 @@ def encode_sets(
     )
 
 
-def _unread(one: TrainingSet) -> list[str]:
-    """A line about columns that hold something and that no example gets."""
+def _unread(one: TrainingSet, tokenizer: Any) -> list[str]:
+    """Lines about columns, and keys of turns, that hold something and that no example gets."""
     assert one.rows is not None
-    first = (one.rows[i] for i in range(min(len(one.rows), _LOOKED_AT)))
-    names = dict.fromkeys(name for row in first for name in unread_columns(row, one.settings))
-    return [f"note: {one.source}: columns that are not used: {', '.join(names)}."] if names else []
+    first = [one.rows[i] for i in range(min(len(one.rows), _LOOKED_AT))]
+    found = {"columns": [name for row in first for name in unread_columns(row, one.settings)]}
+    if one.settings.messages_column is not None:
+        chat = renderer_for(tokenizer, one.settings)
+        keys = [key for row in first for key in unread_keys(row, one.settings, chat)]
+        found["keys of turns"] = keys
+    return [
+        f"note: {one.source}: {what} that are not used: {', '.join(dict.fromkeys(names))}."
+        for what, names in found.items()
+        if names
+    ]
 
 
 def _branches(one: TrainingSet, tokenizer: Any) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """The command line of every verb: options that are missing, absurd, or that name what cannot be."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,11 @@ REPORTS: dict[str, Callable[[Path], Any]] = {
     "folder": lambda folder: folder / "out",
     "below-file": lambda folder: folder / "config.yaml" / "x.json",
     "long-name": lambda folder: folder / ("a" * 300 + ".json"),
-    "nearly-long-name": lambda folder: folder / ("a" * 250 + ".json"),
+    "device": lambda folder: "/dev/null",
+    "pipe": lambda folder: _piped(folder / "a.json"),
+    "config": lambda folder: folder / "config.yaml",
+    "users-file": lambda folder: _users(folder / "a.json"),
+    "link": lambda folder: _linked(folder / "a.json"),
     "long-path": lambda folder: folder / ("a/" * 3000) / "x.json",
     "nul": lambda folder: f"{folder}/a\0.json",
     "empty": lambda folder: "",
@@ -117,8 +122,32 @@ PICTURES = {
 }  # fmt: skip
 
 
+def _both(file: Path) -> tuple[Path, Path]:
+    """A report and a picture of one name."""
+    return file, file.with_suffix(".png")
+
+
+def _piped(file: Path) -> Path:
+    for one in _both(file):
+        os.mkfifo(one)
+    return file
+
+
+def _users(file: Path) -> Path:
+    for one in _both(file):
+        one.write_text('{"mine": 1}\n')
+    return file
+
+
+def _linked(file: Path) -> Path:
+    for one in _both(file):
+        one.with_name(f"mine{one.suffix}").write_text("{}\n")
+        one.symlink_to(f"mine{one.suffix}")
+    return file
+
+
 def _loop(file: Path) -> Path:
-    for one in (file, file.with_suffix(".png")):
+    for one in _both(file):
         one.symlink_to(one.name)
     return file
 

@@ -188,6 +188,28 @@ def test_thoughts_are_learnt_where_the_template_writes_them():
         encoded({"messages": messages}, make_tokenizer(FAMILIES["chatml"]))
 
 
+def test_thoughts_within_the_text():
+    """Qwen3 takes them out of the text, and out of all answers but the last: one example each."""
+    family = FAMILIES["qwen 3"]
+    tokenizer = make_tokenizer(family)
+    messages = [
+        turn | ({"content": f"<think>\nWell.\n</think>\n\n{turn['content']}"} if i % 2 else {})
+        for i, turn in enumerate(TURNS[:4])
+    ]
+    found, _ = encoded({"messages": messages}, tokenizer)
+    assert found == [
+        reference(family, tokenizer, messages[:2], [1]), reference(family, tokenizer, messages, [3])
+    ]  # fmt: skip
+    learnt = [
+        tokenizer.decode([one for one, m in zip(*example, strict=True) if m]) for example in found
+    ]
+    assert learnt == [
+        "<think>\nWell.\n</think>\n\nTwo apples.<|im_end|>",
+        "<think>\nWell.\n</think>\n\nThree pears,\nand a fig.<|im_end|>",
+    ]
+    assert "Well." not in tokenizer.decode(found[1][0][: found[1][1].index(1)])
+
+
 def test_variables_and_another_template():
     family = FAMILIES["qwen 3"]
     tokenizer = make_tokenizer(family)

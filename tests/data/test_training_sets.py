@@ -13,6 +13,7 @@ from balora_jax.errors import InputError
 from tests.data import tiny_tokenizer as tiny
 from tests.tiny_run import write_rows
 
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 COUNTS, WEIGHTS = (6, 30, 12), (2.0, 1.0, 1.0)
 
 
@@ -106,6 +107,22 @@ def test_each_set_has_its_own_template_and_is_told_apart(tmp_path):
     assert [(name, text.split("\n")[1]) for name, text in found.others] == [
         (f"of {tmp_path / 'b.jsonl'}", "<s>e:⟦f</s>⟧")
     ]
+
+
+def test_keys_of_turns_that_the_template_does_not_write_are_named_once(tmp_path):
+    rows = [
+        {"messages": [
+            {"role": "user", "content": "a", "id": 7, "lang": ""},
+            {"role": "assistant", "content": "b", "weight": 1, "time": f"{i}:00"},
+        ]}
+        for i in range(3)
+    ]  # fmt: skip
+    file = write_rows(tmp_path / "chat.jsonl", rows)
+    settings = ExampleSettings("chat", messages_column="messages", chat_template=CHAT)
+    found = encode_sets(
+        load_sets([TrainingSet(str(file), "train", None, settings, None)]), tiny.make()
+    )
+    assert found.notes == [f"note: {file}: keys of turns that are not used: id, time."]
 
 
 def test_a_fault_names_its_set(tmp_path):
