@@ -16,6 +16,7 @@ import numpy as np
 
 from balora_jax.data.batches import Batch, Resumable
 from balora_jax.data.glue import Label, LabelsTask, label_cell, label_of, texts_of
+from balora_jax.data.sequences import BadRow
 from balora_jax.data.templates import Row
 from balora_jax.errors import InputError
 from balora_jax.progress import progress_bar
@@ -43,35 +44,41 @@ class LabelsExample:
 
 @dataclasses.dataclass(frozen=True)
 class LabelsReport:
-    """Count of what became of the rows; none is ever left out.
+    """Count of what became of the rows.
 
     Attributes:
         rows: Rows read.
         kept: Examples made.
         truncated: Those that lost the end of a text.
+        bad: Rows left out because they cannot be read, by choice.
         tokens: Tokens of all examples.
     """
 
     rows: int
     kept: int
     truncated: int
+    bad: int
     tokens: int
 
     def __str__(self) -> str:
+        bad = f"{self.bad} cannot be read, " if self.bad else ""
         return (
-            f"{self.kept} of {self.rows} rows kept ({self.truncated} truncated), "
+            f"{self.kept} of {self.rows} rows kept ({bad}{self.truncated} truncated), "
             f"{self.tokens} tokens"
         )
 
 
 class LabelsSet(NamedTuple):
-    """The examples, in the order of their rows, and what became of the rows."""
+    """The examples, in the order of their rows, what became of the rows, and those left out."""
 
     examples: list[LabelsExample]
     report: LabelsReport
+    bad: list[BadRow]
 
 
-def encode_labels(rows: Any, tokenizer: Any, task: LabelsTask, max_length: int) -> LabelsSet:
+def encode_labels(
+    rows: Any, tokenizer: Any, task: LabelsTask, max_length: int, *, bad_rows: str = "stop"
+) -> LabelsSet:
     """Tokenise rows of one text or two, and read their labels.
 
     Args:
@@ -79,41 +86,58 @@ def encode_labels(rows: Any, tokenizer: Any, task: LabelsTask, max_length: int) 
         tokenizer: A `transformers` tokenizer; a pair is cut from its longer text first.
         task: Columns and labels.
         max_length: Most tokens of an example, special tokens included.
+        bad_rows: ``skip`` leaves out rows that cannot be read, ``stop`` refuses them.
 
     Returns:
-        As many examples as rows, in their order, and the report.
+        An example for each row, in their order, the report, and the rows that were left out.
 
     Raises:
-        InputError: No rows, a row without its text or its label, a label outside the task, or a
-            `max_length` that leaves no room for text.
+        InputError: No rows, or none that can be read; a row without its text or its label, or a
+            label outside the task; a `max_length` that leaves no room for text.
     """
     if len(rows) == 0:
         raise InputError("data: expected at least one row, got none. Add rows.")
     _check_max_length(tokenizer, task, max_length)
     examples: list[LabelsExample] = []
+    bad: list[BadRow] = []
+    left_out = bad if bad_rows == "skip" else None
     truncated = 0
     with progress_bar(
         total=len(rows), desc="tokenising", unit="row", disable=len(rows) <= _SHOW_PROGRESS_ABOVE
     ) as bar:
         numbered = enumerate(rows, start=1)
         while chunk := list(itertools.islice(numbered, _CHUNK)):
-            # Labels first: they are refused sooner than texts are tokenised.
-            labels = [_label(row, task, f"row {n}") for n, row in chunk]
-            texts = [texts_of(row, task, f"row {n}") for n, row in chunk]
-            made = _tokenise(texts, tokenizer, max_length)
-            truncated += _count_truncated(texts, made["input_ids"], tokenizer, max_length)
-            examples.extend(_examples(made, labels, first=chunk[0][0]))
+            read = _readable(chunk, task, left_out)
+            if read:
+                numbers, labels, texts = (list(column) for column in zip(*read, strict=True))
+                made = _tokenise(texts, tokenizer, max_length)
+                truncated += _count_truncated(texts, made["input_ids"], tokenizer, max_length)
+                examples.extend(_examples(made, labels, numbers, left_out))
             bar.update(len(chunk))
-    return LabelsSet(examples, _report(examples, truncated))
+    if not examples:
+        raise InputError(
+            f"data: expected rows that can be read, got none of {len(rows)}. The first says: "
+            f"{bad[0].reason}"
+        )
+    tokens = sum(len(example.input_ids) for example in examples)
+    report = LabelsReport(len(rows), len(examples), truncated, len(bad), tokens)
+    return LabelsSet(examples, report, bad)
 
 
-def _report(examples: Sequence[LabelsExample], truncated: int) -> LabelsReport:
-    return LabelsReport(
-        rows=len(examples),
-        kept=len(examples),
-        truncated=truncated,
-        tokens=sum(len(example.input_ids) for example in examples),
-    )
+def _readable(
+    chunk: Sequence[tuple[int, Row]], task: LabelsTask, bad: list[BadRow] | None
+) -> list[tuple[int, Label, list[str]]]:
+    """Number, label and texts of each row; one that cannot be read goes to ``bad``, if given."""
+    found = []
+    for number, row in chunk:
+        try:
+            label = _label(row, task, f"row {number}")
+            found.append((number, label, texts_of(row, task, f"row {number}")))
+        except InputError as error:
+            if bad is None:
+                raise
+            bad.append(BadRow(number, str(error)))
+    return found
 
 
 def _check_max_length(tokenizer: Any, task: LabelsTask, max_length: int) -> None:
@@ -155,15 +179,17 @@ def _count_truncated(
     return sum(len(whole) > max_length for whole in _tokenise(full, tokenizer, None)["input_ids"])
 
 
-def _examples(made: Any, labels: Sequence[Label], first: int) -> Iterator[LabelsExample]:
+def _examples(
+    made: Any, labels: Sequence[Label], numbers: Sequence[int], bad: list[BadRow] | None
+) -> Iterator[LabelsExample]:
     types = made.get("token_type_ids") or [[0] * len(ids) for ids in made["input_ids"]]
-    rows = zip(made["input_ids"], types, labels, strict=True)
-    for number, (ids, kinds, label) in enumerate(rows, start=first):
+    for number, ids, kinds, label in zip(numbers, made["input_ids"], types, labels, strict=True):
         if not ids:
-            raise InputError(
-                f"row {number}: expected at least one token, got none from the tokenizer. "
-                "Leave the row out."
-            )
+            reason = f"row {number}: expected at least one token, got none from the tokenizer. "
+            if bad is None:
+                raise InputError(reason + "Leave the row out.")
+            bad.append(BadRow(number, reason + "Leave the row out."))
+            continue
         yield LabelsExample(np.asarray(ids, np.int32), np.asarray(kinds, np.int32), label)
 
 

@@ -58,7 +58,7 @@ def letters(tokenizer, text):
 
 def test_a_single_text(tokenizer):
     rows = [{"sentence": "xyz", "label": "positive"}, {"sentence": "z", "label": 0}]
-    examples, report = encode_labels(rows, tokenizer, SST2, 16)
+    examples, report, _ = encode_labels(rows, tokenizer, SST2, 16)
     assert examples[0].input_ids.tolist() == [0, *letters(tokenizer, "xyz"), 1]
     assert examples[0].token_type_ids.tolist() == [0] * 5
     assert [example.label for example in examples] == [1, 0]
@@ -70,7 +70,7 @@ def test_a_single_text(tokenizer):
 
 def test_a_pair_loses_the_end_of_its_longer_text(tokenizer):
     rows = [pair("xyzqjkvwxyz", "QJK"), pair("x", "Y"), pair("XYZQ", "xyz")]
-    examples, report = encode_labels(rows, tokenizer, MRPC, 10)
+    examples, report, _ = encode_labels(rows, tokenizer, MRPC, 10)
     first, second, third = examples
     ids = [0, *letters(tokenizer, "xyzq"), 1, *letters(tokenizer, "QJK"), 1]
     assert first.input_ids.tolist() == ids
@@ -89,14 +89,14 @@ def test_a_pair_loses_the_end_of_its_longer_text(tokenizer):
 
 
 def test_no_token_types_are_zeros():
-    (example,), _ = encode_labels([pair("x", "y")], encoder_tokenizer(types=False), MRPC, 16)
+    (example,), _, _ = encode_labels([pair("x", "y")], encoder_tokenizer(types=False), MRPC, 16)
     assert example.token_type_ids.tolist() == [0] * 5
     assert example.token_type_ids.dtype == np.int32
 
 
 def test_regression_labels_are_float32(tokenizer):
     rows = [{"sentence1": "x", "sentence2": "y", "score": 3.8}]
-    (example,), _ = encode_labels(rows, tokenizer, STSB, 16)
+    (example,), _, _ = encode_labels(rows, tokenizer, STSB, 16)
     assert type(example.label) is np.float32
     assert example.label == np.float32(3.8)
 
@@ -106,7 +106,7 @@ def test_chunks_change_nothing(tokenizer, monkeypatch, chunk):
     rows = [pair("how many apples " * i, "x" * i, i % 2) for i in range(1, 6)]
     expected = [tokenizer(r["sentence1"], r["sentence2"])["input_ids"][:] for r in rows]
     monkeypatch.setattr(labels_module, "_CHUNK", chunk)
-    examples, report = encode_labels(rows, tokenizer, MRPC, 999)
+    examples, report, _ = encode_labels(rows, tokenizer, MRPC, 999)
     assert [example.input_ids.tolist() for example in examples] == expected
     assert [example.label for example in examples] == [1, 0, 1, 0, 1]
     assert report.tokens == sum(map(len, expected))
@@ -128,6 +128,28 @@ def test_rows_without_label_are_refused(tokenizer, cell, got):
         encode_labels(rows, tokenizer, SST2, 16)
     assert str(error.value).startswith(f"row 2: expected a label, got {got}")
     assert "the labels of GLUE's test sets are not public (they read -1)" in str(error.value)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_rows_that_cannot_be_read_may_be_left_out(tokenizer, monkeypatch, chunk):
+    monkeypatch.setattr(labels_module, "_CHUNK", chunk)
+    good = [{"sentence": "xyz", "label": 1}, {"sentence": "xy", "label": "negative"}]
+    rows = [{"sentence": "x"}, good[0], {"sentence": "", "label": 0}, good[1],
+            {"sentence": "x", "label": -1}]  # fmt: skip
+    examples, report, bad = encode_labels(rows, tokenizer, SST2, 16, bad_rows="skip")
+    plain, whole, none = encode_labels(good, tokenizer, SST2, 16, bad_rows="skip")
+    assert [(e.input_ids.tolist(), e.label) for e in examples] == [
+        (e.input_ids.tolist(), e.label) for e in plain
+    ]
+    assert (report.rows, report.kept, report.bad, report.tokens) == (5, 2, 3, whole.tokens)
+    assert [one.row for one in bad] == [1, 3, 5]
+    assert none == []
+    assert "got an empty cell" in bad[1].reason
+    assert "2 of 5 rows kept (3 cannot be read, 0 truncated)" in str(report)
+    with pytest.raises(InputError, match="expected rows that can be read, got none of 1"):
+        encode_labels(rows[:1], tokenizer, SST2, 16, bad_rows="skip")
+    with pytest.raises(InputError, match="row 1: expected a column"):
+        encode_labels(rows, tokenizer, SST2, 16)
 
 
 def test_the_row_is_named_in_later_chunks_too(tokenizer, monkeypatch):
@@ -179,18 +201,18 @@ def test_bad_encodings_are_refused(type_checks_off, tokenizer, rows, task, optio
 
 
 def test_the_least_max_length_leaves_a_token_of_each_text(tokenizer):
-    (example,), _ = encode_labels([pair("xyz", "qjk")], tokenizer, MRPC, 5)
+    (example,), _, _ = encode_labels([pair("xyz", "qjk")], tokenizer, MRPC, 5)
     assert example.input_ids.tolist() == [
         *(0, *letters(tokenizer, "x"), 1, *letters(tokenizer, "q"), 1)
     ]
 
 
 def test_description(tokenizer):
-    (one,), _ = encode_labels([pair("x\ny", "z", 0)], tokenizer, MRPC, 16)
+    (one,), _, _ = encode_labels([pair("x\ny", "z", 0)], tokenizer, MRPC, 16)
     assert describe_labels(one, tokenizer, MRPC) == (
         "7 tokens, label 0 (not_equivalent): <s>x y</s>z</s>"
     )
-    (two,), _ = encode_labels([pair("x", "z", "4.75")], tokenizer, STSB, 16)
+    (two,), _, _ = encode_labels([pair("x", "z", "4.75")], tokenizer, STSB, 16)
     assert describe_labels(two, tokenizer, STSB) == "5 tokens, score 4.75: <s>x</s>z</s>"
 
 
@@ -390,7 +412,7 @@ def test_every_real_file_is_named_here(shared):
 def test_real_files_give_what_the_tokenizer_itself_gives(shared, tokenizer, name):
     task = GLUE[name.split("_")[0]]
     rows = load_rows(str(shared / "data" / "glue" / f"{name}.jsonl.gz"), limit=250)
-    examples, report = encode_labels(rows, tokenizer, task, 128)
+    examples, report, _ = encode_labels(rows, tokenizer, task, 128)
     assert (report.rows, report.kept, len(examples)) == (250, 250, 250)
     length = padded_length(examples, 128)
     made = list(labels_epoch(examples, 50, length, tokenizer.pad_token_id))
@@ -411,6 +433,6 @@ def test_a_file_of_ones_own(shared, tokenizer):
     classes = ["entailment", "neutral", "contradiction"]
     task = custom_task(("sentence1", "sentence2"), "gold_label", classes)
     rows = load_rows(str(path), limit=100)
-    examples, _ = encode_labels(rows, tokenizer, task, 96)
+    examples, _, _ = encode_labels(rows, tokenizer, task, 96)
     assert [classes[example.label] for example in examples] == [row["gold_label"] for row in rows]
     assert len({example.label for example in examples}) == 3

@@ -181,8 +181,10 @@ class LabelsRun(LabelsProgram):
 
     @property
     def left_out(self) -> list[dict[str, Any]]:
-        """No row is left out."""
-        return []
+        """Training rows that cannot be read and were left out: ``set``, ``row``, ``reason``."""
+        data = self.config.data
+        name = data.train if isinstance(data.train, str) else data.glue
+        return [{"set": name, "row": bad.row, "reason": bad.reason} for bad in self.data.bad]
 
     def describe(self) -> list[str]:
         """Lines about the data, for the start of a run."""
@@ -214,7 +216,8 @@ def _checked(config: RunConfig) -> LabelsRun:
     program = labels_program(config, base)
     tokenizer = base.tokenizer()
     most = longest(config.data, base)
-    data = encode_labels(train_rows(config.data, task), tokenizer, task, most)
+    rows = train_rows(config.data, task)
+    data = encode_labels(rows, tokenizer, task, most, bad_rows=config.data.bad_rows)
     base.check_ids(data.examples)
     validation = encoded_validation(config, task, base, tokenizer)
     for line in remarks(program):

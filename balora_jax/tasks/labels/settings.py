@@ -19,7 +19,6 @@ UNREAD = (
     "data.chat_template_kwargs",
     "data.today",
     "data.overlong",  # rows are always cut, as their tokenizer cuts a pair
-    "data.bad_rows",  # a table of labels is mended, or cut with train_limit
     "data.packing",
     "training.head",  # C classes fit in memory at once
     "training.head_chunk",
