@@ -1,8 +1,9 @@
-"""Task loss and regularizers of a batch, with their gradient with respect to the hidden states.
+"""Task loss and regularizers of a batch, with their gradient by the hidden states and the head.
 
 :func:`head_loss` runs the pass of :mod:`balora_jax.numerics.head_pass`, which never holds all
 logits; :func:`plain_head_loss` calls each term's own function on all ``[N, V]`` logits and is
-differentiated automatically. The head is frozen and gets no gradient.
+differentiated automatically. A frozen head is that of student and teacher and gets no gradient;
+one that trains gets one, and the teacher's own head, ``original``, is given beside it.
 """
 
 from collections.abc import Callable
@@ -48,33 +49,37 @@ def head_loss(
     adapt: Adapt | None = None,
     axes: HeadAxes = ONE_DEVICE,
     across: Callable[[Callable[..., Any]], Callable[..., Any]] = unwrapped,
+    original: Float[Array, "V D"] | None = None,
 ) -> tuple[Scalar, HeadSums]:
-    """Return ``Σ scale · sum`` with its gradient with respect to ``rows.student``, and the sums.
+    """Return ``Σ scale · sum`` with its gradient by ``rows.student`` (and W), and the sums.
 
     At most one chunk of student and teacher logits exists at a time. Logits are products in the
     dtype of the hidden states with float32 accumulation, float32 hidden states at the highest
     precision; ``d loss / d Z`` is rounded to the dtype of the hidden states before its product.
-    Only the first result carries a gradient, and only by ``rows.student``. Where a row of student
-    and teacher agrees bit for bit, its divergence is exactly 0 with gradient 0.
+    Only the first result carries a gradient, by ``rows.student`` and, with an ``original``, by
+    ``embedding``, summed in float32. Where a row of student and teacher agrees bit for bit, and
+    their heads do, its divergence is exactly 0 with gradient 0.
 
     A term that couples rows couples those of this call: with several micro-batches it is a
     statistic of each one, over all devices.
 
     Args:
         rows: The micro-batch.
-        embedding: Frozen head, ``[V, D]``, rows are vocabulary entries.
+        embedding: Head, ``[V, D]``, rows are vocabulary entries; frozen without an ``original``.
         scales: Factor of each sum in the loss, by the terms' names and ``task_loss``.
         chosen: Which terms, with their settings.
         chunk: Rows per chunk on a device, at least 1. N need not be a multiple.
         factor: Factor R of the head for the spectral term, with its ``center_rows`` that of the
             *centred* head (``linalg.head_factor(W, center=True)``): centring is linear in H too.
-            Not read, and may be None, where no term needs it or logits have a soft cap.
+            Not read, and may be None, where no term needs it, logits have a soft cap or the head
+            trains: then the term works on logits that are formed again each time.
         logit_map: From products to logits.
         adapt: Gives the scales of this micro-batch by its teacher's entropy; read and needed where
             a weight follows it.
         axes: Mesh axes that ``across`` makes manual.
         across: Wraps the computation, such as in ``jax.shard_map``; it takes and returns
-            ``(rows, embedding, scales, factor) -> (sums, gradient [N, D])``.
+            ``(rows, (embedding, original), scales, factor) -> (sums, ([N, D], [V, D] or None))``.
+        original: The teacher's head, ``[V, D]``, where ``embedding`` trains.
 
     Raises:
         InputError: If shapes do not match, the teacher or the factor is missing, or a setting is
@@ -91,21 +96,23 @@ def head_loss(
     >>> round(float(sums.task_sum), 4), round(float(sums.terms["diversity"]), 4), abs(loss) < 1e-5
     (2.0794, -2.0794, Array(True, dtype=bool))
     """
-    check(rows, embedding, chosen, chunk, factor, logit_map)
-    student = rows.student
+    check(rows, embedding, chosen, chunk, factor, logit_map, original)
+    at = rows.student, None if original is None else embedding
     # Constants from here on: the gradient is formed by hand and attached at the end.
-    rows, embedding, scales, factor = jax.lax.stop_gradient((rows, embedding, scales, factor))
+    tables = embedding, original
+    rows, tables, scales, factor = jax.lax.stop_gradient((rows, tables, scales, factor))
     if not chosen.needs_teacher:
         rows = rows._replace(teacher=None)
 
     def compute(
-        rows: Rows, embedding: Array, scales: Scales, factor: Array | None
-    ) -> tuple[HeadSums, Array]:
-        head = Head(embedding, factor, logit_map, chunk, axes)
-        return head_pass.terms_and_gradient(rows, head, scales, chosen, adapt)
+        rows: Rows, tables: tuple[Array, Array | None], scales: Scales, factor: Array | None
+    ) -> tuple[HeadSums, tuple[Array, Array | None]]:
+        head = Head(tables[0], factor, logit_map, chunk, axes, tables[1])
+        sums, gradient = head_pass.terms_and_gradient(rows, head, scales, chosen, adapt)
+        return sums, (gradient.hidden, gradient.head)
 
-    sums, gradient = across(compute)(rows, embedding, scales, factor)
-    return _with_gradient(_weighted(scales, sums, chosen, adapt), student, gradient), sums
+    sums, gradient = across(compute)(rows, tables, scales, factor)
+    return _with_gradient(_weighted(scales, sums, chosen, adapt), at, gradient), sums
 
 
 def _weighted(scales: Scales, sums: HeadSums, chosen: TermSet, adapt: Adapt | None) -> Scalar:
@@ -119,19 +126,19 @@ def _weighted(scales: Scales, sums: HeadSums, chosen: TermSet, adapt: Adapt | No
 
 
 @jax.custom_vjp
-def _with_gradient(value: Array, at: Array, gradient: Array) -> Array:
-    """``value``, with a known derivative with respect to ``at``."""
+def _with_gradient(value: Array, at: Any, gradient: Any) -> Array:
+    """``value``, with a known derivative with respect to the arrays of ``at``."""
     del at, gradient
     return value
 
 
-def _with_gradient_fwd(value: Array, at: Array, gradient: Array) -> tuple[Array, Array]:
+def _with_gradient_fwd(value: Array, at: Any, gradient: Any) -> tuple[Array, Any]:
     del at
     return value, gradient
 
 
-def _with_gradient_bwd(gradient: Array, g: Array) -> tuple[None, Array, None]:
-    return None, (g * gradient).astype(gradient.dtype), None
+def _with_gradient_bwd(gradient: Any, g: Array) -> tuple[None, Any, None]:
+    return None, jax.tree.map(lambda part: (g * part).astype(part.dtype), gradient), None
 
 
 _with_gradient.defvjp(_with_gradient_fwd, _with_gradient_bwd)
@@ -171,6 +178,7 @@ def plain_head_loss(
     *,
     logit_map: LogitMap = LINEAR,
     adapt: Adapt | None = None,
+    original: Float[Array, "V D"] | None = None,
 ) -> tuple[Scalar, HeadSums]:
     """Return what :func:`head_loss` returns, by each term's own function of all logits.
 
@@ -179,8 +187,12 @@ def plain_head_loss(
     Raises:
         InputError: As :func:`head_loss`.
     """
-    check(rows, embedding, chosen, 1, None, None)
-    embedding = jax.lax.stop_gradient(embedding)
+    check(rows, embedding, chosen, 1, None, None, original)
+    unchanged = True
+    if original is None:
+        embedding = original = jax.lax.stop_gradient(embedding)
+    else:
+        unchanged = jnp.all(embedding == original)
     used = (rows.label_mask | rows.term_mask)[:, None]
     logits = logit_map(head_products(jnp.where(used, rows.student, 0), embedding))
     zero = jnp.zeros((), logits.dtype)
@@ -189,7 +201,7 @@ def plain_head_loss(
     teacher, entropies = None, {}
     if chosen.needs_teacher and rows.teacher is not None:
         hidden = jax.lax.stop_gradient(jnp.where(used, rows.teacher, 0))
-        teacher = logit_map(head_products(hidden, embedding))
+        teacher = logit_map(head_products(hidden, jax.lax.stop_gradient(original)))
         entropies = {
             term.name: _masked_sum(
                 entropy_rows(teacher, 0, term.confidence_temperature), rows.term_mask
@@ -199,7 +211,7 @@ def plain_head_loss(
         }
         # Equal hidden states have equal logits in exact arithmetic; two compiled products need not
         # agree in the last bit.
-        equal = jnp.all(rows.student == rows.teacher, axis=-1, keepdims=True)
+        equal = jnp.all(rows.student == rows.teacher, axis=-1, keepdims=True) & unchanged
         teacher = jax.lax.stop_gradient(jnp.where(equal, logits, teacher))
     terms = {term.name: _plain_sum(term, rows, logits, teacher) for term in chosen.terms}
     statistics = {name: zero for term in chosen.terms for name in term.statistics}
@@ -228,6 +240,7 @@ def check(
     chunk: int,
     factor: Array | None,
     logit_map: LogitMap | None,
+    original: Array | None = None,
 ) -> None:
     """Raise InputError unless shapes and settings fit; without a ``logit_map`` no factor is due."""
     student, width = rows.student, embedding.shape[-1]
@@ -243,14 +256,25 @@ def check(
             f"head_loss: expected labels, label_mask and term_mask of shape {flat}, got "
             f"{masks[0]}, {masks[1]} and {masks[2]}. Flatten them alike."
         )
+    if original is not None and original.shape != embedding.shape:
+        raise InputError(
+            f"head_loss: expected the teacher's head in the shape of the one that trains, "
+            f"{embedding.shape}, got {original.shape}. Give both the same vocabulary."
+        )
     if chunk < 1:
         raise InputError(f"head_loss: expected chunk of at least 1, got {chunk}. Use 512 or more.")
     for term in chosen.terms:
-        _check_term(term, rows, embedding, factor, logit_map)
+        _check_term(term, rows, embedding, factor, logit_map, trains=original is not None)
 
 
 def _check_term(
-    term: Term, rows: Rows, embedding: Array, factor: Array | None, logit_map: LogitMap | None
+    term: Term,
+    rows: Rows,
+    embedding: Array,
+    factor: Array | None,
+    logit_map: LogitMap | None,
+    *,
+    trains: bool,
 ) -> None:
     shape, (columns, width) = rows.student.shape, embedding.shape
     if term.needs_teacher and (rows.teacher is None or rows.teacher.shape != shape):
@@ -259,8 +283,8 @@ def _check_term(
             f"got {None if rows.teacher is None else rows.teacher.shape}. Run the teacher or set "
             f"{term.name} to 0."
         )
-    term.check_head("head_loss", columns, logit_map)
-    linear = logit_map is not None and logit_map.soft_cap is None
+    term.check_head("head_loss", columns, logit_map, trains=trains)
+    linear = logit_map is not None and logit_map.soft_cap is None and not trains
     got = None if factor is None else factor.shape
     if term.needs_factor and linear and got != (width, width):
         raise InputError(

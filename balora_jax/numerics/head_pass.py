@@ -1,9 +1,10 @@
-"""One pass over chunks of rows: terms of a batch, gradient with respect to the hidden states.
+"""One pass over chunks of rows: terms of a batch, gradient by hidden states and by the head.
 
 The logits ``Z = H Wᵀ`` exist one chunk of rows at a time. The weights of the terms are known when
 the pass runs, so each chunk forms ``d loss / d Z`` beside the values and multiplies it by W at
 once: three products of size N·D·V in all (student, teacher, gradient), and what is kept is
-``[N, D]``. Rows that count for nothing are left out. Nothing here is to be differentiated;
+``[N, D]``. A head that trains takes a fourth, and ``[V, D]`` in float32, its gradient. Rows that
+count for nothing are left out. Nothing here is to be differentiated;
 :mod:`balora_jax.numerics.head` attaches the gradient.
 """
 
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from balora_jax.array_types import Array, Float, Scalar
+from balora_jax.array_types import Array, Bool, Float, Scalar
 from balora_jax.numerics.arithmetic import as_float, einsum, ratio, sum_over, wide
 from balora_jax.numerics.head_types import Chunk, Chunks, Head, HeadSums, Rows, take
 from balora_jax.numerics.objective import TASK, TermSet
@@ -36,18 +37,28 @@ class _Pass(NamedTuple):
     scales: Scales
     terms: tuple[Term, ...]
     prepared: Mapping[str, Prepared | None]
+    unchanged: Bool[Array, ""]
+
+
+class Gradient(NamedTuple):
+    """Derivatives of the loss: ``[N, D]`` by the hidden states, ``[V, D]`` by the head or None."""
+
+    hidden: Float[Array, "N D"]
+    head: Float[Array, "V D"] | None
 
 
 def terms_and_gradient(
     rows: Rows, head: Head, scales: Scales, chosen: TermSet, adapt: Adapt | None
-) -> tuple[HeadSums, Float[Array, "N D"]]:
-    """Return the sums over all devices, and ``d(Σ scale · sum)/dH`` of this device's rows.
+) -> tuple[HeadSums, Gradient]:
+    """Return the sums over all devices, and ``d(Σ scale · sum)`` by this device's rows and head.
+
+    The derivative by the head is over the rows of all devices; None where the head is frozen.
 
     See :func:`balora_jax.numerics.head.head_loss`.
     """
     dtype, axes = wide(rows.student), head.axes.rows
     if rows.student.shape[0] == 0:
-        return _nothing(chosen, jnp.zeros((), dtype)), rows.student
+        return _nothing(chosen, jnp.zeros((), dtype)), Gradient(rows.student, _no_gradient(head))
     term_count = sum_over(jnp.sum(rows.term_mask, dtype=dtype), axes)
     entropies = {
         term.name: _teacher_entropy(rows, head, term)
@@ -59,7 +70,8 @@ def terms_and_gradient(
     plan = Chunks.of(rows.label_mask | rows.term_mask, head.chunk)
     by_logits = tuple(term for term in chosen.terms if term.reads == "logits")
     prepared = {term.name: term.prepare(rows, head) for term in by_logits}
-    sums, gradient = _over_chunks(_Pass(plan, rows, head, scales, by_logits, prepared), dtype)
+    given = _Pass(plan, rows, head, scales, by_logits, prepared, head.unchanged())
+    sums, gradient, by_head = _over_chunks(given, dtype)
     task = sums.pop(TASK)
     found = {name: sum_over(total, axes) for name, total in sums.items()}
     coupled = {name: one for name, one in prepared.items() if one is not None}
@@ -77,7 +89,12 @@ def terms_and_gradient(
         teacher_entropy=entropies,
         statistics={k: v for one in coupled.values() for k, v in one.statistics.items()},
     )
-    return whole, gradient
+    by_head = None if by_head is None else sum_over(by_head, axes).astype(head.embedding.dtype)
+    return whole, Gradient(gradient, by_head)
+
+
+def _no_gradient(head: Head) -> Array | None:
+    return None if head.original is None else jnp.zeros_like(head.embedding)
 
 
 def _nothing(chosen: TermSet, zero: Scalar) -> HeadSums:
@@ -87,38 +104,45 @@ def _nothing(chosen: TermSet, zero: Scalar) -> HeadSums:
     return HeadSums(zero, zero, zero, terms, entropies, statistics)
 
 
-def _over_chunks(given: _Pass, dtype: jnp.dtype) -> tuple[dict[str, Scalar], Array]:
-    """Sums over this device's rows by name, and its rows of the gradient, ``[N, D]``."""
+_Carry = tuple[dict[str, Scalar], Array, Array | None]
+
+
+def _over_chunks(given: _Pass, dtype: jnp.dtype) -> _Carry:
+    """Sums over this device's rows by name, its rows of the gradient [N, D], that by the head."""
     plan, student = given.plan, given.rows.student
     zero = jnp.zeros((), dtype)
     names = [TASK, *(term.name for term in given.terms if not term.couples_rows)]
+    table = None if given.head.original is None else given.head.embedding
     first = (
         dict.fromkeys(names, zero),
         jnp.zeros((plan.order.shape[0], student.shape[1]), student.dtype),
+        None if table is None else jnp.zeros(table.shape, dtype),
     )
 
-    def add(index: Array, carry: tuple[dict[str, Scalar], Array]) -> tuple[dict, Array]:
-        total, gradient = carry
-        sums, part = _one_chunk(given, index)
+    def add(index: Array, carry: _Carry) -> _Carry:
+        total, gradient, by_head = carry
+        sums, part, more = _one_chunk(given, index)
         part = part.astype(gradient.dtype)
         gradient = jax.lax.dynamic_update_slice_in_dim(gradient, part, index * plan.size, 0)
-        return jax.tree.map(jnp.add, total, sums), gradient
+        total, by_head = jax.tree.map(jnp.add, (total, by_head), (sums, more))
+        return total, gradient, by_head
 
-    sums, gradient = jax.lax.fori_loop(0, plan.count, add, first)
-    return sums, plan.put_back(gradient)
+    sums, gradient, by_head = jax.lax.fori_loop(0, plan.count, add, first)
+    return sums, plan.put_back(gradient), by_head
 
 
-def _one_chunk(given: _Pass, index: Array) -> tuple[dict[str, Scalar], Array]:
-    """Sums of one chunk, and its rows of the gradient with respect to the hidden states."""
+def _one_chunk(given: _Pass, index: Array) -> _Carry:
+    """Sums of one chunk, its rows of the gradient by the hidden states, its part of the head's."""
     rows, head, scales = given.rows, given.head, given.scales
     taken, counted = given.plan.rows(index)
     axis = head.axes.vocabulary
     student = take(rows.student, taken, counted)
     teacher = None if rows.teacher is None else take(rows.teacher, taken, counted)
     equal = jnp.zeros_like(counted) if teacher is None else jnp.all(student == teacher, axis=1)
+    equal &= given.unchanged
     label_mask, term_mask = (counted & mask[taken] for mask in (rows.label_mask, rows.term_mask))
     logits = head.logits(student)
-    teacher_logits = None if teacher is None else head.logits(teacher)
+    teacher_logits = None if teacher is None else head.teacher_logits(teacher)
     softmax = softmax_of(logits, 1.0, axis)
     chunk = Chunk(logits, teacher_logits, softmax, term_mask, equal, taken, axis, head.linear)
     task, gradient = cross_entropy_and_gradient(
@@ -136,7 +160,8 @@ def _one_chunk(given: _Pass, index: Array) -> tuple[dict[str, Scalar], Array]:
     for term in given.terms:
         more = term.by_hidden(chunk, given.prepared[term.name], scales[term.name])
         by_hidden = by_hidden if more is None else by_hidden + more
-    return sums, by_hidden
+    by_head = None if head.original is None else einsum("nv,nd->vd", gradient, student)
+    return sums, by_hidden, by_head
 
 
 def _hidden_term(rows: Rows, term: Term) -> tuple[Scalar, Float[Array, "N D"]]:
@@ -164,7 +189,7 @@ def _teacher_entropy(rows: Rows, head: Head, term: Term) -> Scalar:
 
     def add(index: Array, total: Array) -> Array:
         taken, counted = plan.rows(index)
-        logits = head.logits(take(teacher, taken, counted))
+        logits = head.teacher_logits(take(teacher, taken, counted))
         return total + entropy_sum(logits, counted, temperature, head.axes.vocabulary)
 
     total = jax.lax.fori_loop(0, plan.count, add, jnp.zeros((), wide(teacher)))

@@ -1,4 +1,4 @@
-"""Parts of the head's pass: rows of hidden states, the frozen head, chunks of rows."""
+"""Parts of the head's pass: rows of hidden states, the head, chunks of rows."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -87,14 +87,16 @@ class HeadSums(NamedTuple):
 
 @dataclass(frozen=True)
 class Head:
-    """A frozen head and how its pass runs.
+    """A head and how its pass runs.
 
     Attributes:
         embedding: ``[V, D]``; this device's rows if ``axes.vocabulary`` is given.
-        factor: R of the head; None where no term reads it or logits are capped.
+        factor: R of the head; None where no term reads it, logits are capped or the head trains.
         logit_map: From products to logits.
         chunk: Rows of a chunk.
         axes: Mesh axes that are manual here.
+        original: The teacher's own head where this one trains; None where it is frozen, and serves
+            both.
     """
 
     embedding: Float[Array, "V D"]
@@ -102,15 +104,32 @@ class Head:
     logit_map: LogitMap
     chunk: int
     axes: HeadAxes
+    original: Float[Array, "V D"] | None = None
 
     @property
     def linear(self) -> bool:
-        """Whether logits are linear in the hidden states."""
-        return self.logit_map.soft_cap is None
+        """Whether a term may work in the width of the model.
+
+        The logits are linear in the hidden states, and no derivative by the head is wanted.
+        """
+        return self.logit_map.soft_cap is None and self.original is None
 
     def logits(self, hidden: Float[Array, "N D"]) -> Float[Array, "N V"]:
-        """Logits of a few rows, this device's columns, float32."""
+        """The student's logits of a few rows, this device's columns, float32."""
         return self.logit_map(head_products(hidden, self.embedding))
+
+    def teacher_logits(self, hidden: Float[Array, "N D"]) -> Float[Array, "N V"]:
+        """Those of the teacher."""
+        table = self.embedding if self.original is None else self.original
+        return self.logit_map(head_products(hidden, table))
+
+    def unchanged(self) -> Bool[Array, ""]:
+        """Whether the student's head is that of the teacher, bit for bit, on all devices."""
+        if self.original is None:
+            return jnp.ones((), bool)
+        same = jnp.all(self.embedding == self.original)
+        axis = self.axes.vocabulary
+        return same if axis is None else jax.lax.pmin(same.astype(jnp.int32), axis) > 0
 
 
 class Chunks(NamedTuple):
@@ -159,10 +178,11 @@ class Chunk(NamedTuple):
         teacher: Those of the frozen model; None where no term reads them.
         softmax: Of the student's logits at temperature 1.
         mask: Rows of the terms, ``[n]``.
-        equal: Rows whose hidden states agree bit for bit with the teacher's, ``[n]``.
+        equal: Rows whose logits agree with the teacher's as hidden states and head do, bit for bit,
+            ``[n]``.
         taken: Row of the micro-batch in each place, ``[n]``.
         axis: Mesh axis inside ``jax.shard_map`` that the vocabulary is split over.
-        linear: Whether logits are linear in the hidden states.
+        linear: As :attr:`Head.linear`.
     """
 
     student: Float[Array, "n V"]

@@ -166,7 +166,7 @@ def across_devices(mesh: AnyMesh) -> Callable[[Callable[..., Any]], Callable[...
     if mesh.size == 1:
         return unwrapped
     rows, vocabulary = P((*ROWS, TOKENS)), P(VOCABULARY, None)
-    specs = {"in_specs": (rows, vocabulary, P(), P()), "out_specs": (P(), rows)}
+    specs = {"in_specs": (rows, vocabulary, P(), P()), "out_specs": (P(), (rows, vocabulary))}
     return lambda compute: jax.shard_map(compute, mesh=mesh, check_vma=False, **specs)
 
 

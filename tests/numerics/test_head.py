@@ -9,7 +9,7 @@ from jax.test_util import check_grads
 
 from balora_jax.errors import InputError
 from balora_jax.numerics import linalg
-from balora_jax.numerics.head import head_loss, plain_head_loss
+from balora_jax.numerics.head import check, head_loss, plain_head_loss
 from balora_jax.numerics.head_types import LINEAR, LogitMap, Rows
 from tests.numerics.head_settings import TERMS, Scales, Settings, flat
 
@@ -83,14 +83,15 @@ def batch(rng):
     )
 
 
-def reference(batch, spec, student=None, logit_map=LINEAR):
-    """All terms from full float64 logits with plain loops."""
+def reference(batch, spec, student=None, logit_map=LINEAR, head=None):
+    """All terms from full float64 logits with plain loops; the student's own head if it trains."""
 
     def capped(products):
         cap = logit_map.soft_cap
         return products if cap is None else cap * np.tanh(products / cap)
 
-    z_s = capped((batch.student if student is None else student) @ batch.head.T)
+    student_head = batch.head if head is None else head
+    z_s = capped((batch.student if student is None else student) @ student_head.T)
     z_t = capped(batch.teacher @ batch.head.T)
 
     def log_softmax(row):
@@ -125,8 +126,9 @@ def reference(batch, spec, student=None, logit_map=LINEAR):
     ]
 
 
-def reference_loss(batch, spec, student=None, logit_map=LINEAR):
-    task, _, kl, diversity, count, entropy, spectral, _ = reference(batch, spec, student, logit_map)
+def reference_loss(batch, spec, student=None, logit_map=LINEAR, head=None):
+    found = reference(batch, spec, student, logit_map, head)
+    task, _, kl, diversity, count, entropy, spectral, _ = found
     consistency = 0.2 + entropy / count if spec.teacher_entropy else SCALES.consistency
     return (
         SCALES.task * task
@@ -138,13 +140,17 @@ def reference_loss(batch, spec, student=None, logit_map=LINEAR):
 
 def reference_gradient(batch, spec, logit_map=LINEAR):
     """Central differences of the weighted float64 reference."""
-    gradient = np.zeros((N, D))
-    for index in np.ndindex(N, D):
+    return differences(batch.student, lambda x: reference_loss(batch, spec, x, logit_map))
+
+
+def differences(at, value):
+    gradient = np.zeros(at.shape)
+    for index in np.ndindex(*at.shape):
         sides = []
         for step in (1e-6, -1e-6):
-            moved = batch.student.copy()
+            moved = at.copy()
             moved[index] += step
-            sides.append(reference_loss(batch, spec, moved, logit_map))
+            sides.append(value(moved))
         gradient[index] = (sides[0] - sides[1]) / 2e-6
     return gradient
 
@@ -186,6 +192,82 @@ def test_values_and_gradient_match_full_float64_logits(batch, setting, logit_map
     np.testing.assert_allclose(loss, reference_loss(batch, spec, logit_map=mapping), rtol=1e-6)
     expected = reference_gradient(batch, spec, mapping)
     np.testing.assert_allclose(gradient, expected, atol=1e-5 * abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("setting", "logit_map", "plain"),
+    [
+        ("published", "linear", False),
+        ("published", "linear", True),
+        ("arxiv_v1", "linear", True),
+        ("centred", "linear", False),
+        ("centred", "capped", False),
+        ("published", "capped", True),
+    ],
+)
+def test_a_head_that_trains_has_a_gradient_and_the_teacher_its_own(
+    batch, rng, setting, logit_map, plain
+):
+    spec, mapping = dataclasses.replace(FULL, **SETTINGS[setting]), MAPS[logit_map]
+    trained = batch.head + 0.3 * rng.standard_normal((V, D))
+    rows = Rows(
+        *(jnp.asarray(x, jnp.float32) for x in (batch.student, batch.teacher)),
+        *(jnp.asarray(x) for x in (batch.labels, batch.label_mask, batch.term_mask)),
+    )
+    options = {"logit_map": mapping, "adapt": adapt, "original": jnp.asarray(batch.head, "float32")}
+    if not plain:
+        options["chunk"] = 4
+
+    @jax.jit
+    def both(student, head):
+        def loss(student, head):
+            call = plain_head_loss if plain else head_loss
+            return call(
+                rows._replace(student=student), head, SCALES.by_name, spec.chosen, **options
+            )
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(student, head)
+
+    (loss, got), gradients = both(rows.student, jnp.asarray(trained, jnp.float32))
+    exact = functools.partial(reference_loss, batch, spec, logit_map=mapping)
+    wanted = reference(batch, spec, logit_map=mapping, head=trained)
+    np.testing.assert_allclose(flat(got)[:-1], wanted[:-1], rtol=1e-6)
+    np.testing.assert_allclose(loss, exact(head=trained), rtol=1e-6)
+    places = ((batch.student, lambda x: exact(x, head=trained)), (trained, lambda x: exact(head=x)))
+    for gradient, (at, value) in zip(gradients, places, strict=True):
+        expected = differences(at, value)
+        np.testing.assert_allclose(gradient, expected, atol=1e-5 * abs(expected).max())
+
+
+def test_an_untouched_head_that_trains_has_exactly_zero_divergence(batch):
+    spec = dataclasses.replace(NONE, on=("consistency",))
+    head = jnp.asarray(batch.head, jnp.float32)
+    rows = Rows(
+        *[jnp.asarray(batch.student, jnp.float32)] * 2, jnp.asarray(batch.labels),
+        jnp.zeros(N, bool), jnp.asarray(batch.term_mask),
+    )  # fmt: skip
+    for call, options in ((head_loss, {"chunk": 4}), (plain_head_loss, {})):
+        value, gradient = jax.value_and_grad(
+            lambda head, call=call, options=options: call(
+                rows, head, SCALES.by_name, spec.chosen, original=head + 0,
+                **options,
+            )[0]
+        )(head)  # fmt: skip
+        assert value == 0
+        assert not np.any(gradient)
+
+
+def test_a_head_that_trains_has_one_vocabulary_with_the_teacher(batch):
+    head = jnp.asarray(batch.head, jnp.float32)
+    rows = Rows(
+        *[jnp.asarray(batch.student, jnp.float32)] * 2, jnp.asarray(batch.labels),
+        jnp.asarray(batch.label_mask), jnp.asarray(batch.term_mask),
+    )  # fmt: skip
+    with pytest.raises(InputError, match="expected the teacher's head in the shape"):
+        check(rows, head, FULL.chosen, 4, None, LINEAR, head[:-1])
+    nuclear = dataclasses.replace(FULL, norm="nuclear").chosen
+    with pytest.raises(InputError, match="or the head trains, got nuclear"):
+        head_loss(rows, head, SCALES.by_name, nuclear, chunk=4, original=head)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 11, 512])
@@ -423,6 +505,6 @@ def test_shape_messages(batch, type_checks_off):
     )
     nuclear = dataclasses.replace(FULL, norm="nuclear")
     assert message(lambda: batch.terms(nuclear, logit_map=MAPS["capped"])) == (
-        "head_loss: expected norm frobenius where logits have a soft cap, got nuclear, which needs "
-        "all singular values of [N, V]. Change the norm, or set training.head to plain."
+        "head_loss: expected norm frobenius where logits have a soft cap or the head trains, got "
+        "nuclear, which needs all singular values of [N, V]. Change the norm, or set training.head to plain."
     )

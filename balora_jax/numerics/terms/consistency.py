@@ -111,9 +111,11 @@ class Consistency(Term):
                 f"adaptive_max, got {low} and {high}. Swap or raise them."
             )
 
-    def check_head(self, where: str, columns: int, logit_map: LogitMap | None) -> None:
+    def check_head(
+        self, where: str, columns: int, logit_map: LogitMap | None, *, trains: bool = False
+    ) -> None:
         """The temperature."""
-        del columns, logit_map
+        del columns, logit_map, trains
         check_temperature(where, self.temperature)
 
     def remarks(self, rows: int, outputs: int) -> list[str]:

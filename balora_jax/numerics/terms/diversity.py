@@ -86,9 +86,11 @@ class Diversity(Term):
                 f"got {self.top_k}. The published value is 20."
             )
 
-    def check_head(self, where: str, columns: int, logit_map: LogitMap | None) -> None:
+    def check_head(
+        self, where: str, columns: int, logit_map: LogitMap | None, *, trains: bool = False
+    ) -> None:
         """That the vocabulary has as many entries."""
-        del logit_map
+        del logit_map, trains
         check_top_k(where, self.top_k, columns)
 
 

@@ -105,14 +105,17 @@ class Spectral(Term):
         del weight, schedule
         check_spectral("regularizers.spectral term", self.k, self.norm)
 
-    def check_head(self, where: str, columns: int, logit_map: LogitMap | None) -> None:
-        """The settings, and that a capped head needs no singular value but the leading ones."""
+    def check_head(
+        self, where: str, columns: int, logit_map: LogitMap | None, *, trains: bool = False
+    ) -> None:
+        """The settings, and that only the leading singular values of whole logits are wanted."""
         del columns
-        if logit_map is not None and logit_map.soft_cap is not None and self.norm == "nuclear":
+        whole = logit_map is not None and (trains or logit_map.soft_cap is not None)
+        if whole and self.norm == "nuclear":
             raise InputError(
-                f"{where}: expected norm frobenius where logits have a soft cap, got nuclear, "
-                "which needs all singular values of [N, V]. Change the norm, or set training.head "
-                "to plain."
+                f"{where}: expected norm frobenius where logits have a soft cap or the head "
+                "trains, got nuclear, which needs all singular values of [N, V]. Change the norm, "
+                "or set training.head to plain."
             )
         check_spectral(where, self.k, self.norm)
 

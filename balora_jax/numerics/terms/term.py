@@ -164,9 +164,11 @@ class Term:
         """Raises InputError where a setting is out of range."""
         del weight, schedule
 
-    def check_head(self, where: str, columns: int, logit_map: LogitMap | None) -> None:
+    def check_head(
+        self, where: str, columns: int, logit_map: LogitMap | None, *, trains: bool = False
+    ) -> None:
         """Raises InputError where a head does not suit the term; no ``logit_map`` for the plain."""
-        del where, columns, logit_map
+        del where, columns, logit_map, trains
 
     def remarks(self, rows: int, outputs: int) -> list[str]:
         """What a reader should know of the term on batches of rows with labels."""
