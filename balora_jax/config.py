@@ -85,6 +85,11 @@ class AdapterConfig(Section):
         rank_pattern, alpha_pattern: other values for layers whose name ends so.
         use_rslora: scale by alpha / √rank.
         dropout: on the adapter's input, for ``lora`` starts.
+        modules_to_save: embeddings, heads and norms that train whole beside the adapters, by the
+            ends of their names as in PEFT: ``embed_tokens``, ``lm_head``, ``norm``. The teacher
+            keeps the pretrained ones; a head that was the embedding table becomes its own.
+        trainable_token_indices: ids whose rows of the token embeddings train, as in PEFT; with
+            them those of a tied head.
     """
 
     start: str = "pissa"
@@ -99,6 +104,8 @@ class AdapterConfig(Section):
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     use_rslora: bool = False
     dropout: Fraction = 0.0
+    modules_to_save: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    trainable_token_indices: tuple[Annotated[int, Field(ge=0)], ...] = ()
 
     @model_validator(mode="after")
     def _fits_the_start(self) -> "AdapterConfig":
@@ -113,6 +120,11 @@ class AdapterConfig(Section):
             raise ValueError(
                 f"adapter.start: expected no folder with method {self.method!r}, got "
                 f"{self.start!r}: there are no adapters. Leave it out."
+            )
+        if method.trains_base and (self.modules_to_save or self.trainable_token_indices):
+            raise ValueError(
+                "adapter.modules_to_save, trainable_token_indices: expected none with method "
+                f"{self.method!r}, got some: every weight trains. Leave them out."
             )
         if self.dropout > 0.0 and not method.allows_dropout:
             raise ValueError(

@@ -132,6 +132,7 @@ def export_trained(training: Training) -> str:
         trainable,
         origin,
         use_rslora=run.adapters.use_rslora,
+        whole=run.adapters.whole,
         overwrite=True,
     )
     return f"adapter: {report.folder} (PEFT, rank {report.rank}, {report.parameters:,} numbers)"

@@ -14,6 +14,7 @@ from balora_jax.io.hf_files import FLOAT_DTYPES, open_safetensors, shortened
 from balora_jax.models.methods.dora import DORA
 from balora_jax.models.methods.lora import LORA
 from balora_jax.models.methods.method import Method
+from balora_jax.models.whole import TOKEN_ROWS, belongs_to
 from balora_jax.untyped.fields import Fields
 from balora_jax.untyped.json_text import read_object
 from balora_jax.untyped.patterns import end_match
@@ -28,13 +29,16 @@ MAGNITUDE = "lora_magnitude_vector"
 _TENSOR = re.compile(
     rf"{re.escape(PREFIX)}(?P<module>.+)\.(lora_(?P<side>[AB])\.weight|{MAGNITUDE})"
 )
+ROWS = "token_adapter.trainable_tokens_delta"
+_ROWS = re.compile(rf"(.+\.)?(embed_tokens|wte)\.{re.escape(ROWS)}")
+_WRAPPED = re.compile(r"\.(modules_to_save(\.default)?|original_module)(?=\.)")
+_TABLE = re.compile(r"(^|\.)(embed_tokens|wte|lm_head|word_embeddings)\.weight$")
 _OFF = (None, False, "none", [], {})
 # Settings of PEFT that change what the adapter computes, or on what.
 _UNSUPPORTED = (
     "bias",
     "lora_bias",
     "layer_replication",
-    "trainable_token_indices",
     "target_parameters",
     "alora_invocation_tokens",
     "use_qalora",
@@ -61,8 +65,10 @@ class PeftAdapter:
         magnitudes: module name → DoRA's length of every output's weights, [out] float32; empty for
             plain LoRA.
         method: what it trained.
-        saved: other tensors that were trained whole (``modules_to_save``), by checkpoint name,
-            float32, in PEFT's orientation.
+        saved: other tensors that were trained whole (``modules_to_save``, or the tables of a
+            resized vocabulary), by checkpoint name, float32, in PEFT's orientation; rows of single
+            tokens under ``TOKEN_ROWS``.
+        tokens: ids of these rows.
     """
 
     config: dict[str, Any]
@@ -73,6 +79,12 @@ class PeftAdapter:
     magnitudes: dict[str, np.ndarray] = field(default_factory=dict)
     method: Method = LORA
     saved: dict[str, np.ndarray] = field(default_factory=dict)
+    tokens: tuple[int, ...] = ()
+
+    @property
+    def modules_to_save(self) -> tuple[str, ...]:
+        """Names of the modules that trained whole."""
+        return tuple(self.config.get("modules_to_save") or ())
 
 
 def read_peft(folder: str | Path) -> PeftAdapter:
@@ -93,6 +105,7 @@ def read_peft(folder: str | Path) -> PeftAdapter:
     alphas_of = _Settings(config, "lora_alpha", "alpha_pattern", whole=False)
     use_dora, use_rslora = (config.flag(key, default=False) for key in ("use_dora", "use_rslora"))
     found = _read_tensors(folder / ADAPTER_WEIGHTS, config.texts("modules_to_save"))
+    tokens = _token_ids(config, found.saved)
     pairs, magnitudes = _pairs(folder / ADAPTER_WEIGHTS, found.parts, use_dora)
     ranks = {name: down.shape[1] for name, (down, _) in pairs.items()}
     for name, rank in ranks.items():
@@ -109,19 +122,8 @@ def read_peft(folder: str | Path) -> PeftAdapter:
     }
     method = DORA if magnitudes else LORA
     return PeftAdapter(
-        dict(config.values), pairs, ranks, alphas, scales, magnitudes, method, found.saved
+        dict(config.values), pairs, ranks, alphas, scales, magnitudes, method, found.saved, tokens
     )
-
-
-def belongs_to(tensor: str, modules_to_save: Sequence[str]) -> bool:
-    """Whether a tensor lies in one of the modules, named as PEFT names them: by their ends.
-
-    >>> belongs_to("bert.pooler.dense.bias", ["pooler"]), belongs_to("bert.dense.bias", ["pooler"])
-    (True, False)
-    """
-    parts = tensor.split(".")
-    parents = [".".join(parts[:i]) for i in range(1, len(parts))]
-    return any(parent.endswith(name) for parent in parents for name in modules_to_save)
 
 
 def _check_adapter_folder(folder: Path) -> None:
@@ -175,9 +177,16 @@ def _read_tensors(file: Path, modules_to_save: Sequence[str]) -> _Found:
     found = _Found({}, {})
     strange: list[str] = []
     with open_safetensors(file) as handle:
-        for name in sorted(handle.keys()):
+        names = set(handle.keys())
+        for name in sorted(names):
+            if (usual := _WRAPPED.sub("", name)) != name and usual in names:
+                continue  # PEFT writes some tensors again by the names of its wrappers
             match, plain = _TENSOR.fullmatch(name), name.removeprefix(PREFIX)
-            kept = plain != name and belongs_to(plain, modules_to_save)
+            plain = TOKEN_ROWS if _ROWS.fullmatch(plain) else plain
+            # PEFT saves the tables of a resized vocabulary without naming their modules.
+            kept = plain == TOKEN_ROWS or (
+                plain != name and (belongs_to(plain, modules_to_save) or bool(_TABLE.search(plain)))
+            )
             if not (match or kept) or handle.get_slice(name).get_dtype() not in FLOAT_DTYPES:
                 strange.append(name)
                 continue
@@ -193,6 +202,25 @@ def _read_tensors(file: Path, modules_to_save: Sequence[str]) -> _Found:
             f"got {shortened(strange) or 'no tensors'}. Start from a plain LoRA adapter."
         )
     return found
+
+
+def _token_ids(config: Fields, saved: Mapping[str, np.ndarray]) -> tuple[int, ...]:
+    """Ids of the rows of the token embeddings that trained alone."""
+    given = config.values.get("trainable_token_indices")
+    if isinstance(given, dict) and len(given) == 1:
+        given = next(iter(given.values()))
+    ids = given or []
+    rows = saved.get(TOKEN_ROWS)
+    fits = isinstance(ids, list) and all(type(one) is int and 0 <= one < LARGEST for one in ids)
+    if not fits or len(set(ids)) < len(ids) or (rows is None) != (not ids):
+        fits = False
+    if not fits or (rows is not None and (rows.ndim != 2 or len(rows) != len(ids))):
+        raise InputError(
+            f"{config.where}: expected trainable_token_indices of one table, different ids with a "
+            f"row each in {ADAPTER_WEIGHTS}, got {shown(config.values['trainable_token_indices'])}."
+            " Use the two files that were saved together."
+        )
+    return tuple(ids)
 
 
 def _pairs(

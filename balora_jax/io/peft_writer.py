@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.numpy import save
@@ -20,9 +20,10 @@ from balora_jax.io.peft_reader import (
     ADAPTER_WEIGHTS,
     MAGNITUDE,
     PREFIX,
-    belongs_to,
+    ROWS,
 )
 from balora_jax.models.adapters import AdaptedModule
+from balora_jax.models.whole import belongs_to
 
 _ADAPTER_FILES = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md"}
 
@@ -47,6 +48,20 @@ class ExportReport:
     rank: int
     errors: dict[str, float] = field(default_factory=dict)
     error: float = 0.0
+
+
+class TokenRows(NamedTuple):
+    """Rows of an embedding table that trained alone.
+
+    Attributes:
+        module: name of the table's module in the checkpoint.
+        ids: which rows.
+        rows: [n, D] float32.
+    """
+
+    module: str
+    ids: tuple[int, ...]
+    rows: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -156,6 +171,7 @@ def export_peft(
     fan_in_fan_out: bool = False,
     saved: Mapping[str, np.ndarray] = MappingProxyType({}),
     modules_to_save: Sequence[str] = (),
+    tokens: TokenRows | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write a folder that ``peft`` loads onto the untouched base model.
@@ -182,6 +198,7 @@ def export_peft(
         fan_in_fan_out: the base stores its weights [in, out], as GPT-2 does.
         saved: whole tensors that trained, by checkpoint name (``classifier.weight``).
         modules_to_save: names (or their ends) of the modules that ``saved`` belongs to.
+        tokens: rows of an embedding table that trained alone.
         overwrite: replace an adapter folder that is already there.
 
     Raises:
@@ -208,11 +225,19 @@ def export_peft(
             "bias": "none",
             "fan_in_fan_out": fan_in_fan_out,
             "modules_to_save": list(modules_to_save) or None,
+            **_of_tokens(tokens),
             "init_lora_weights": True,
         }
         (draft / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        numbers = _save(draft / ADAPTER_WEIGHTS, pairs, saved)
+        rows = {} if tokens is None else {f"{tokens.module}.{ROWS}": tokens.rows}
+        numbers = _save(draft / ADAPTER_WEIGHTS, pairs, {**saved, **rows})
     return _report(target, pairs, numbers, recompressed=rank is not None)
+
+
+def _of_tokens(tokens: TokenRows | None) -> dict[str, Any]:
+    if tokens is None:
+        return {}
+    return {"trainable_token_indices": {tokens.module.rpartition(".")[2]: list(tokens.ids)}}
 
 
 def _check_export(

@@ -6,6 +6,9 @@ from typing import Literal
 from balora_jax.models.rotary import RopeConfig
 from balora_jax.numerics.head_types import LINEAR, LogitMap
 
+EMBEDDING, HEAD = "embed_tokens.embedding", "lm_head.embedding"
+"""Paths of the two tables of the vocabulary; a tied model has the first alone."""
+
 NormKind = Literal["rms", "rms_float32", "rms_plus_one", "layer"]
 NormPlace = Literal["before", "both", "after"]
 QKNorm = Literal["none", "head", "whole"]
@@ -79,6 +82,11 @@ class DecoderConfig:
     experts: int = 0
     experts_per_token: int = 0
     logit_map: LogitMap = LINEAR
+
+    @property
+    def head_path(self) -> str:
+        """Path of the table that scores the vocabulary."""
+        return EMBEDDING if self.tie_word_embeddings else HEAD
 
     @property
     def mixes_windows(self) -> bool:

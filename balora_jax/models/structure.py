@@ -1,7 +1,8 @@
 """A model without its arrays: its graph, and the shape and logical axes of every array it needs."""
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -10,12 +11,13 @@ from flax import nnx
 
 from balora_jax.array_types import Array, Axes
 from balora_jax.models.adapters import AdapterShape
-from balora_jax.models.decoder_config import DecoderConfig
+from balora_jax.models.decoder_config import EMBEDDING, DecoderConfig
 from balora_jax.models.encoder_config import EncoderConfig
 from balora_jax.models.families.base import family_of
 from balora_jax.models.options import AttentionKernel, Options, Remat
 from balora_jax.models.quantized import Quantization
 from balora_jax.models.variables import HeadParam, Origin, axes_of
+from balora_jax.models.whole import NOTHING, TOKEN_ROWS, Whole
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
@@ -32,6 +34,8 @@ class Structure:
         parameters: the checkpoint weights before any quantisation.
         quantization: of the linear layers.
         axes: the logical axes of each of these arrays, by dotted path.
+        aliases: weights that the checkpoint has not → the one of it that they are.
+        token_rows: ids of the rows of the token embeddings that train alone.
     """
 
     graph: nnx.GraphDef
@@ -42,21 +46,32 @@ class Structure:
     parameters: Shapes
     quantization: Quantization
     axes: dict[str, Axes]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    token_rows: tuple[int, ...] = ()
 
     def bind(self, *parts: Mapping[str, Array]) -> Any:
         """The module with these arrays (flat dicts, merged; of two of one path the later).
 
         Weights that train in float32 are cast to the dtype of the frozen ones.
         """
-        tree: dict = {}
+        merged: dict[str, Array] = {}
         for part in parts:
             for path, value in part.items():
-                *parents, leaf = path.split(".")
-                node = tree
-                for name in parents:
-                    node = node.setdefault(name, {})
                 dtype = self.frozen[path].dtype if path in self.frozen else value.dtype
-                node[leaf] = value if value.dtype == dtype else value.astype(dtype)
+                merged[path] = value if value.dtype == dtype else value.astype(dtype)
+        for path, source in self.aliases.items():
+            merged.setdefault(path, parts[0][source])
+        if (rows := merged.pop(TOKEN_ROWS, None)) is not None:
+            table = merged[EMBEDDING]
+            at = jnp.asarray(self.token_rows)
+            merged[EMBEDDING] = table.at[at].set(rows.astype(table.dtype))
+        tree: dict = {}
+        for path, value in merged.items():
+            *parents, leaf = path.split(".")
+            node = tree
+            for name in parents:
+                node = node.setdefault(name, {})
+            node[leaf] = value
         return nnx.merge(self.graph, nnx.State(tree))
 
 
@@ -68,6 +83,7 @@ def structure(
     remat: Remat = "none",
     kernel: AttentionKernel = "auto",
     quantization: Quantization = "none",
+    whole: Whole = NOTHING,
 ) -> Structure:
     """The model of a config, from shapes alone (no array is made).
 
@@ -78,12 +94,16 @@ def structure(
         remat: what the backward computes anew.
         kernel: of a decoder's attention.
         quantization: of the linear layers.
+        whole: weights of its own that the model has in place of the checkpoint's.
 
     Raises:
         InputError: a layer that the quantisation cannot hold.
     """
     options = Options(adapters or {}, jnp.dtype(dtype), remat, kernel, quantization)
-    return structure_of(lambda options: family_of(config).build(config, options), options)
+    config = whole.of(config)
+    found = structure_of(lambda options: family_of(config).build(config, options), options)
+    axes = found.axes | ({TOKEN_ROWS: (None, "width")} if whole.tokens else {})
+    return replace(found, aliases=whole.aliases, token_rows=whole.tokens, axes=axes)
 
 
 def structure_of(make: Callable[[Options], nnx.Module], options: Options) -> Structure:
@@ -106,6 +126,11 @@ def structure_of(make: Callable[[Options], nnx.Module], options: Options) -> Str
         plain = _shapes(split(replace(options, quantization="none"))[-1])
     axes = {path: axes_of(leaf) for state in states for path, leaf in _leaves(state)}
     return Structure(graph, frozen, adapters, origin, head, plain, options.quantization, axes)
+
+
+def size_of(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+    """Numbers in all arrays."""
+    return sum(math.prod(leaf.shape) for leaf in shapes.values())
 
 
 def _shapes(state: nnx.State) -> Shapes:

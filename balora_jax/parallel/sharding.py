@@ -178,9 +178,9 @@ def head_layout(mesh: AnyMesh) -> Callable[[Any, Any], tuple[Any, Any]]:
     rows = NamedSharding(mesh, P((*ROWS, TOKENS)))
     vocabulary = NamedSharding(mesh, P(VOCABULARY, None))
     constrain = jax.lax.with_sharding_constraint
-    return lambda parts, table: (
+    return lambda parts, tables: (
         jax.tree.map(lambda part: constrain(part, rows), parts),
-        constrain(table, vocabulary),
+        jax.tree.map(lambda table: constrain(table, vocabulary), tables),
     )
 
 

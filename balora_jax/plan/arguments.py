@@ -47,9 +47,9 @@ def random_batch(training: TrainingConfig, length: int, vocabulary: int) -> dict
 
 
 def trained_shapes(program: TextProgram) -> dict[str, jax.ShapeDtypeStruct]:
-    """What trains, float32: the adapters, or every weight of a full fine-tuning."""
+    """What trains, float32: the adapters and what is beside them, or every weight."""
     if not program.adapters.method.trains_base:
-        return program.student.adapters
+        return program.student.adapters | program.adapters.whole.shapes(program.plain.parameters)
     return {
         path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
         for path, leaf in program.plain.frozen.items()

@@ -224,8 +224,7 @@ def head_temporaries(program: TextProgram) -> int | None:
     whole = sharding.replicated(mesh)
     hidden = shape(rows, length, width, dtype=program.config.model.dtype)
     labels, mask = (shape(rows, length, dtype=kind) for kind in (jnp.int32, jnp.bool_))
-    tied = program.decoder.tie_word_embeddings
-    name = f"{'embed_tokens' if tied else 'lm_head'}.embedding"
+    name = program.decoder.head_path
     table = program.layout.attached({name: program.plain.frozen[name]})[name]
     factor = None
     if program.needs_factor:
@@ -233,11 +232,13 @@ def head_temporaries(program: TextProgram) -> int | None:
     given: Any = Rows(hidden, hidden, labels, mask, mask)
     one = jnp.float32(1)
     scales: Any = dict.fromkeys((TASK, *(term.name for term in chosen.terms)), one)
+    trains = program.adapters.trains_head(program.decoder)
     options: Any = {"logit_map": program.decoder.logit_map, "adapt": lambda scales, _: scales}
 
     def loss(student: Any, given: Any, table: Any, factor: Any) -> Any:
         given = given._replace(student=student)
         given = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), given)
+        options["original"] = table if trains else None
         if plan.kind == "plain":
             given, table = plan.layout(given, table)
             return head.plain_head_loss(given, table, scales, chosen, **options)[0]

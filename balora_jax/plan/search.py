@@ -17,11 +17,12 @@ from balora_jax.config import RunConfig
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 from balora_jax.models.decoder_config import DecoderConfig
+from balora_jax.models.structure import size_of
 from balora_jax.numerics import head
 from balora_jax.parallel import sharding
 from balora_jax.plan import arguments, compiled
 from balora_jax.plan.targets import Target
-from balora_jax.tasks import assemble, flops
+from balora_jax.tasks import flops
 from balora_jax.tasks.text.program import TextProgram, text_program
 
 REMATS = ("none", "dots", "full")
@@ -285,14 +286,14 @@ class Estimate:
         return 2 + self.program.objective.needs_teacher
 
     def _traffic(self) -> float:
-        weights = assemble.size_of(self.program.plain.parameters) * self.item / self.size("tensor")
+        weights = size_of(self.program.plain.parameters) * self.item / self.size("tensor")
         passes = self._passes + (self.remat == "full")
         return self.accumulation * (passes * weights + 2 * self.saved_bytes)
 
     def _link_bytes(self) -> float:
         """Gathered weights, keys and values, summed activations and summed gradients."""
         decoder, fsdp, tensor = self.program.decoder, self.size("fsdp"), self.size("tensor")
-        weights = assemble.size_of(self.program.plain.parameters) * self.item / tensor
+        weights = size_of(self.program.plain.parameters) * self.item / tensor
         passes = self._passes + (self.remat == "full")
         gathered = passes * weights * (fsdp - 1) / fsdp
         width = decoder.num_layers * self.tokens * decoder.hidden_size * self.item

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from balora_jax.array_types import Array
@@ -11,12 +12,13 @@ from balora_jax.config import ModelConfig, RunConfig
 from balora_jax.errors import InputError
 from balora_jax.io.hf_export import MergeReport, export_merged, module_deltas
 from balora_jax.io.peft_reader import PeftAdapter, read_peft
-from balora_jax.io.peft_writer import ExportReport, export_peft
+from balora_jax.io.peft_writer import ExportReport, TokenRows, export_peft
 from balora_jax.models.adapters import AdaptedModule
-from balora_jax.models.decoder_config import DecoderConfig
+from balora_jax.models.decoder_config import EMBEDDING, DecoderConfig
 from balora_jax.models.starts.stacks import given_factors
 from balora_jax.models.structure import structure
 from balora_jax.models.weight_names import WeightRule
+from balora_jax.models.whole import HEAD_RULE, NOTHING, TOKEN_ROWS, Whole, stored
 from balora_jax.paths import PACKAGE_PREFIX
 from balora_jax.pretrained.checkpoint import (
     Base,
@@ -28,6 +30,7 @@ from balora_jax.pretrained.checkpoint import (
 )
 from balora_jax.pretrained.load import host_copy
 from balora_jax.pretrained.peft_start import peft_modules
+from balora_jax.pretrained.peft_whole import saved_whole
 
 ADAPTER, MODEL = "adapter", "model"
 """Folders of a run: its PEFT adapter, or the checkpoint of a full fine-tuning."""
@@ -42,24 +45,34 @@ def write_adapter(
     origin: Mapping[str, Array | np.ndarray],
     *,
     use_rslora: bool,
+    whole: Whole = NOTHING,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Write adapters as a PEFT folder on the original base, with the head if there is one."""
-    saved = saved_head(base, trainable)
+    """Write adapters as a PEFT folder on the original base, with all that trained whole."""
+    own = host_copy({path: trainable[path] for path in whole.shapes(_frozen(base))})
+    apart = {path for path in trainable if path.startswith("head.")} | own.keys()
+    rows = own.pop(TOKEN_ROWS, None)
     return export_peft(
         folder,
         modules=modules,
-        adapters=host_copy({p: v for p, v in trainable.items() if not p.startswith("head.")}),
+        adapters=host_copy({p: v for p, v in trainable.items() if p not in apart}),
         origin=host_copy(origin),
         base_name=_base_name(base, name_or_path),
         task_type=base.family.task_type,
         use_rslora=use_rslora,
         base_modules=[name for shape in base.linears(_frozen(base)) for name in shape.names],
         fan_in_fan_out=base.stores_transposed,
-        saved=saved,
-        modules_to_save=base.family.head_modules(),
+        saved=saved_head(base, trainable) | stored(whole, own),
+        modules_to_save=(*base.family.head_modules(), *whole.names),
+        tokens=None if rows is None else TokenRows(_table(base), whole.tokens, rows),
         overwrite=overwrite,
     )
+
+
+def _table(base: Base | EncoderBase) -> str:
+    """The checkpoint's name of the module of the token embeddings."""
+    name = next(rule.name for rule in base.rules if rule.path == EMBEDDING)
+    return name.removesuffix(".weight")
 
 
 def _base_name(base: Base | EncoderBase, name_or_path: str) -> str:
@@ -158,8 +171,11 @@ def export_run(
         use_rslora=bool(peft.config.get("use_rslora")),
         base_modules=[name for shape in base.linears(_frozen(base)) for name in shape.names],
         fan_in_fan_out=base.stores_transposed,
-        saved=peft.saved,
-        modules_to_save=peft.config.get("modules_to_save") or (),
+        saved={name: value for name, value in peft.saved.items() if name != TOKEN_ROWS},
+        modules_to_save=peft.modules_to_save,
+        tokens=TokenRows(_table(base), peft.tokens, peft.saved[TOKEN_ROWS])
+        if peft.tokens
+        else None,
     )
     return {
         "folder": str(out),
@@ -179,15 +195,16 @@ def _merge(
     peft: PeftAdapter,
 ) -> dict[str, Any]:
     """Write the merged checkpoint; returns figures for the report."""
-    stored = {module.name for module in modules} if base.stores_transposed else ()
+    transposed = {module.name for module in modules} if base.stores_transposed else ()
+    added, settings = _own_tensors(base, peft, str(out))
     merged = export_merged(
         out,
         source=base.folder,
-        deltas=module_deltas(modules, adapters, {}, transposed=stored),
+        deltas=module_deltas(modules, adapters, {}, transposed=transposed),
         dtype=dtype,
         rules=base.rules,
-        added=peft.saved,
-        settings=base.family.head_settings(base.config),
+        added=added,
+        settings={**base.family.head_settings(base.config), **settings},
     )
     return {
         "folder": str(out),
@@ -196,6 +213,32 @@ def _merge(
         "files": merged.files,
         "merged_weights": merged.merged,
     }
+
+
+def _own_tensors(
+    base: Base | EncoderBase, peft: PeftAdapter, where: str
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Whole tensors of a merged checkpoint by name, and what its ``config.json`` says of them."""
+    config, whole = saved_whole(peft, base.config, _frozen(base), where)
+    added = {name: value for name, value in peft.saved.items() if name != TOKEN_ROWS}
+    if not isinstance(base.config, DecoderConfig):
+        return added, {}
+    settings: dict[str, Any] = {}
+    if config.vocab_size != base.config.vocab_size:
+        settings["vocab_size"] = config.vocab_size
+    if whole.unties or whole.tokens:
+        shape = {EMBEDDING: jax.ShapeDtypeStruct(_frozen(base)[EMBEDDING].shape, np.float32)}
+        table = np.array(base.load(shape)[EMBEDDING])
+    if whole.unties:
+        settings["tie_word_embeddings"] = False
+        added.setdefault(HEAD_RULE.name, table)
+    elif base.config.tie_word_embeddings:
+        added.pop(HEAD_RULE.name, None)
+    if whole.tokens:
+        table = table.copy()
+        table[list(whole.tokens)] = peft.saved[TOKEN_ROWS]
+        added[f"{_table(base)}.weight"] = table
+    return added, settings
 
 
 def _base_of(config: ModelConfig, peft: PeftAdapter) -> Base | EncoderBase:

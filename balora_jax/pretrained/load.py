@@ -1,8 +1,9 @@
 """From a checkpoint's name to a model that computes: open, plan, load, call."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,8 @@ import numpy as np
 from balora_jax.array_types import Array, Float, Int, PRNGKeyArray
 from balora_jax.data.examples import text_ids
 from balora_jax.errors import InputError
-from balora_jax.io.peft_reader import read_peft
-from balora_jax.models.adapters import adapter_shapes, plan_adapters
+from balora_jax.io.peft_reader import PeftAdapter, read_peft
+from balora_jax.models.adapters import AdapterShape, adapter_shapes, plan_adapters
 from balora_jax.models.generation import Sampling, generate, make_decoder
 from balora_jax.models.methods import METHODS
 from balora_jax.models.options import AttentionKernel, kernel_on
@@ -20,6 +21,7 @@ from balora_jax.models.quantized import Quantization, floating_kernels
 from balora_jax.models.starts import STARTS
 from balora_jax.models.starts.stacks import start_adapters, start_from_factors
 from balora_jax.models.structure import Structure, structure
+from balora_jax.models.whole import Whole, begun
 from balora_jax.paths import resolve_path
 from balora_jax.pretrained.checkpoint import (
     Base,
@@ -30,6 +32,7 @@ from balora_jax.pretrained.checkpoint import (
     open_encoder,
 )
 from balora_jax.pretrained.peft_start import peft_modules
+from balora_jax.pretrained.peft_whole import saved_whole
 
 Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"] | Sequence[Sequence[int]]
 """Rows of one length, as a tokenizer gives them."""
@@ -254,16 +257,15 @@ def load_decoder(
     kernel = kernel_on(jax.default_backend(), attention, "attention")
     base = open_base(path, revision)
     base.stop_ids()  # what is wrong with them is said before a weight is read
-    made = partial(structure, base.config, dtype=dtype, kernel=kernel, quantization=quantization)
-    plain = made()
+    made = partial(structure, dtype=dtype, kernel=kernel, quantization=quantization)
+    plain = made(base.config)
     frozen = base.load_for(plain)
     if peft is None:
         return PretrainedModel(base, plain, [frozen])
-    modules = peft_modules(peft, base.linears(plain.parameters), str(adapter))
-    skeleton = made(adapters=adapter_shapes(modules, origin=False))
-    kernels = floating_kernels(frozen, quantization, dtype)
-    adapters, constants = start_from_factors(modules, kernels, peft.tensors, peft.magnitudes)
-    return PretrainedModel(base, skeleton, [frozen, constants, adapters])
+    adapted = _adapted(peft, base, plain, frozen, str(adapter))
+    skeleton = made(adapted.config, adapters=adapted.shapes, whole=adapted.whole)
+    base = replace(base, config=adapted.config)
+    return PretrainedModel(base, skeleton, [frozen, adapted.constants, adapted.trained])
 
 
 def load_encoder(
@@ -287,16 +289,56 @@ def load_encoder(
             f"got none with {', '.join(sorted(missing))}. Fine-tune it first (task: labels)."
         )
     head = base.load_head(jax.random.key(0)) | {k: jnp.asarray(v) for k, v in brought.items()}
-    made = partial(structure, base.config, dtype=dtype, quantization=quantization)
-    plain = made()
+    made = partial(structure, dtype=dtype, quantization=quantization)
+    plain = made(base.config)
     frozen = base.load_for(plain)
     if peft is None:
         return PretrainedEncoder(base, plain, [frozen, head])
-    modules = peft_modules(peft, base.linears(plain.parameters), str(adapter))
-    skeleton = made(adapters=adapter_shapes(modules, origin=False))
-    kernels = floating_kernels(frozen, quantization, dtype)
+    adapted = _adapted(peft, base, plain, frozen, str(adapter))
+    skeleton = made(adapted.config, adapters=adapted.shapes, whole=adapted.whole)
+    return PretrainedEncoder(base, skeleton, [frozen, head, adapted.constants, adapted.trained])
+
+
+class _Adapted(NamedTuple):
+    """A base with an adapter of PEFT's on it.
+
+    Attributes:
+        config: the base's, perhaps with another vocabulary.
+        whole: weights of its own.
+        shapes: of the adapters.
+        constants, trained: arrays by path.
+    """
+
+    config: Any
+    whole: Whole
+    shapes: dict[str, AdapterShape]
+    constants: dict[str, Array]
+    trained: dict[str, Array]
+
+
+def _adapted(
+    peft: PeftAdapter,
+    base: Base | EncoderBase,
+    plain: Structure,
+    frozen: dict[str, Array],
+    where: str,
+) -> _Adapted:
+    config, whole = saved_whole(peft, base.config, plain.parameters, where)
+    modules = peft_modules(peft, base.linears(plain.parameters), where)
+    held = {**frozen, **{path: frozen[source] for path, source in whole.aliases.items()}}
+    quantised = sorted(whole.paths - held.keys())
+    if quantised:
+        raise InputError(
+            f"model.quantization: expected none with an adapter that brings {quantised[0]} whole, "
+            f"got {plain.quantization}. Set it to none."
+        )
+    dtype = str(plain.frozen[next(iter(plain.frozen))].dtype)
+    kernels = floating_kernels(frozen, plain.quantization, dtype)
     adapters, constants = start_from_factors(modules, kernels, peft.tensors, peft.magnitudes)
-    return PretrainedEncoder(base, skeleton, [frozen, head, constants, adapters])
+    kept = begun(whole, peft.saved, frozen)
+    own = {path: jnp.asarray(value, dtype) for path, value in kept.items()}
+    shapes = adapter_shapes(modules, origin=False)
+    return _Adapted(config, whole, shapes, constants, adapters | own)
 
 
 def host_copy(arrays: Mapping[str, Array | np.ndarray]) -> dict[str, np.ndarray]:

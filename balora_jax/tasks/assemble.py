@@ -1,9 +1,6 @@
 """Parts that the programs of all tasks share: devices, objective, the step around a loss."""
 
-import math
 from typing import Any
-
-import jax
 
 from balora_jax.config import ModelConfig, RegularizersConfig, TrainingConfig
 from balora_jax.errors import InputError
@@ -11,11 +8,6 @@ from balora_jax.numerics import objective as objectives
 from balora_jax.numerics.objective import Objective, weights
 from balora_jax.parallel import sharding
 from balora_jax.training import optim, steps
-
-
-def size_of(shapes: dict[str, jax.ShapeDtypeStruct]) -> int:
-    """Numbers in all arrays."""
-    return sum(math.prod(leaf.shape) for leaf in shapes.values())
 
 
 def check_mesh(model: ModelConfig, training: TrainingConfig, mesh: sharding.AnyMesh) -> None:

@@ -1,6 +1,6 @@
 """The adapters of a run: which layers get one, where they begin, and what trains at step 0."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +15,26 @@ from balora_jax.io.peft_reader import read_peft
 from balora_jax.models.adapters import (
     AdaptedModule,
     AdapterShape,
-    LinearShape,
     adapter_shapes,
     plan_adapters,
     trainable_parameters,
 )
+from balora_jax.models.decoder_config import DecoderConfig
+from balora_jax.models.families.base import family_of, weight_rules
 from balora_jax.models.methods import METHODS
 from balora_jax.models.methods.method import Method
 from balora_jax.models.quantized import floating_kernels
 from balora_jax.models.starts import STARTS
 from balora_jax.models.starts.stacks import Moments, Stacks, start_adapters
 from balora_jax.models.starts.start import Start
+from balora_jax.models.structure import Structure, size_of
+from balora_jax.models.weight_names import linear_shapes
+from balora_jax.models.whole import NOTHING, Config, Whole, begun, whole_of
 from balora_jax.parallel import hosts
 from balora_jax.parallel.sharding import Layout
 from balora_jax.paths import resolve_path
 from balora_jax.pretrained.peft_start import PeftStart
+from balora_jax.pretrained.peft_whole import check_vocabulary, saved_whole
 from balora_jax.progress import progress_bar
 
 Arrays = dict[str, Array]
@@ -56,6 +61,7 @@ class Adapters:
         modules: the adapted layers; none for a full fine-tuning.
         dropout: on their input.
         use_rslora: the scales are alpha / √rank.
+        whole: weights that train whole beside them.
     """
 
     method: Method
@@ -63,15 +69,22 @@ class Adapters:
     modules: tuple[AdaptedModule, ...]
     dropout: float
     use_rslora: bool
+    whole: Whole = NOTHING
 
     @property
     def shapes(self) -> dict[str, AdapterShape]:
         """What the stacked layers must know of their adapters."""
         return adapter_shapes(self.modules, origin=self.start.has_origin, dropout=self.dropout)
 
-    def trainable(self, total: int) -> int:
-        """Trainable parameters of a model of ``total`` parameters; padding is not counted."""
-        return total if self.method.trains_base else trainable_parameters(self.modules)
+    def trainable(self, plain: Structure) -> int:
+        """Trainable parameters, from the shapes of the base; padding of stacks is not counted."""
+        if self.method.trains_base:
+            return size_of(plain.parameters)
+        return trainable_parameters(self.modules) + size_of(self.whole.shapes(plain.parameters))
+
+    def trains_head(self, config: DecoderConfig) -> bool:
+        """Whether the table that scores the vocabulary trains."""
+        return self.method.trains_base or self.whole.trains_head(config)
 
     def begin(
         self,
@@ -111,22 +124,40 @@ class Adapters:
                     moments=moments,
                     report=report or moved,
                 )
-        # Only DoRA's norms are not yet where the table wants them.
+        # Copies, as above; and DoRA's norms are not yet where the table wants them.
+        kept = begun(self.whole, self.start.saved, frozen)
+        adapters |= {path: jnp.array(value, jnp.float32) for path, value in kept.items()}
         return layout.placed(adapters), layout.placed(origin)
 
 
-def adapters_of(config: AdapterConfig, linears: Sequence[LinearShape]) -> Adapters:
-    """The adapters that a config asks for on the linear layers of a model.
+def adapters_of(config: AdapterConfig, base: Config, plain: Structure) -> Adapters:
+    """The adapters that a config asks for on a model, and what trains whole beside them.
+
+    Args:
+        config: the section ``adapter``.
+        base: config of the base.
+        plain: its shapes.
 
     Raises:
-        InputError: an unknown start, targets that match no layer, or a rank that does not fit.
+        InputError: an unknown start, targets that match no layer, a rank that does not fit, or a
+            module to save that there is not.
     """
     start, method = start_of(config.start), METHODS[config.method]
+    names, tokens = config.modules_to_save, config.trainable_token_indices
     if method.trains_base:
         return Adapters(method, start, (), 0.0, use_rslora=False)
+    rules, frozen = weight_rules(base), plain.parameters
+    linears = linear_shapes(rules, frozen)
     if isinstance(start, PeftStart):
         modules = start.modules(linears)
-        return Adapters(start.peft.method, start, modules, config.dropout, start.use_rslora)
+        found, saved = saved_whole(start.peft, base, frozen, start.folder)
+        check_vocabulary(found, base, start.folder)
+        head = family_of(base).head_modules()
+        mine = [name for name in saved.names if name not in (*head, *names)]
+        whole = whole_of((*names, *mine), start.peft.tokens or tokens, base, rules, frozen)
+        method, rslora = start.peft.method, start.use_rslora
+        return Adapters(method, start, modules, config.dropout, rslora, whole)
+    whole = whole_of(names, tokens, base, rules, frozen)
     modules = plan_adapters(
         linears,
         rank=config.rank,
@@ -139,7 +170,7 @@ def adapters_of(config: AdapterConfig, linears: Sequence[LinearShape]) -> Adapte
         method=method,
     )
     start.check_ranks(modules)
-    return Adapters(method, start, modules, config.dropout, config.use_rslora)
+    return Adapters(method, start, modules, config.dropout, config.use_rslora, whole)
 
 
 @contextmanager

@@ -265,7 +265,7 @@ def change(folder, **settings):
         ({"bias": "all"}, "expected plain LoRA, got bias='all'"),
         ({"lora_bias": True}, "got lora_bias=True"),
         ({"layer_replication": [[0, 2]]}, "got layer_replication"),
-        ({"trainable_token_indices": [3]}, "got trainable_token_indices"),
+        ({"trainable_token_indices": [3]}, "different ids with a row each"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which belongs to a modified"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "olora"}, "modified base"),

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from balora_jax.config import RegularizersConfig, RunConfig
 from balora_jax.models.starts.start import check_without_rows
-from balora_jax.models.structure import Structure, structure
+from balora_jax.models.structure import Structure, size_of, structure
 from balora_jax.numerics.objective import Objective, for_labels, label_remarks, objective_of
 from balora_jax.parallel import sharding
 from balora_jax.pretrained.checkpoint import EncoderBase, check_head
@@ -49,13 +49,13 @@ class LabelsProgram:
     @property
     def trainable(self) -> int:
         """Trainable parameters, the head among them."""
-        head = assemble.size_of(self.plain.head)
-        return head + self.adapters.trainable(self.total)
+        head = size_of(self.plain.head)
+        return head + self.adapters.trainable(self.plain)
 
     @property
     def total(self) -> int:
         """Parameters of the frozen encoder."""
-        return assemble.size_of(self.plain.parameters)
+        return size_of(self.plain.parameters)
 
     def step_parts(self, total_steps: int) -> steps.StepParts:
         """The pure functions of a training step."""
@@ -101,12 +101,12 @@ def labels_program(config: RunConfig, base: EncoderBase) -> LabelsProgram:
         "quantization": config.model.quantization,
     }
     plain = structure(base.config, **options)
-    adapters = adapters_of(config.adapter, base.linears(plain.parameters))
+    adapters = adapters_of(config.adapter, base.config, plain)
     check_without_rows(adapters.start)
     saved, teacher_head = adapters.start.saved, config.regularizers.teacher_head
     check_head(base, saved, config.adapter.start, teacher_head)
     sharding.Layout(plain.axes, mesh).attached(plain.frozen)  # raises where an axis does not divide
-    student = structure(base.config, adapters=adapters.shapes, **options)
+    student = structure(base.config, adapters=adapters.shapes, whole=adapters.whole, **options)
     return LabelsProgram(config, plain, student, adapters, objective, mesh, outputs)
 
 

@@ -28,7 +28,8 @@ class Constants(NamedTuple):
     Attributes:
         frozen: the checkpoint's weights by path; they are the teacher.
         origin: scales and frozen starts of the adapters.
-        head_factor: R [D, D] with σ(H Wᵀ) = σ(H Rᵀ); None where no term reads it.
+        head_factor: R [D, D] with σ(H Wᵀ) = σ(H Rᵀ); None where no term reads it, or the head
+            trains.
     """
 
     frozen: Arrays
@@ -106,7 +107,7 @@ class HeadPlan:
         chunk: rows per chunk on a device; not read by ``plain``.
         axes: mesh axes that are manual inside ``across``.
         across: runs the pass on every device's own rows and vocabulary.
-        layout: lays rows and head out for ``plain``.
+        layout: lays rows and heads out for ``plain``.
         flatten: [B, T, …] to [N, …] in an order that keeps every device's tokens with it.
     """
 
@@ -114,7 +115,7 @@ class HeadPlan:
     chunk: int
     axes: HeadAxes = ONE_DEVICE
     across: Callable[[Callable[..., Any]], Callable[..., Any]] = head.unwrapped
-    layout: Callable[[Rows, Array], tuple[Rows, Array]] = lambda rows, table: (rows, table)
+    layout: Callable[[Rows, Any], tuple[Rows, Any]] = lambda rows, tables: (rows, tables)
     flatten: Callable[[Array], Array] = merged
 
 
@@ -127,12 +128,14 @@ class TextLoss:
         teacher: the same structure without them, bound to the same frozen arrays.
         objective: weights, temperatures and schedules.
         head: how the pass over the logits runs.
+        trains_head: the table that scores the vocabulary trains; the teacher keeps its own.
     """
 
     student: Structure
     teacher: Structure
     objective: Objective
     head: HeadPlan
+    trains_head: bool = False
 
     def __call__(
         self,
@@ -200,12 +203,19 @@ class TextLoss:
             return {name: scale * emphasis[name] for name, scale in scales.items()}
 
         chosen = self.objective.term_set
+        original = self.teacher.bind(constants.frozen).head if self.trains_head else None
         if not chosen.by_confidence:
             scales = emphasised(scales, {})
         if self.head.kind == "plain":
-            rows, table = self.head.layout(rows, module.head)
+            rows, (table, original) = self.head.layout(rows, (module.head, original))
             return head.plain_head_loss(
-                rows, table, scales, chosen, logit_map=module.logit_map, adapt=emphasised
+                rows,
+                table,
+                scales,
+                chosen,
+                logit_map=module.logit_map,
+                adapt=emphasised,
+                original=original,
             )
         return head.head_loss(
             rows,
@@ -218,4 +228,5 @@ class TextLoss:
             adapt=emphasised,
             axes=self.head.axes,
             across=self.head.across,
+            original=original,
         )

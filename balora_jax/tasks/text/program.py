@@ -8,15 +8,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from balora_jax.array_types import Array, Float, Int
-from balora_jax.config import ModelConfig, RunConfig, TrainingConfig
+from balora_jax.config import ModelConfig, RunConfig
 from balora_jax.errors import InputError
 from balora_jax.models.adapters import AdapterShape
 from balora_jax.models.decoder_config import DecoderConfig
-from balora_jax.models.families.base import weight_rules
-from balora_jax.models.methods.method import Method
 from balora_jax.models.options import kernel_on
-from balora_jax.models.structure import Structure, structure
-from balora_jax.models.weight_names import linear_shapes
+from balora_jax.models.structure import Structure, size_of, structure
+from balora_jax.models.whole import NOTHING, Whole
 from balora_jax.numerics import head, linalg
 from balora_jax.numerics.objective import Objective
 from balora_jax.parallel import hosts, sharding
@@ -58,19 +56,20 @@ class TextProgram:
     @property
     def trainable(self) -> int:
         """Trainable parameters; padding of stacks is not counted."""
-        return self.adapters.trainable(self.total)
+        return self.adapters.trainable(self.plain)
 
     @property
     def total(self) -> int:
         """Parameters of the frozen model."""
-        return assemble.size_of(self.plain.parameters)
+        return size_of(self.plain.parameters)
 
     @property
     def needs_factor(self) -> bool:
         """Whether a term reads the factor of the head."""
         fused = self.config.training.head == "fused"
         linear = self.decoder.logit_map.soft_cap is None
-        return self.objective.term_set.needs_factor and fused and linear
+        frozen = not self.adapters.trains_head(self.decoder)
+        return self.objective.term_set.needs_factor and fused and linear and frozen
 
     @property
     def head_plan(self) -> HeadPlan:
@@ -89,7 +88,8 @@ class TextProgram:
 
     def step_parts(self, total_steps: int) -> StepParts:
         """The pure functions of a training step."""
-        loss = TextLoss(self.student, self.plain, self.objective, self.head_plan)
+        trains_head = self.adapters.trains_head(self.decoder)
+        loss = TextLoss(self.student, self.plain, self.objective, self.head_plan, trains_head)
         counts = partial(counts_of, mask_alignment=self.objective.mask_alignment)
         training, dropout = self.config.training, self.config.adapter.dropout > 0.0
         return assemble.parts_of(
@@ -100,8 +100,7 @@ class TextProgram:
         """What a step reads; the head is factorised once if a term reads its factor."""
         factor = None
         if self.needs_factor:
-            table = "embed_tokens" if self.decoder.tie_word_embeddings else "lm_head"
-            weights = loaded.frozen[f"{table}.embedding"]
+            weights = loaded.frozen[self.decoder.head_path]
             factor = factor_of(weights, self.mesh, center=self.objective.term_set.centers_factor)
         return Constants(loaded.frozen, loaded.origin, factor)
 
@@ -122,14 +121,12 @@ def text_program(
     objective = assemble.objective_of(config.regularizers)
     mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
     plain = model_structure(decoder, config.model, mesh, {})
-    linears = linear_shapes(weight_rules(decoder), plain.parameters)
-    adapters = adapters_of(config.adapter, linears)
+    adapters = adapters_of(config.adapter, decoder, plain)
     assemble.check_mesh(config.model, config.training, mesh)
     check_rows_whole(config.model, mesh)
     sharding.Layout(plain.axes, mesh).attached(plain.frozen)  # raises where an axis does not divide
     check_base(config.adapter, config.model)
-    _check_head(config.training, adapters.method)
-    student = model_structure(decoder, config.model, mesh, adapters.shapes)
+    student = model_structure(decoder, config.model, mesh, adapters.shapes, adapters.whole)
     return TextProgram(config, decoder, plain, student, adapters, objective, mesh)
 
 
@@ -138,6 +135,7 @@ def model_structure(
     config: ModelConfig,
     mesh: sharding.AnyMesh,
     adapters: dict[str, AdapterShape],
+    whole: Whole = NOTHING,
 ) -> Structure:
     """The model's shapes with the options of the config's section, for the devices of a mesh."""
     return structure(
@@ -147,6 +145,7 @@ def model_structure(
         remat=config.remat,
         kernel=kernel_on(sharding.platform_of(mesh), config.attention, "model.attention"),
         quantization=config.quantization,
+        whole=whole,
     )
 
 
@@ -157,15 +156,6 @@ def check_rows_whole(config: ModelConfig, mesh: sharding.AnyMesh) -> None:
         raise InputError(
             f"model.attention: expected auto or xla with mesh.{TOKENS} {parts}, got cudnn, which "
             "takes whole rows only. Choose another."
-        )
-
-
-def _check_head(config: TrainingConfig, method: Method) -> None:
-    """Raises InputError where the head is to train and the pass over it forms no gradient of it."""
-    if method.trains_base and config.head == "fused":
-        raise InputError(
-            f"training.head: expected plain with adapter.method {method.name}, got fused, which "
-            "forms no gradient of the head itself. Set training.head=plain."
         )
 
 
