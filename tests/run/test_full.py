@@ -155,12 +155,6 @@ def refused(check, tree, *phrases):
 
 
 def test_what_it_cannot_have_is_refused(text_inputs, label_inputs):
-    refused(
-        text_run.check,
-        texts.config_tree(text_inputs, adapter=FULL),
-        "training.head: expected plain with adapter.method full, got fused, which forms no "
-        "gradient of the head itself. Set training.head=plain.",
-    )
     message = (
         "model.quantization: expected none with adapter.method full, got int8: codes cannot be "
         "trained. Set it to none."

@@ -67,7 +67,7 @@ class Method(Protocol):
     Attributes:
         name: what ``adapter.method`` calls it.
         trains_base: every weight of the model trains, and no layer has an adapter: no
-            quantisation, and no head that forms no gradient of itself.
+            quantisation.
         allows_dropout: the input of its adapters may be dropped.
     """
 

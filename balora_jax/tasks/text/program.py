@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from balora_jax.array_types import Array, Float, Int
-from balora_jax.config import ModelConfig, RunConfig
+from balora_jax.config import ModelConfig, RunConfig, TrainingConfig
 from balora_jax.errors import InputError
 from balora_jax.models.adapters import AdapterShape
 from balora_jax.models.decoder_config import DecoderConfig
@@ -126,6 +126,7 @@ def text_program(
     check_rows_whole(config.model, mesh)
     sharding.Layout(plain.axes, mesh).attached(plain.frozen)  # raises where an axis does not divide
     check_base(config.adapter, config.model)
+    _check_head(config.training, objective, decoder, adapters)
     student = model_structure(decoder, config.model, mesh, adapters.shapes, adapters.whole)
     return TextProgram(config, decoder, plain, student, adapters, objective, mesh)
 
@@ -157,6 +158,17 @@ def check_rows_whole(config: ModelConfig, mesh: sharding.AnyMesh) -> None:
             f"model.attention: expected auto or xla with mesh.{TOKENS} {parts}, got cudnn, which "
             "takes whole rows only. Choose another."
         )
+
+
+def _check_head(
+    config: TrainingConfig, objective: Objective, decoder: DecoderConfig, adapters: Adapters
+) -> None:
+    """Raises InputError where a term does not suit the head: before a weight is read."""
+    logit_map = decoder.logit_map if config.head == "fused" else None
+    trains = adapters.trains_head(decoder)
+    for term in objective.term_set.terms:
+        where = f"regularizers.{term.name}"
+        term.check_head(where, decoder.vocab_size, logit_map, trains=trains)
 
 
 def factor_of(
