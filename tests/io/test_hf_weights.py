@@ -261,6 +261,10 @@ def test_index_with_a_missing_shard_or_no_map(tmp_path):
     index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
     with pytest.raises(InputError, match=r"expected 1 weight files, got 1 missing \(model-1"):
         load_weights(tmp_path, {}, [])
+    for inside in ("sub/a.safetensors", "./a.safetensors", "sub\\a.safetensors", ".", ""):
+        index.write_text(json.dumps({"weight_map": {"a": inside}}))
+        with pytest.raises(InputError, match=r"expected files beside it, got '.*Move the weights"):
+            load_weights(tmp_path, {}, [])
     index.write_text("{}")
     with pytest.raises(InputError, match="expected a weight_map of names to files"):
         load_weights(tmp_path, {}, [])
@@ -286,10 +290,10 @@ def test_folders_that_are_no_checkpoint(tmp_path):
     with pytest.raises(InputError, match=r"expected config\.json, got none"):
         find_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match=r"index\.json, got no weights\. Convert it once"):
+    with pytest.raises(InputError, match=r"index of either, got no weights\. Convert it once"):
         find_checkpoint(tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"got only pytorch_model\.bin.*safe_serialization=True"):
+    (tmp_path / "tf_model.h5").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"got only tf_model\.h5.*safe_serialization=True"):
         find_checkpoint(tmp_path)
     with pytest.raises(InputError, match="expected no revision for a local folder, got 'v1'"):
         find_checkpoint(tmp_path, "v1")
@@ -323,29 +327,56 @@ def test_hub_failures_are_one_sentence(monkeypatch, error, message):
     assert "\n" not in str(caught.value)
 
 
-def test_hub_download_asks_for_safe_top_level_files_only(monkeypatch, llama_folder):
+COMMIT = "0123456789" * 4
+SHARDS = ["model-00001-of-00002.safetensors", "b[1].safetensors"]
+TORCH_SHARDS = ["pytorch_model_00001-of-00002.bin", "b.bin"]
+PLAIN = ["config.json", "tokenizer.model", "tokenizer.json", "vocab.txt", "chat_template.jinja"]
+NEVER = [
+    "modeling_x.py", "consolidated.safetensors", "original/model.safetensors", "tf_model.h5",
+    "original/params.json", "training_args.bin", "pytorch_model.generator.bin", "b1.safetensors",
+]  # fmt: skip
+REPOSITORIES = {
+    "one file": ["model.safetensors"],
+    "one file of each kind": ["model.safetensors", "pytorch_model.bin"],
+    "shards": ["model.safetensors.index.json", *SHARDS],
+    "both kinds": [
+        *("model.safetensors.index.json", *SHARDS),
+        *("pytorch_model.bin", "pytorch_model.bin.index.json", *TORCH_SHARDS),
+    ],
+    "torch's file": ["pytorch_model.bin"],
+    "torch's shards": ["pytorch_model.bin.index.json", *TORCH_SHARDS],
+}
+NOT_WANTED = {
+    "one file of each kind": ["pytorch_model.bin"],
+    "both kinds": ["pytorch_model.bin", *TORCH_SHARDS],
+}
+
+
+@pytest.mark.parametrize("name", REPOSITORIES)
+def test_hub_download_takes_the_weights_that_are_read_and_nothing_else(monkeypatch, tmp_path, name):
     from huggingface_hub.utils import filter_repo_objects
 
-    asked = {}
+    repository = [*PLAIN, *REPOSITORIES[name], *NEVER]
+    folder = tmp_path / COMMIT
+    folder.mkdir()
+    revisions = []
 
-    def download(name, **kwargs):
-        asked.update(kwargs)
-        return str(llama_folder)
+    def download(name, *, revision, allow_patterns, ignore_patterns):
+        revisions.append(revision)
+        for file in filter_repo_objects(
+            repository, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
+            files = TORCH_SHARDS if file.startswith("pytorch") else SHARDS
+            weight_map = {f"tensor.{i}": shard for i, shard in enumerate(files)}
+            (folder / file).write_text(json.dumps({"weight_map": weight_map}))
+        return str(folder)
 
     monkeypatch.setattr(hf_files, "snapshot_download", download)
-    assert find_checkpoint("someone/model") == llama_folder
-    repository = [
-        "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
-        "tokenizer.model", "tokenizer.json", "vocab.txt", "chat_template.jinja",
-        "pytorch_model.bin", "modeling_x.py", "consolidated.safetensors",
-        "original/model.safetensors", "original/params.json", "training_args.bin",
-    ]  # fmt: skip
-    kept = filter_repo_objects(
-        repository,
-        allow_patterns=asked["allow_patterns"],
-        ignore_patterns=asked["ignore_patterns"],
-    )
-    assert list(kept) == repository[:7]
+    assert find_checkpoint("someone/model", "main") == folder
+    wanted = {*PLAIN, *REPOSITORIES[name]} - set(NOT_WANTED.get(name, ()))
+    assert {file.name for file in folder.iterdir()} == wanted
+    # What follows is of the commit that the first call found.
+    assert revisions == ["main", COMMIT][: 1 if "one file" in name else 2]
 
 
 def test_without_weights_only_the_config_is_downloaded(monkeypatch, tmp_path):
