@@ -140,7 +140,7 @@ def open_torch(file: Path) -> Iterator[TorchFile]:
             packed = stream.read(len(_ZIP)) == _ZIP
             stream.seek(0)
             tensors, spans = _read_zip(stream) if packed else _read_row(stream)
-    except (OSError, UnfitError, zipfile.BadZipFile, NotImplementedError) as error:
+    except (OSError, UnfitError, zipfile.BadZipFile) as error:
         reason = one_line(str(error) or type(error).__name__, most=200)
         raise InputError(
             f"{file}: expected a complete file of tensors by name, as torch saves them, got "
@@ -150,22 +150,15 @@ def open_torch(file: Path) -> Iterator[TorchFile]:
 
 
 def _read_zip(stream: BinaryIO) -> tuple[dict[str, TensorView], dict[str, _Span]]:
-    try:
-        with zipfile.ZipFile(stream) as archive:
-            records = {info.filename: info for info in archive.infolist()}
-            if len(records) < len(archive.infolist()):
-                raise UnfitError("two records of one name")
-            roots = [n.partition("/")[0] for n in records if n.partition("/")[2] == "data.pkl"]
-            if len(roots) != 1:
-                raise UnfitError("a zip archive without a data.pkl")
-            order = records.get(f"{roots[0]}/byteorder")
-            if order is not None and _content(stream, order) != b"little":
-                raise UnfitError("numbers whose bytes are not in little-endian order")
-            tensors = read_tensors(BytesIO(_content(stream, records[f"{roots[0]}/data.pkl"])))
-    except ValueError as error:
-        if isinstance(error, UnfitError):
-            raise
-        raise UnfitError("a zip archive that is broken") from error  # of zipfile
+    """The format since torch 1.6: a record of the pickle, and one of each storage."""
+    records = _records(stream)
+    roots = [name.partition("/")[0] for name in records if name.partition("/")[2] == "data.pkl"]
+    if len(roots) != 1:
+        raise UnfitError("a zip archive without a data.pkl")
+    order = records.get(f"{roots[0]}/byteorder")
+    if order is not None and _content(stream, order) != b"little":
+        raise UnfitError("numbers whose bytes are not in little-endian order")
+    tensors = read_tensors(BytesIO(_content(stream, records[f"{roots[0]}/data.pkl"])))
     spans = {}
     for storage in _storages(tensors):
         record = records.get(f"{roots[0]}/data/{storage.key}")
@@ -179,6 +172,19 @@ def _read_zip(stream: BinaryIO) -> tuple[dict[str, TensorView], dict[str, _Span]
             )
     _check_apart(spans.values())
     return tensors, spans
+
+
+def _records(stream: BinaryIO) -> dict[str, zipfile.ZipInfo]:
+    """The records by name, as the directory at the end describes them."""
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            found = archive.infolist()
+    except (ValueError, RuntimeError) as error:  # what zipfile meets in a directory of noise
+        raise UnfitError("a zip archive that is broken") from error
+    records = {info.filename: info for info in found}
+    if len(records) < len(found):
+        raise UnfitError("two records of one name")
+    return records
 
 
 def _storages(tensors: dict[str, TensorView]) -> list[Storage]:

@@ -8,9 +8,11 @@ writes, ends the reading.
 
 import math
 import pickletools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from io import BytesIO
+from typing import Any
 
 MOST_BYTES = 16 * 2**20
 """Of a pickle: a checkpoint of ten thousand tensors has three million."""
@@ -63,7 +65,7 @@ class TensorView:
     strides: tuple[int, ...]
 
 
-def read_tensors(stream: BinaryIO) -> dict[str, TensorView]:
+def read_tensors(stream: BytesIO) -> dict[str, TensorView]:
     """The tensors by name of one pickle; the stream then stands behind it.
 
     Raises:
@@ -82,28 +84,32 @@ def read_tensors(stream: BinaryIO) -> dict[str, TensorView]:
     return found
 
 
-def read_value(stream: BinaryIO) -> Any:
+def read_value(stream: BytesIO) -> Any:
     """The value of one pickle, from where the stream stands.
 
     Raises:
         UnfitError: as :func:`read_tensors`, or no pickle.
     """
     machine = _Machine()
-    steps = 0
     try:
-        for instruction, argument, _ in pickletools.genops(stream):
-            steps += 1
-            if steps > _MOST_STEPS:
-                raise UnfitError(f"a pickle of more than {_MOST_STEPS} instructions")
-            act = _INSTRUCTIONS.get(instruction.name)
-            if act is None:
-                raise UnfitError(f"the pickle instruction {instruction.name}")
-            act(machine, argument)
+        with warnings.catch_warnings():
+            # Of texts with escapes, in instructions that are not used here.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            for step, (instruction, argument, _) in enumerate(pickletools.genops(stream)):
+                _act(machine, step, instruction.name, argument)
     except UnfitError:
         raise
     except ValueError as error:  # of pickletools: no pickle, or one that ends too early
         raise UnfitError("a pickle that is broken") from error
     return machine.result
+
+
+def _act(machine: "_Machine", step: int, name: str, argument: Any) -> None:
+    if step == _MOST_STEPS:
+        raise UnfitError(f"a pickle of more than {_MOST_STEPS} instructions")
+    if name not in _INSTRUCTIONS:
+        raise UnfitError(f"the pickle instruction {name}")
+    _INSTRUCTIONS[name](machine, argument)
 
 
 @dataclass

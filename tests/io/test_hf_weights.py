@@ -68,6 +68,49 @@ def test_loads_what_transformers_saved(tmp_path, shard_size, stored, wanted):
         np.testing.assert_array_equal(loaded[path], value.astype(wanted), err_msg=path)
 
 
+def save_torch(folder, state, count, **how):
+    """A state dict as torch saves it, in one file or in several under names of one's own."""
+    import torch
+
+    (folder / "config.json").write_text("{}")
+    if count == 1:
+        torch.save(state, folder / "pytorch_model.bin", **how)
+        return
+    names = [f"{chr(97 + i % count)}.part {i % count}.bin" for i in range(len(state))]
+    for file in set(names):
+        part = {k: v for (k, v), name in zip(state.items(), names, strict=True) if name == file}
+        torch.save(part, folder / file, **how)
+    index = {"metadata": {}, "weight_map": dict(zip(state, names, strict=True))}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_loads_what_torch_saved(tmp_path, count, zipped, stored):
+    model = make_llama(stored)
+    save_torch(tmp_path, model.state_dict(), count, _use_new_zipfile_serialization=zipped)
+    loaded = load_weights(find_checkpoint(str(tmp_path)), targets(), rules())
+    for path, value in expected(model).items():
+        np.testing.assert_array_equal(loaded[path], value, err_msg=path)
+
+
+def test_safetensors_win_where_both_are_there(llama, llama_folder, tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not read")
+    shutil.copytree(llama_folder, tmp_path, dirs_exist_ok=True)
+    loaded = load_weights(find_checkpoint(tmp_path), targets(), rules())
+    np.testing.assert_array_equal(loaded["norm.scale"], expected(llama)["norm.scale"])
+
+
+def test_torch_pieces_smaller_than_a_tensor(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_weights, "_PIECE_BYTES", 7 * 32 * 4)
+    turned = {n: v.T.clone().T if v.dim() == 2 else v for n, v in llama.state_dict().items()}
+    save_torch(tmp_path, turned, 1)
+    loaded = load_weights(tmp_path, targets(), rules())
+    for path, value in expected(llama).items():
+        np.testing.assert_array_equal(loaded[path], value, err_msg=path)
+
+
 def test_pieces_smaller_than_a_tensor_give_the_same_bytes(llama, llama_folder, monkeypatch):
     monkeypatch.setattr(hf_weights, "_PIECE_BYTES", 7 * 32 * 4)
     loaded = load_weights(llama_folder, targets(), rules())
@@ -439,6 +482,30 @@ def test_fingerprint_of_a_large_model_samples_it(tmp_path, monkeypatch):
     changed = values.copy()
     changed[30] += 1  # byte 120: between the samples, as the docstring says
     assert of(changed) == of(values)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_fingerprint_of_torch_files(tmp_path, monkeypatch, whole):
+    import torch
+
+    monkeypatch.setattr(hf_files, "_HASH_WHOLE_BYTES", 10**6 if whole else 0)
+    monkeypatch.setattr(hf_files, "_SAMPLE_BYTES", 16)
+
+    def of(values, name="a"):
+        save_torch(tmp_path, {name: torch.tensor(values)}, 1)
+        return fingerprint(tmp_path)
+
+    values = np.arange(4000, dtype=np.float32)
+    first = of(values)
+    assert first == of(values)
+    seen = {first, of(values, "b"), of(values.reshape(2, -1)), of(values + 1), of(values[:-1])}
+    assert len(seen) == 5
+    file = tmp_path / "pytorch_model.bin"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(
+        InputError, match=r"pytorch_model\.bin: expected a complete file of tensors"
+    ):
+        fingerprint(tmp_path)
 
 
 def test_rule_knows_its_stack():
