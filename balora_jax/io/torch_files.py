@@ -210,13 +210,15 @@ def _span(stream: BinaryIO, record: zipfile.ZipInfo) -> _Span:
     plain = record.compress_type == zipfile.ZIP_STORED and record.compress_size == record.file_size
     if not plain or record.flag_bits & 1:
         raise UnfitError(f"the record {name}, compressed or encrypted")
-    stream.seek(record.header_offset)
+    end = stream.seek(0, 2)
+    inside = 0 <= record.header_offset < end
+    stream.seek(record.header_offset if inside else end)
     header = stream.read(_LOCAL_HEADER)
     if len(header) < _LOCAL_HEADER or header[:4] != _ZIP:
         raise UnfitError(f"no record {name} where it should be")
     more = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
     span = _Span(record.header_offset + _LOCAL_HEADER + more, record.file_size)
-    if span.end > stream.seek(0, 2):
+    if span.end > end:
         raise UnfitError(f"the record {name}, which reaches beyond the file")
     return span
 

@@ -177,6 +177,20 @@ def test_a_directory_that_lies(tmp_path, name):
     assert reason in refused(file)
 
 
+@pytest.mark.parametrize("place", [-1, 2**63])
+def test_a_place_that_no_file_has(tmp_path, monkeypatch, place):
+    file = written(tmp_path / "a.bin")
+    listed = zipfile.ZipFile.infolist
+
+    def changed(archive):
+        found = listed(archive)
+        next(info for info in found if info.filename.endswith("data/1")).header_offset = place
+        return found
+
+    monkeypatch.setattr(zipfile.ZipFile, "infolist", changed)
+    refused(file)
+
+
 def test_storages_over_one_another(tmp_path):
     file = written(tmp_path / "a.bin")
     rewritten(file, lambda records: records)
