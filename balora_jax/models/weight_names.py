@@ -8,6 +8,9 @@ import jax
 
 from balora_jax.models.adapters import LinearShape
 
+TABLE, HEAD_PATH, HEAD = "embed_tokens.embedding", "lm_head.embedding", "lm_head.weight"
+"""Our paths of a decoder's embeddings and head, and the head's name in every checkpoint."""
+
 
 @dataclass(frozen=True)
 class WeightRule:
@@ -62,7 +65,8 @@ def stored_names(names: Iterable[str], rules: Iterable[WeightRule]) -> dict[str,
     """The name that the table uses → the name in the files, for every tensor of a checkpoint.
 
     A checkpoint of the bare model lacks the prefix (``model.``, ``transformer.``, ``bert.``), and
-    old conversions call a norm's weight gamma and its bias beta.
+    old conversions call a norm's weight gamma and its bias beta. Of a table that the head shares,
+    safetensors' ``save_model`` keeps one name, which may be the head's.
 
     Example:
         >>> rule = WeightRule("embed_tokens.embedding", "transformer.wte.weight", False)
@@ -78,4 +82,8 @@ def stored_names(names: Iterable[str], rules: Iterable[WeightRule]) -> dict[str,
         name = name.replace("LayerNorm.beta", "LayerNorm.bias")
         return prefix + name if bare and not name.startswith("lm_head.") else name
 
-    return {usual(name): name for name in names}
+    found = {usual(name): name for name in names}
+    table = {rule.path: rule.name for rule in rules}
+    if TABLE in table and HEAD_PATH not in table and table[TABLE] not in found and HEAD in found:
+        found[table[TABLE]] = found.pop(HEAD)
+    return found
