@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors then returns)
+import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -52,14 +53,26 @@ _SAMPLES = 64
 
 
 @dataclass(frozen=True)
+class Window:
+    """Where a matrix lies in a stored tensor of three dimensions: which, and from which row on."""
+
+    number: int
+    first: int
+
+
+@dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of an open checkpoint: its description, and the handle that reads it."""
+    """One tensor of an open checkpoint: its description, and the handle that reads it.
+
+    With a ``window`` it is some rows of one matrix of the stored tensor.
+    """
 
     name: str
     file: Path
     shape: tuple[int, ...]
     dtype: str
     handle: Any
+    window: Window | None = None
 
     @property
     def itemsize(self) -> int:
@@ -75,7 +88,29 @@ class StoredTensor:
         """
         again = isinstance(self.handle, TorchFile)  # maps the file whenever it reads
         with nullcontext(self.handle) if again else open_safetensors(self.file) as handle:
-            yield handle.get_slice(self.name)
+            part = handle.get_slice(self.name)
+            yield part if self.window is None else _Seen(part, self.window)
+
+    def value(self) -> np.ndarray:
+        """The whole tensor."""
+        if self.window is None:
+            return self.handle.get_tensor(self.name)
+        with self.mapped() as part:
+            return part[tuple(slice(0, size) for size in self.shape)]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A window that rows and columns are read through."""
+
+    part: Any
+    window: Window
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        rows, columns = index
+        number, first = self.window.number, self.window.first
+        rows = slice(rows.start + first, rows.stop + first)
+        return self.part[slice(number, number + 1), rows, columns][0]
 
 
 def find_checkpoint(

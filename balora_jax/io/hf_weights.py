@@ -44,7 +44,8 @@ from balora_jax.io.hf_files import (
     read_json_config,
     shortened,
 )
-from balora_jax.models.weight_names import WeightRule, stored_names
+from balora_jax.io.placed import placed
+from balora_jax.models.weight_names import WeightRule
 from balora_jax.progress import progress_bar
 
 __all__ = ["find_checkpoint", "fingerprint", "load_weights", "read_json_config"]
@@ -102,7 +103,7 @@ def load_weights(
         raise ValueError(f"no weight rule names these parameters: {shortened(unnamed)}")
     parameters = {path: _parameter(by_path[path], struct) for path, struct in targets.items()}
     with open_tensors(folder) as stored:
-        tensors = {ours: stored[name] for ours, name in stored_names(stored, rules).items()}
+        tensors = placed(stored, rules)
         _check_fit(Path(folder), parameters.values(), tensors, ignore)
         size = sum(_bytes_to_read(p, tensors) for p in parameters.values())
         quiet = size < _PROGRESS_FROM_BYTES or jax.process_index() != 0
