@@ -25,8 +25,9 @@ from balora_jax.io.hf_files import (
     shortened,
 )
 from balora_jax.io.peft_writer import delta_pair, magnitude_of
+from balora_jax.io.placed import placed
 from balora_jax.models.adapters import AdaptedModule
-from balora_jax.models.weight_names import WeightRule, stored_names
+from balora_jax.models.weight_names import WeightRule
 from balora_jax.progress import progress_bar
 
 MAX_SHARD_BYTES = 4 * 2**30
@@ -202,7 +203,7 @@ def export_merged(
     source, target = Path(source), Path(folder)
     replaced = replaced_folder(target, may_replace=lambda old: overwrite and is_merged(old))
     with open_tensors(source) as tensors, replaced as draft:
-        named = {new: tensors[old] for new, old in stored_names(tensors, rules).items()}
+        named = placed(tensors, rules)
         for name, value in added.items():
             named[name] = StoredTensor(name, source, value.shape, "F32", _Held(value))
         shards = _plan(source, named, _DTYPES[dtype], MAX_SHARD_BYTES)
@@ -308,7 +309,7 @@ def _write_header(stream: BinaryIO, entries: Sequence[_Entry]) -> None:
 def _write_tensor(stream: BinaryIO, entry: _Entry, deltas: Deltas, dtype: np.dtype) -> bool:
     """Append one tensor; returns whether a delta changed it."""
     name = entry.name
-    value = entry.source.handle.get_tensor(entry.source.name)
+    value = entry.source.value()
     changed = deltas(name, value)
     if changed is not None:
         if changed.shape != value.shape:

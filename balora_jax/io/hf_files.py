@@ -1,14 +1,16 @@
 """The files of a Hugging Face checkpoint: found, checked to be safe and whole, identified."""
 
+import glob
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors then returns)
+import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -21,6 +23,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 
 from balora_jax.errors import InputError
+from balora_jax.io.torch_files import TorchFile, open_torch
 from balora_jax.paths import kind_of
 from balora_jax.untyped.json_text import read_object
 from balora_jax.untyped.shown import shown
@@ -28,11 +31,16 @@ from balora_jax.untyped.shown import shown
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+TORCH_FILE = "pytorch_model.bin"
+TORCH_INDEX = "pytorch_model.bin.index.json"
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_HUB_FILES = (SINGLE_FILE, "model-*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
-_UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB_FILES = (SINGLE_FILE, "*.json", "*.model", "*.txt", "*.jinja")
+# As transformers looks for them: the first that is there is read.
+_WEIGHTS = ((SINGLE_FILE, INDEX_FILE), (TORCH_FILE, TORCH_INDEX))
+_OTHER_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".h5", ".msgpack", ".gguf")
 _CONVERT = (
     "Convert it once: AutoModelForCausalLM.from_pretrained(...)"
     ".save_pretrained(folder, safe_serialization=True)."
@@ -45,14 +53,26 @@ _SAMPLES = 64
 
 
 @dataclass(frozen=True)
+class Window:
+    """Where a matrix lies in a stored tensor of three dimensions: which, and from which row on."""
+
+    number: int
+    first: int
+
+
+@dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of an open checkpoint: its description, and the handle that reads it."""
+    """One tensor of an open checkpoint: its description, and the handle that reads it.
+
+    With a ``window`` it is some rows of one matrix of the stored tensor.
+    """
 
     name: str
     file: Path
     shape: tuple[int, ...]
     dtype: str
     handle: Any
+    window: Window | None = None
 
     @property
     def itemsize(self) -> int:
@@ -60,19 +80,52 @@ class StoredTensor:
         bits = re.search(r"\d+", self.dtype)
         return max(1, int(bits.group()) // 8) if bits else 1
 
+    @contextmanager
+    def mapped(self) -> Iterator[Any]:
+        """What reads its rows and columns, from its file mapped anew.
+
+        So that what was read of other tensors need not stay in memory.
+        """
+        again = isinstance(self.handle, TorchFile)  # maps the file whenever it reads
+        with nullcontext(self.handle) if again else open_safetensors(self.file) as handle:
+            part = handle.get_slice(self.name)
+            yield part if self.window is None else _Seen(part, self.window)
+
+    def value(self) -> np.ndarray:
+        """The whole tensor."""
+        if self.window is None:
+            return self.handle.get_tensor(self.name)
+        with self.mapped() as part:
+            return part[tuple(slice(0, size) for size in self.shape)]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A window that rows and columns are read through."""
+
+    part: Any
+    window: Window
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        rows, columns = index
+        number, first = self.window.number, self.window.first
+        rows = slice(rows.start + first, rows.stop + first)
+        return self.part[slice(number, number + 1), rows, columns][0]
+
 
 def find_checkpoint(
     name_or_path: str | Path, revision: str | None = None, *, weights: bool = True
 ) -> Path:
     """Folder of a checkpoint: a local folder as it is, or a Hub name downloaded to the cache.
 
-    Only safetensors, JSON and tokenizer files of the repository's top level are downloaded, and of
-    these, where no ``weights`` are wanted, the ``config.json`` alone. Of several processes on one
-    machine one downloads a file, the others wait for it.
+    JSON and tokenizer files of the repository's top level are downloaded, and its weights:
+    ``model.safetensors``, or whatever its index names, or where there is neither the same of
+    torch's files. Where no ``weights`` are wanted, the ``config.json`` alone. Of several processes
+    on one machine one downloads a file, the others wait for it.
 
     Raises:
-        InputError: no such folder or repository, no network, no ``config.json``, or no
-            safetensors weights in it.
+        InputError: no such folder or repository, no network, no ``config.json``, or no weights
+            beside it.
     """
     name = str(name_or_path)
     folder = Path(name).expanduser()
@@ -89,8 +142,23 @@ def find_checkpoint(
         raise InputError(f"{name}: expected a checkpoint folder, got nothing. Check the path.")
     else:
         folder = _download(name, revision, _HUB_FILES if weights else (CONFIG_FILE,))
+        wanted = _still_wanted(folder) if weights else []
+        if wanted:
+            # Of the same commit, though the branch may have moved.
+            commit = folder.name if _COMMIT.fullmatch(folder.name) else revision
+            folder = _download(name, commit, wanted)
     _check_folder(folder, weights)
     return folder
+
+
+def _still_wanted(folder: Path) -> list[str]:
+    """Patterns of the weight files, once all but a ``model.safetensors`` are downloaded."""
+    if (folder / SINGLE_FILE).is_file():
+        return []
+    for index in (folder / INDEX_FILE, folder / TORCH_INDEX):
+        if index.is_file():
+            return [glob.escape(file) for file in sorted(set(_weight_map(index).values()))]
+    return [TORCH_FILE]
 
 
 def _download(name: str, revision: str | None, files: Sequence[str]) -> Path:
@@ -134,11 +202,17 @@ def _check_folder(folder: Path, weights: bool) -> None:
         raise InputError(
             f"{folder}: expected {CONFIG_FILE}, got none. Name the folder that holds the model."
         )
-    if not weights or (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file():
-        return
-    unsafe = sorted(p.name for p in folder.iterdir() if p.suffix in _UNSAFE_SUFFIXES)
-    got = f"only {shortened(unsafe)}" if unsafe else "no weights"
-    raise InputError(f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}, got {got}. {_CONVERT}")
+    if weights and not any((folder / name).is_file() for pair in _WEIGHTS for name in pair):
+        raise _no_weights(folder)
+
+
+def _no_weights(folder: Path) -> InputError:
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in _OTHER_SUFFIXES)
+    got = f"only {shortened(others)}" if others else "no weights"
+    return InputError(
+        f"{folder}: expected {SINGLE_FILE}, {TORCH_FILE} or the index of either, got {got}. "
+        f"{_CONVERT}"
+    )
 
 
 def read_json_config(folder: str | Path) -> dict[str, Any]:
@@ -154,29 +228,45 @@ def weight_files(folder: str | Path) -> dict[Path, dict[str, str] | None]:
             shard that is not there.
     """
     folder = Path(folder)
-    if (folder / SINGLE_FILE).is_file():
-        return {folder / SINGLE_FILE: None}
-    _check_folder(folder, weights=True)
-    index = folder / INDEX_FILE
-    names = read_object(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
-        raise InputError(
-            f"{index}: expected a weight_map of names to files, got none. Download it again."
-        )
+    for single, index in ((folder / single, folder / index) for single, index in _WEIGHTS):
+        if single.is_file():
+            return {single: None}
+        if index.is_file():
+            return _shards(index)
+    raise _no_weights(folder)
+
+
+def _shards(index: Path) -> dict[Path, dict[str, str] | None]:
+    names = _weight_map(index)
     files = sorted(set(names.values()))
-    for file in files:
-        if _points_outside(file):
-            raise InputError(
-                f"{index}: expected files of its own folder, got {shown(file)}. "
-                "Do not use this checkpoint: its index points outside."
-            )
-    absent = [file for file in files if kind_of(folder / file) != "file"]
+    absent = [file for file in files if kind_of(index.parent / file) != "file"]
     if absent:
         raise InputError(
             f"{index}: expected {len(files)} weight files, got {len(absent)} missing "
             f"({shortened(absent)}). Download the checkpoint again."
         )
-    return {folder / file: names for file in files}
+    return {index.parent / file: names for file in files}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """From names of tensors to files beside the index."""
+    names = read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
+        raise InputError(
+            f"{index}: expected a weight_map of names to files, got none. Download it again."
+        )
+    for file in sorted(set(names.values())):
+        if _points_outside(file):
+            raise InputError(
+                f"{index}: expected files of its own folder, got {shown(file)}. "
+                "Do not use this checkpoint: its index points outside."
+            )
+        if not file or PurePosixPath(file).name != file or PureWindowsPath(file).name != file:
+            raise InputError(
+                f"{index}: expected files beside it, got {shown(file)}. Move the weights beside "
+                "the index and name them so there."
+            )
+    return names
 
 
 def _points_outside(file: str) -> bool:
@@ -191,13 +281,13 @@ def open_tensors(folder: str | Path) -> Iterator[dict[str, StoredTensor]]:
     """All tensors of a checkpoint by name, each file opened once and closed at the end.
 
     Raises:
-        InputError: as :func:`weight_files`, or a file that is truncated or no safetensors.
+        InputError: as :func:`weight_files`, or a file that is truncated or not of its format.
     """
     folder = Path(folder)
     with ExitStack() as stack:
         tensors: dict[str, StoredTensor] = {}
         for file, index in weight_files(folder).items():
-            handle = stack.enter_context(open_safetensors(file))
+            handle = stack.enter_context(_open_weights(file))
             for name in handle.keys():  # noqa: SIM118  (a handle is not a mapping)
                 # Where two files hold one name, the index decides.
                 if index is not None and folder / index.get(name, file.name) != file:
@@ -206,6 +296,11 @@ def open_tensors(folder: str | Path) -> Iterator[dict[str, StoredTensor]]:
                 shape, dtype = tuple(part.get_shape()), str(part.get_dtype())
                 tensors[name] = StoredTensor(name, file, shape, dtype, handle)
         yield tensors
+
+
+def _open_weights(file: Path) -> AbstractContextManager[Any]:
+    """A handle of a file in the format that its name says, as transformers takes it."""
+    return open_safetensors(file) if file.suffix == ".safetensors" else open_torch(file)
 
 
 @contextmanager
@@ -237,26 +332,27 @@ def fingerprint(folder: str | Path) -> str:
     samples is not. It is a guard against mistakes, not against forgery.
 
     Raises:
-        InputError: as :func:`weight_files`, or a file that is no safetensors.
+        InputError: as :func:`open_tensors`.
     """
     files = sorted(weight_files(folder))
     config = Path(folder) / CONFIG_FILE
     total = hashlib.sha256(config.read_bytes() if config.is_file() else b"")
     whole = sum(file.stat().st_size for file in files) < _HASH_WHOLE_BYTES
     for file in files:
-        with open_safetensors(file):  # a truncated file has no identity
-            pass
         total.update(f"\n{file.name} {file.stat().st_size}\n".encode())
-        total.update(_file_digest(file, whole))
+        with _open_weights(file) as handle:  # a truncated file has no identity
+            if isinstance(handle, TorchFile):
+                total.update(handle.description)
+            total.update(_file_digest(file, whole, isinstance(handle, TorchFile)))
     return total.hexdigest()
 
 
-def _file_digest(file: Path, whole: bool) -> bytes:
+def _file_digest(file: Path, whole: bool, headless: bool) -> bytes:
     with file.open("rb") as stream:
         if whole:
             return hashlib.file_digest(stream, "sha256").digest()
         size = file.stat().st_size
-        data = 8 + int.from_bytes(stream.read(8), "little")
+        data = 0 if headless else 8 + int.from_bytes(stream.read(8), "little")
         stream.seek(0)
         digest = hashlib.sha256(stream.read(data))
         last = max(data, size - _SAMPLE_BYTES)

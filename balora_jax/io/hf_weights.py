@@ -2,7 +2,7 @@
 
 A parameter is read block by block, and a block piece by piece: for each distinct block that a
 device of this process needs, only the rows and columns of that block are read from the
-memory-mapped safetensors files, cast, transposed and written into the block. On an accelerator the
+memory-mapped files, cast, transposed and written into the block. On an accelerator the
 block lies on the device from the beginning and a piece is sent and written there in place; on a CPU
 the block is a host buffer that the device takes over as its own memory.
 
@@ -40,12 +40,12 @@ from balora_jax.io.hf_files import (
     StoredTensor,
     find_checkpoint,
     fingerprint,
-    open_safetensors,
     open_tensors,
     read_json_config,
     shortened,
 )
-from balora_jax.models.weight_names import WeightRule, stored_names
+from balora_jax.io.placed import placed
+from balora_jax.models.weight_names import WeightRule
 from balora_jax.progress import progress_bar
 
 __all__ = ["find_checkpoint", "fingerprint", "load_weights", "read_json_config"]
@@ -103,7 +103,7 @@ def load_weights(
         raise ValueError(f"no weight rule names these parameters: {shortened(unnamed)}")
     parameters = {path: _parameter(by_path[path], struct) for path, struct in targets.items()}
     with open_tensors(folder) as stored:
-        tensors = {ours: stored[name] for ours, name in stored_names(stored, rules).items()}
+        tensors = placed(stored, rules)
         _check_fit(Path(folder), parameters.values(), tensors, ignore)
         size = sum(_bytes_to_read(p, tensors) for p in parameters.values())
         quiet = size < _PROGRESS_FROM_BYTES or jax.process_index() != 0
@@ -318,9 +318,7 @@ def _pieces(
         itemsize = max(dtype.itemsize, source.itemsize)
         row_bytes = max(1, math.prod(b - a for a, b in rest)) * itemsize
         step = max(1, limit // row_bytes)
-        # Mapped anew for each tensor: what was read of the others need not stay in memory.
-        with open_safetensors(source.file) as handle:
-            part = handle.get_slice(source.name)
+        with source.mapped() as part:
             for start in range(first, last, step):
                 rows = slice(start, min(start + step, last))
                 index = (rows, *(slice(a, b) for a, b in rest))

@@ -11,6 +11,8 @@ from balora_jax.models.methods.method import Method, Part
 from balora_jax.untyped.patterns import end_match, whole_match
 from balora_jax.untyped.shown import shown
 
+ALL_LINEAR = "all-linear"
+
 
 @dataclass(frozen=True)
 class AdaptedModule:
@@ -125,7 +127,7 @@ def plan_adapters(
 
 def _chooser(key: str, targets: Sequence[str] | str) -> Callable[[str], bool]:
     """Whether a name is meant by a list of endings, an expression, or ``all-linear``."""
-    if targets == "all-linear":
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:  # in any case, as in PEFT
         return lambda name: True
     if isinstance(targets, str):
         return whole_match(targets, f"adapter.{key}")
@@ -148,12 +150,25 @@ def _check_targets(
             f"This model has {', '.join(kinds)}."
         )
     if missed:
-        near = difflib.get_close_matches(missed[0], kinds, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = _hint(missed[0], kinds, alone=isinstance(targets, str))
         raise InputError(
-            f"adapter.target_modules: {shown(missed[0])} matches no linear layer of this model."
-            f"{hint} It has {', '.join(kinds)} (embeddings and lm_head stay frozen)."
+            f"adapter.target_modules: {shown(missed[0])} matches no linear layer that takes an "
+            f"adapter.{hint} There are {', '.join(kinds)} (embeddings and heads take none)."
         )
+
+
+def _hint(missed: str, kinds: Sequence[str], *, alone: bool) -> str:
+    """What may have been meant by a target that matches nothing, as a sentence or nothing."""
+    if not alone and missed.lower() == ALL_LINEAR:
+        return f" Did you mean {ALL_LINEAR}, without brackets?"
+    named = [kind for kind in kinds if kind in missed.split("|")]
+    if alone and named:
+        return (
+            f" A text is one expression for whole names: did you mean the list "
+            f"[{', '.join(named)}]?"
+        )
+    near = difflib.get_close_matches(missed, kinds, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 class _Patterns:

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import jax
 
 from balora_jax.models.adapters import LinearShape
+from balora_jax.models.decoder_config import EMBEDDING, HEAD
+
+HEAD_NAME = "lm_head.weight"
+"""The name of a decoder's head in every checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ def stored_names(names: Iterable[str], rules: Iterable[WeightRule]) -> dict[str,
     """The name that the table uses → the name in the files, for every tensor of a checkpoint.
 
     A checkpoint of the bare model lacks the prefix (``model.``, ``transformer.``, ``bert.``), and
-    old conversions call a norm's weight gamma and its bias beta.
+    old conversions call a norm's weight gamma and its bias beta. Of a table that the head shares,
+    safetensors' ``save_model`` keeps one name, which may be the head's.
 
     Example:
         >>> rule = WeightRule("embed_tokens.embedding", "transformer.wte.weight", False)
@@ -78,4 +83,9 @@ def stored_names(names: Iterable[str], rules: Iterable[WeightRule]) -> dict[str,
         name = name.replace("LayerNorm.beta", "LayerNorm.bias")
         return prefix + name if bare and not name.startswith("lm_head.") else name
 
-    return {usual(name): name for name in names}
+    found = {usual(name): name for name in names}
+    table = {rule.path: rule.name for rule in rules}
+    shared = EMBEDDING in table and HEAD not in table and table[EMBEDDING] not in found
+    if shared and HEAD_NAME in found:
+        found[table[EMBEDDING]] = found.pop(HEAD_NAME)
+    return found

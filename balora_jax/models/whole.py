@@ -16,12 +16,12 @@ import numpy as np
 from balora_jax.errors import InputError
 from balora_jax.models.decoder_config import EMBEDDING, HEAD, DecoderConfig
 from balora_jax.models.encoder_config import EncoderConfig
-from balora_jax.models.weight_names import WeightRule
+from balora_jax.models.weight_names import HEAD_NAME, WeightRule
 
 TOKEN_ROWS = "embed_tokens.rows"
 """Path of the rows of single tokens, [n, D], which take the place of those of the table."""
 
-HEAD_RULE = WeightRule(HEAD, "lm_head.weight", False)
+HEAD_RULE = WeightRule(HEAD, HEAD_NAME, False)
 """Of the head that a tied checkpoint has not."""
 
 Config = DecoderConfig | EncoderConfig

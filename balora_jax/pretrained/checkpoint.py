@@ -1,7 +1,7 @@
 """A pretrained checkpoint before its weights are loaded."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -30,9 +30,11 @@ from balora_jax.models.encoder_config import EncoderConfig
 from balora_jax.models.families.base import Family, family_of, read_config
 from balora_jax.models.quantized import quantize_kernel
 from balora_jax.models.structure import Structure
-from balora_jax.models.weight_names import WeightRule
+from balora_jax.models.weight_names import HEAD_NAME, WeightRule
+from balora_jax.parallel import hosts
 from balora_jax.parallel.sharding import Layout
 from balora_jax.paths import resolve_path
+from balora_jax.pretrained.tied import head_of_its_own
 from balora_jax.pretrained.tokenizer import open_tokenizer
 from balora_jax.untyped.fields import Fields
 from balora_jax.untyped.json_text import read_object
@@ -47,10 +49,13 @@ class Checkpoint(Generic[Config]):
     Attributes:
         folder: where it lies.
         config: what it is; of an encoder, with the number of labels it is opened for.
+        untied: whether its ``config.json`` ties the head to the embeddings, but its files hold
+            two tables that differ, so that the head is one of its own.
     """
 
     folder: Path
     config: Config
+    untied: bool = False
 
     @property
     def family(self) -> Family:
@@ -238,6 +243,9 @@ EncoderBase = Checkpoint[EncoderConfig]
 def open_base(name_or_path: str, revision: str | None = None, *, weights: bool = True) -> Base:
     """Find the checkpoint of a causal language model and read its config; nothing is loaded yet.
 
+    A config that ties the head to the embeddings is not believed where the files hold two tables
+    that differ; that is said.
+
     Args:
         name_or_path: a folder, or a hub name.
         revision: hub revision.
@@ -245,7 +253,14 @@ def open_base(name_or_path: str, revision: str | None = None, *, weights: bool =
             downloaded.
     """
     folder = find_checkpoint(resolve_path(name_or_path), revision, weights=weights)
-    return Checkpoint(folder, _config_of(folder, kind="decoder"))
+    config = _config_of(folder, kind="decoder")
+    if not weights or not head_of_its_own(folder, config):
+        return Checkpoint(folder, config)
+    hosts.say(
+        f"{folder}: its {HEAD_NAME} is not its embeddings, as tie_word_embeddings in {CONFIG_FILE} "
+        "says; the stored head is used"
+    )
+    return Checkpoint(folder, replace(config, tie_word_embeddings=False), untied=True)
 
 
 def open_encoder(

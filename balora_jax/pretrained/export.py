@@ -17,7 +17,7 @@ from balora_jax.models.adapters import AdaptedModule
 from balora_jax.models.decoder_config import EMBEDDING, DecoderConfig
 from balora_jax.models.starts.stacks import given_factors
 from balora_jax.models.structure import structure
-from balora_jax.models.weight_names import WeightRule
+from balora_jax.models.weight_names import HEAD_NAME, WeightRule
 from balora_jax.models.whole import HEAD_RULE, NOTHING, TOKEN_ROWS, Whole, stored
 from balora_jax.paths import PACKAGE_PREFIX
 from balora_jax.pretrained.checkpoint import (
@@ -93,6 +93,12 @@ def saved_head(
     return {rule.name: _stored(rule, trainable[rule.path]) for rule in base.head_rules}
 
 
+def _settings(base: Base | EncoderBase) -> dict[str, Any]:
+    """What a merged ``config.json`` says otherwise than that of the base."""
+    untied = {"tie_word_embeddings": False} if base.untied else {}
+    return base.family.head_settings(base.config) | untied
+
+
 def _stored(rule: WeightRule, value: Array | np.ndarray) -> np.ndarray:
     """An array that is not stacked, in the checkpoint's orientation."""
     host = np.asarray(value)
@@ -118,7 +124,7 @@ def write_model(
             changed[name] = layer.T if rule.transpose else layer
     if isinstance(base.config, DecoderConfig) and base.config.tie_word_embeddings:
         # Some checkpoints store the tied head as well; transformers would not tie what differs.
-        changed["lm_head.weight"] = np.asarray(trainable["embed_tokens.embedding"], np.float32)
+        changed[HEAD_NAME] = np.asarray(trainable[EMBEDDING], np.float32)
     return export_merged(
         folder,
         source=base.folder,
@@ -126,7 +132,7 @@ def write_model(
         dtype=dtype,
         rules=base.rules,
         added=saved_head(base, trainable),
-        settings=base.family.head_settings(base.config),
+        settings=_settings(base),
         overwrite=overwrite,
     )
 
@@ -204,7 +210,7 @@ def _merge(
         dtype=dtype,
         rules=base.rules,
         added=added,
-        settings={**base.family.head_settings(base.config), **settings},
+        settings=_settings(base) | settings,
     )
     return {
         "folder": str(out),

@@ -28,7 +28,7 @@ def cases() -> Iterator[Case]:
     for name, change in TENSORS.items():
         yield Case(f"st/{name}", _tensors(change), stop="tensors")
     for name, change in INSTEAD.items():
-        yield Case(f"st/{name}", _instead(change), apart=name == "fifo", stop="tensors")
+        yield Case(f"st/{name}", _instead(change), apart=name.endswith("fifo"), stop="tensors")
     for name, content in INDEXES.items():
         # A shard is read whole, as transformers does: what the index leaves out of it is there.
         unsure = name in ("extra-keys", "name-unknown", "self-folder", "part-missing")
@@ -156,9 +156,31 @@ def _fifo(file: Path) -> None:
     os.mkfifo(file)
 
 
+_TORCH = "pytorch_model.bin"
+
+
+def _torch(file: Path, pickled: bytes) -> None:
+    import zipfile
+
+    file.unlink()
+    with zipfile.ZipFile(file.with_name(_TORCH), "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+
+
 INSTEAD: dict[str, Callable[[Path], Any]] = {
     "gone": lambda file: file.unlink(),
-    "only-pickled": lambda file: file.rename(file.with_name("pytorch_model.bin")),
+    "only-pickled": lambda file: file.rename(file.with_name("pytorch_model.pt")),
+    "torch-no-pickle": lambda file: file.rename(file.with_name(_TORCH)),
+    "torch-system": lambda file: _torch(
+        file, b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00true\x85R."
+    ),
+    "torch-inst": lambda file: _torch(file, b"(S'true'\niposix\nsystem\n."),
+    "torch-number": lambda file: _torch(file, b"\x80\x02K\x01."),
+    "torch-empty": lambda file: _torch(file, b"\x80\x02}."),
+    "torch-text": lambda file: (file.unlink(), file.with_name(_TORCH).write_bytes(b"\xff")),
+    "torch-folder": lambda file: (file.unlink(), file.with_name(_TORCH).mkdir()),
+    "torch-fifo": lambda file: _fifo(file.rename(file.with_name(_TORCH))),
+    "torch-device": lambda file: (file.unlink(), file.with_name(_TORCH).symlink_to("/dev/zero")),
     "folder": lambda file: (file.unlink(), file.mkdir()),
     "link-loop": lambda file: (file.unlink(), file.symlink_to(file.name)),
     "fifo": _fifo,

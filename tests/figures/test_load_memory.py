@@ -50,6 +50,21 @@ def test_loading_holds_its_bound(folder, mesh):
     assert row["anonymous"] > 0.9 * row["shards"]
 
 
+def test_loading_what_torch_saved_holds_the_same_bound(folder, tmp_path):
+    import torch
+    from safetensors.torch import load_file as load_torch
+
+    for file in sorted(folder.glob("model-*.safetensors")):
+        torch.save(load_torch(file), tmp_path / f"{file.stem}.bin")
+    index = (folder / "model.safetensors.index.json").read_text().replace(".safetensors", ".bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(index)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    row = load_memory.measured(str(tmp_path), "fsdp=8")
+    assert row["excess"] <= row["bound"] == 16 * 2**20
+    assert row["rss_excess"] <= row["bound"] + row["largest"]
+    assert row["shards"] == pytest.approx(row["stored"], rel=0.01)
+
+
 def test_a_broken_bound_is_said(capsys, monkeypatch, tmp_path):
     mib = 2**20
     window = {"path": "a", "begin": 1.0, "end": 2.0, "anonymous_before": 10 * mib, "rss_before": 0}

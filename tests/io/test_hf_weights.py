@@ -68,6 +68,49 @@ def test_loads_what_transformers_saved(tmp_path, shard_size, stored, wanted):
         np.testing.assert_array_equal(loaded[path], value.astype(wanted), err_msg=path)
 
 
+def save_torch(folder, state, count, **how):
+    """A state dict as torch saves it, in one file or in several under names of one's own."""
+    import torch
+
+    (folder / "config.json").write_text("{}")
+    if count == 1:
+        torch.save(state, folder / "pytorch_model.bin", **how)
+        return
+    names = [f"{chr(97 + i % count)}.part {i % count}.bin" for i in range(len(state))]
+    for file in set(names):
+        part = {k: v for (k, v), name in zip(state.items(), names, strict=True) if name == file}
+        torch.save(part, folder / file, **how)
+    index = {"metadata": {}, "weight_map": dict(zip(state, names, strict=True))}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_loads_what_torch_saved(tmp_path, count, zipped, stored):
+    model = make_llama(stored)
+    save_torch(tmp_path, model.state_dict(), count, _use_new_zipfile_serialization=zipped)
+    loaded = load_weights(find_checkpoint(str(tmp_path)), targets(), rules())
+    for path, value in expected(model).items():
+        np.testing.assert_array_equal(loaded[path], value, err_msg=path)
+
+
+def test_safetensors_win_where_both_are_there(llama, llama_folder, tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not read")
+    shutil.copytree(llama_folder, tmp_path, dirs_exist_ok=True)
+    loaded = load_weights(find_checkpoint(tmp_path), targets(), rules())
+    np.testing.assert_array_equal(loaded["norm.scale"], expected(llama)["norm.scale"])
+
+
+def test_torch_pieces_smaller_than_a_tensor(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_weights, "_PIECE_BYTES", 7 * 32 * 4)
+    turned = {n: v.T.clone().T if v.dim() == 2 else v for n, v in llama.state_dict().items()}
+    save_torch(tmp_path, turned, 1)
+    loaded = load_weights(tmp_path, targets(), rules())
+    for path, value in expected(llama).items():
+        np.testing.assert_array_equal(loaded[path], value, err_msg=path)
+
+
 def test_pieces_smaller_than_a_tensor_give_the_same_bytes(llama, llama_folder, monkeypatch):
     monkeypatch.setattr(hf_weights, "_PIECE_BYTES", 7 * 32 * 4)
     loaded = load_weights(llama_folder, targets(), rules())
@@ -261,6 +304,10 @@ def test_index_with_a_missing_shard_or_no_map(tmp_path):
     index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
     with pytest.raises(InputError, match=r"expected 1 weight files, got 1 missing \(model-1"):
         load_weights(tmp_path, {}, [])
+    for inside in ("sub/a.safetensors", "./a.safetensors", "sub\\a.safetensors", ".", ""):
+        index.write_text(json.dumps({"weight_map": {"a": inside}}))
+        with pytest.raises(InputError, match=r"expected files beside it, got '.*Move the weights"):
+            load_weights(tmp_path, {}, [])
     index.write_text("{}")
     with pytest.raises(InputError, match="expected a weight_map of names to files"):
         load_weights(tmp_path, {}, [])
@@ -286,10 +333,10 @@ def test_folders_that_are_no_checkpoint(tmp_path):
     with pytest.raises(InputError, match=r"expected config\.json, got none"):
         find_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match=r"index\.json, got no weights\. Convert it once"):
+    with pytest.raises(InputError, match=r"index of either, got no weights\. Convert it once"):
         find_checkpoint(tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"got only pytorch_model\.bin.*safe_serialization=True"):
+    (tmp_path / "tf_model.h5").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"got only tf_model\.h5.*safe_serialization=True"):
         find_checkpoint(tmp_path)
     with pytest.raises(InputError, match="expected no revision for a local folder, got 'v1'"):
         find_checkpoint(tmp_path, "v1")
@@ -323,29 +370,56 @@ def test_hub_failures_are_one_sentence(monkeypatch, error, message):
     assert "\n" not in str(caught.value)
 
 
-def test_hub_download_asks_for_safe_top_level_files_only(monkeypatch, llama_folder):
+COMMIT = "0123456789" * 4
+SHARDS = ["model-00001-of-00002.safetensors", "b[1].safetensors"]
+TORCH_SHARDS = ["pytorch_model_00001-of-00002.bin", "b.bin"]
+PLAIN = ["config.json", "tokenizer.model", "tokenizer.json", "vocab.txt", "chat_template.jinja"]
+NEVER = [
+    "modeling_x.py", "consolidated.safetensors", "original/model.safetensors", "tf_model.h5",
+    "original/params.json", "training_args.bin", "pytorch_model.generator.bin", "b1.safetensors",
+]  # fmt: skip
+REPOSITORIES = {
+    "one file": ["model.safetensors"],
+    "one file of each kind": ["model.safetensors", "pytorch_model.bin"],
+    "shards": ["model.safetensors.index.json", *SHARDS],
+    "both kinds": [
+        *("model.safetensors.index.json", *SHARDS),
+        *("pytorch_model.bin", "pytorch_model.bin.index.json", *TORCH_SHARDS),
+    ],
+    "torch's file": ["pytorch_model.bin"],
+    "torch's shards": ["pytorch_model.bin.index.json", *TORCH_SHARDS],
+}
+NOT_WANTED = {
+    "one file of each kind": ["pytorch_model.bin"],
+    "both kinds": ["pytorch_model.bin", *TORCH_SHARDS],
+}
+
+
+@pytest.mark.parametrize("name", REPOSITORIES)
+def test_hub_download_takes_the_weights_that_are_read_and_nothing_else(monkeypatch, tmp_path, name):
     from huggingface_hub.utils import filter_repo_objects
 
-    asked = {}
+    repository = [*PLAIN, *REPOSITORIES[name], *NEVER]
+    folder = tmp_path / COMMIT
+    folder.mkdir()
+    revisions = []
 
-    def download(name, **kwargs):
-        asked.update(kwargs)
-        return str(llama_folder)
+    def download(name, *, revision, allow_patterns, ignore_patterns):
+        revisions.append(revision)
+        for file in filter_repo_objects(
+            repository, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
+            files = TORCH_SHARDS if file.startswith("pytorch") else SHARDS
+            weight_map = {f"tensor.{i}": shard for i, shard in enumerate(files)}
+            (folder / file).write_text(json.dumps({"weight_map": weight_map}))
+        return str(folder)
 
     monkeypatch.setattr(hf_files, "snapshot_download", download)
-    assert find_checkpoint("someone/model") == llama_folder
-    repository = [
-        "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
-        "tokenizer.model", "tokenizer.json", "vocab.txt", "chat_template.jinja",
-        "pytorch_model.bin", "modeling_x.py", "consolidated.safetensors",
-        "original/model.safetensors", "original/params.json", "training_args.bin",
-    ]  # fmt: skip
-    kept = filter_repo_objects(
-        repository,
-        allow_patterns=asked["allow_patterns"],
-        ignore_patterns=asked["ignore_patterns"],
-    )
-    assert list(kept) == repository[:7]
+    assert find_checkpoint("someone/model", "main") == folder
+    wanted = {*PLAIN, *REPOSITORIES[name]} - set(NOT_WANTED.get(name, ()))
+    assert {file.name for file in folder.iterdir()} == wanted
+    # What follows is of the commit that the first call found.
+    assert revisions == ["main", COMMIT][: 1 if "one file" in name else 2]
 
 
 def test_without_weights_only_the_config_is_downloaded(monkeypatch, tmp_path):
@@ -408,6 +482,30 @@ def test_fingerprint_of_a_large_model_samples_it(tmp_path, monkeypatch):
     changed = values.copy()
     changed[30] += 1  # byte 120: between the samples, as the docstring says
     assert of(changed) == of(values)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_fingerprint_of_torch_files(tmp_path, monkeypatch, whole):
+    import torch
+
+    monkeypatch.setattr(hf_files, "_HASH_WHOLE_BYTES", 10**6 if whole else 0)
+    monkeypatch.setattr(hf_files, "_SAMPLE_BYTES", 16)
+
+    def of(values, name="a"):
+        save_torch(tmp_path, {name: torch.tensor(values)}, 1)
+        return fingerprint(tmp_path)
+
+    values = np.arange(4000, dtype=np.float32)
+    first = of(values)
+    assert first == of(values)
+    seen = {first, of(values, "b"), of(values.reshape(2, -1)), of(values + 1), of(values[:-1])}
+    assert len(seen) == 5
+    file = tmp_path / "pytorch_model.bin"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(
+        InputError, match=r"pytorch_model\.bin: expected a complete file of tensors"
+    ):
+        fingerprint(tmp_path)
 
 
 def test_rule_knows_its_stack():

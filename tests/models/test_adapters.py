@@ -57,6 +57,7 @@ CASES = {
     "one full name": {"target_modules": ["model.layers.1.mlp.up_proj", "v_proj"]},
     "dotted suffix": {"target_modules": ["self_attn.o_proj", "2.mlp.gate_proj"]},
     "all-linear": {"target_modules": "all-linear"},
+    "all-linear in capitals": {"target_modules": "ALL-LINEAR"},
     "regex": {"target_modules": r"model\.layers\.(0|2)\.(self_attn\.[qv]|mlp\.down)_proj"},
     "exclude list": {
         "target_modules": "all-linear",
@@ -169,16 +170,29 @@ def test_published_counts_from_shapes_alone(raw, rank, trainable, total):
 ERRORS = {
     "near miss": (
         {"target_modules": ["q_porj"]},
-        "adapter.target_modules: 'q_porj' matches no linear layer of this model. Did you mean "
-        "'q_proj'? It has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj "
-        "(embeddings and lm_head stay frozen).",
+        "adapter.target_modules: 'q_porj' matches no linear layer that takes an adapter. Did "
+        "you mean 'q_proj'? There are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj "
+        "(embeddings and heads take none).",
     ),
     "one of two misses": (
         {"target_modules": ["q_proj", "lm_head"]},
-        "adapter.target_modules: 'lm_head' matches no linear layer of this model.",
+        "adapter.target_modules: 'lm_head' matches no linear layer that takes an adapter.",
     ),
     "part of a name": ({"target_modules": ["proj"]}, "'proj' matches no linear layer"),
-    "regex misses": ({"target_modules": r"q_proj"}, "'q_proj' matches no linear layer"),
+    "regex misses": (
+        {"target_modules": r"q_proj"},
+        "'q_proj' matches no linear layer that takes an adapter. A text is one expression for "
+        "whole names: did you mean the list [q_proj]? There are",
+    ),
+    "regex of two names misses": (
+        {"target_modules": "v_proj|q_proj"},
+        "did you mean the list [q_proj, v_proj]?",
+    ),
+    "all-linear in a list": (
+        {"target_modules": ["All-Linear"]},
+        "Did you mean all-linear, without brackets?",
+    ),
+    "a head": ({"target_modules": ["pooler.dense"]}, "takes an adapter. There are down_proj,"),
     "broken regex": (
         {"target_modules": r"(q_proj"},
         "adapter.target_modules: expected a regular expression, got '(q_proj' (",

@@ -178,12 +178,12 @@ def test_weights_of_whole_numbers(place):
     )
 
 
-def test_only_pickled_weights(place):
+def test_only_weights_under_another_name(place):
     model = place.model()
-    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    (model / "model.safetensors").rename(model / "pytorch_model.pt")
     place.refused(
-        "expected model.safetensors",
-        "got only pytorch_model.bin",
+        "expected model.safetensors, pytorch_model.bin or the index of either",
+        "got only pytorch_model.pt",
         "safe_serialization=True",
         overrides={"model.name_or_path": model},
     )

@@ -75,6 +75,8 @@ DEBERTA_V2 = FAMILIES.register(
         leftovers=(
             r"(cls|lm_predictions|mask_predictions)\..*",
             r"deberta\.embeddings\.position_ids",
+            # Of the pretraining, beside the weight itself.
+            r"deberta\.embeddings\.word_embeddings\._weight",
         ),
     )
 )
