@@ -185,6 +185,21 @@ MESSAGES = {
         "folder/config.json: expected 1 numbers in 'long_factor' of the rope scaling, got 2. "
         "Correct the config.",
     ),
+    "a share of each head": (
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.5},
+        "folder/config.json: expected partial_rotary_factor to be 1 beside a rope type of "
+        "'linear', got 0.5: this family turns whole heads. This checkpoint cannot be run exactly.",
+    ),
+    "rope type of a family": (
+        {"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}},
+        "folder/config.json: expected the rope type to be default or longrope, got 'linear'. "
+        "This checkpoint cannot be run exactly.",
+    ),
+    "one set of rope settings": (
+        {"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 1e6}},
+        "folder/config.json: expected rope_parameters to name full_attention and "
+        "sliding_attention, got rope_theta. This checkpoint cannot be run exactly.",
+    ),
     "rope factor": (
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
         "folder/config.json: expected a 'factor' in the rope scaling of type 'linear', got none. "
