@@ -83,8 +83,8 @@ class Router(nnx.Module):
 class SparseMLP(nnx.Module):
     """Each token's output is the weighted sum of its best experts' outputs.
 
-    Source: Mixtral (arXiv 2401.04088), weights renormalised over the experts taken. No expert has
-    a capacity, so no token is dropped.
+    Source: Mixtral (arXiv 2401.04088), weights renormalised over the experts taken; Qwen3-MoE does
+    so where its config says so. No expert has a capacity, so no token is dropped.
     """
 
     def __init__(self, config: DecoderConfig, options: Options):
@@ -93,6 +93,7 @@ class SparseMLP(nnx.Module):
         prefix = "layers.block_sparse_moe.experts"
         self.experts = Experts(config, linear=stacked_experts(prefix, count, options))
         self.taken = config.experts_per_token
+        self.shares_sum_to_one = config.shares_sum_to_one
 
     def __call__(
         self, x: Float[Array, "B T D"], keys: dict[str, Array | None]
@@ -108,9 +109,11 @@ class SparseMLP(nnx.Module):
         return jnp.zeros_like(rows).at[token].add(out).reshape(x.shape)
 
     def route(self, rows: Float[Array, "N D"]) -> tuple[Float[Array, "N E"], Int[Array, "N E"]]:
-        """The best experts of every token and their weights, which sum to 1; float32."""
+        """The best experts of every token and their weights, float32."""
         precision = jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None
         scores = jnp.matmul(rows, self.gate.weight[...], precision=precision)
         shares = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
         best, chosen = jax.lax.top_k(shares, self.taken)
-        return best / jnp.sum(best, axis=-1, keepdims=True), chosen
+        if self.shares_sum_to_one:
+            best = best / jnp.sum(best, axis=-1, keepdims=True)
+        return best, chosen

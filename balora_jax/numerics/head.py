@@ -101,7 +101,8 @@ def head_loss(
     def compute(
         rows: Rows, embedding: Array, scales: Scales, factor: Array | None
     ) -> tuple[HeadSums, Array]:
-        head = Head(embedding, factor, logit_map, chunk, axes)
+        scaled = None if factor is None else factor * logit_map.scale
+        head = Head(embedding, scaled, logit_map, chunk, axes)
         return head_pass.terms_and_gradient(rows, head, scales, chosen, adapt)
 
     sums, gradient = across(compute)(rows, embedding, scales, factor)

@@ -49,6 +49,24 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "qwen3": ({"head_dim": 4}, ("head_dim", "attention_bias")),
     "phi3": ({}, ("sliding_window", "partial_rotary_factor", "rope_scaling")),
     "olmo2": ({}, ("attention_bias", "rms_norm_eps")),
+    "qwen3_moe": (
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 4},
+        (
+            *("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+            *("mlp_only_layers", "decoder_sparse_step", "use_sliding_window"),
+        ),
+    ),
+    "smollm3": (
+        {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 8},
+        ("no_rope_layer_interval", "no_rope_layers", "use_sliding_window", "layer_types"),
+    ),
+    "granite": (
+        {"logits_scaling": 8.0},
+        (
+            *("embedding_multiplier", "attention_multiplier", "residual_multiplier"),
+            "logits_scaling",
+        ),
+    ),
     "gpt2": (
         {"n_embd": 16, "n_head": 4, "n_layer": 2, "n_positions": 64},
         (

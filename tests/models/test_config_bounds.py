@@ -76,6 +76,12 @@ CASES = [
     ("llama", {"num_key_value_heads": 4}, "multiple of num_key_value_heads .* got 6, 4 and 24"),
     ("mistral", {"sliding_window": "wide"}, "sliding_window to be a whole number .* got 'wide'"),
     ("mixtral", {"num_experts_per_tok": 6}, "num_experts_per_tok of at most num_local_experts = 5"),
+    ("qwen3_moe", {"num_experts_per_tok": 6}, "num_experts_per_tok of at most num_local_experts"),
+    ("qwen3_moe", {"mlp_only_layers": [1]}, r"experts in every layer, got mlp_only_layers=\[1\]"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step to be 1, got 2"),
+    ("smollm3", {"no_rope_layers": [1, 2, 1, 1]}, r"0 or 1 for each of 4 layers, got \[1, 2, 1"),
+    ("smollm3", {"no_rope_layers": [1]}, r"0 or 1 for each of 4 layers, got \[1\]"),
+    ("granite", {"logits_scaling": 0}, "logits_scaling to be a number of at least"),
     ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping to be a number of at least"),
     (
         "gemma3_text",

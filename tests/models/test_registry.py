@@ -146,13 +146,13 @@ MESSAGES = {
     "family": (
         {"model_type": "t5"},
         "folder/config.json: expected model_type to be one of gemma, gemma2, gemma3_text, gpt2, "
-        "llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, got 't5'. "
-        "Use a checkpoint of one of these families, or an encoder (bert, deberta-v2, roberta) "
+        "granite, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe, smollm3, got "
+        "'t5'. Use a checkpoint of one of these families, or an encoder (bert, deberta-v2, roberta) "
         "with task: labels.",
     ),
     "no family": (
         {"model_type": None},
-        "qwen3, got None",
+        "smollm3, got None",
     ),
     "attention to the future": (
         {"model_type": "gemma", "use_bidirectional_attention": True},

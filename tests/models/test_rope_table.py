@@ -29,7 +29,12 @@ SIZES = {
 }
 OWN = {
     "qwen3": {"head_dim": 8},
-    "qwen3_moe": {"head_dim": 8, "moe_intermediate_size": 8, "num_experts": 2},
+    "qwen3_moe": {
+        "head_dim": 8,
+        "moe_intermediate_size": 8,
+        "num_experts": 2,
+        "num_experts_per_tok": 2,
+    },
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8},
     "gemma3_text": {"head_dim": 8, "sliding_window": 5, "sliding_window_pattern": 2},
@@ -39,7 +44,7 @@ OWN = {
 }
 FAMILIES = (
     *("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"),
-    "olmo2",
+    *("olmo2", "qwen3_moe", "smollm3", "granite"),
 )
 KINDS = {
     "default": {},
