@@ -47,16 +47,21 @@ def rope_config(
 
 
 def rope_by_layer(
-    raw: Fields, *, theta_keys: tuple[str, str], thetas: tuple[float, float]
+    raw: Fields,
+    *,
+    theta_keys: tuple[str, str],
+    thetas: tuple[float, float],
+    scales_both: bool = False,
 ) -> tuple[RopeConfig, RopeConfig]:
     """Rotary settings of the layers that see everything and of those with a window (Gemma 3).
 
-    ``rope_parameters`` has a set for either; ``rope_scaling`` changes the former only.
+    ``rope_parameters`` has a set for either; ``rope_scaling`` changes the former, or both.
 
     Args:
         raw: the parsed ``config.json``.
         theta_keys: where the older style keeps the two bases.
         thetas: the family's bases.
+        scales_both: whether ``rope_scaling`` changes both (ModernBERT).
 
     Raises:
         InputError: one set for all layers, or as ``rope_config``.
@@ -70,7 +75,7 @@ def rope_by_layer(
     found = []
     for kind, key, theta in zip(KINDS_OF_LAYERS, theta_keys, thetas, strict=True):
         said = dict(tables.section(kind) or {"rope_type": "default"})
-        if kind == KINDS_OF_LAYERS[0]:
+        if scales_both or kind == KINDS_OF_LAYERS[0]:
             said |= raw.section("rope_scaling")
         # As transformers has it, the length of pretraining is that of the set and not of the top
         # level, and YaRN's band is rounded whatever the set says.

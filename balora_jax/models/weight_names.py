@@ -19,12 +19,14 @@ class WeightRule:
             the expert.
         transpose: whether the checkpoint stores [out, in] where we hold [in, out].
         experts: tensors of one layer.
+        first: the layer of the first one.
     """
 
     path: str
     name: str
     transpose: bool
     experts: int = 1
+    first: int = 0
 
     @property
     def stacked(self) -> bool:
@@ -36,7 +38,7 @@ class WeightRule:
         if not self.stacked:
             return (self.name,)
         pairs = (divmod(j, self.experts) for j in range(count))
-        return tuple(self.name.format(i=i, e=e) for i, e in pairs)
+        return tuple(self.name.format(i=i + self.first, e=e) for i, e in pairs)
 
     @property
     def pattern(self) -> str:

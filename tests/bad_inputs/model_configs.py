@@ -90,12 +90,22 @@ ENCODERS: dict[str, tuple[str, ...]] = {
         *("share_att_key", "relative_attention", "position_biased_input", "pooler_hidden_act"),
         *("conv_kernel_size", "embedding_size", "attention_head_size"),
     ),
+    "distilbert": (
+        *("dim", "hidden_dim", "n_layers", "n_heads", "activation", "max_position_embeddings"),
+        *("pad_token_id", "vocab_size"),
+    ),
+    "modernbert": (
+        *("local_attention", "global_attn_every_n_layers", "layer_types", "classifier_pooling"),
+        *("norm_eps", "hidden_activation", "global_rope_theta", "rope_parameters", "norm_bias"),
+    ),
 }
 DEBERTA = {
     "relative_attention": True, "max_relative_positions": 16, "position_buckets": 8,
     "pos_att_type": "p2c|c2p", "norm_rel_ebd": "layer_norm", "share_att_key": True,
     "position_biased_input": False, "type_vocab_size": 0,
 }  # fmt: skip
+
+DISTILBERT = {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 4, "activation": "gelu"}
 
 
 def cases() -> Iterator[Case]:
@@ -184,7 +194,7 @@ def _families() -> Iterator[Case]:
 
 def _encoders() -> Iterator[Case]:
     for family, tried in ENCODERS.items():
-        more = DEBERTA if family == "deberta-v2" else {}
+        more = {"deberta-v2": DEBERTA, "distilbert": DISTILBERT}.get(family, {})
         for key in tried:
             for kind in (*BAD_SIZES, "nan", "long", "escape"):
                 keys = {**more, "model_type": family, key: KINDS[kind]}

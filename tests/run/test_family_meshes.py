@@ -31,6 +31,8 @@ ENCODERS = {
     "bert": tiny_encoders.bert,
     "roberta": tiny_encoders.roberta,
     "deberta": tiny_encoders.deberta,
+    "distilbert": tiny_encoders.distilbert,
+    "modernbert": tiny_encoders.modernbert,
 }
 
 

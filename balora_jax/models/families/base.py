@@ -123,6 +123,9 @@ class EncoderFamily:
         name: ``model_type`` in Hugging Face configs.
         read: its config, from a parsed ``config.json``.
         prefix: of its weights' names.
+        names: the weight-name table of the encoder by config and prefix; by default BERT's.
+        head_table: that of the head, where it is more than two layers with biases.
+        module: the model; by default BERT's.
         head: checkpoint names of the head's two layers.
         architecture: the class of ``transformers`` with such a head.
         leftovers: patterns of other heads' names, and of buffers in old checkpoints.
@@ -134,21 +137,24 @@ class EncoderFamily:
     head: tuple[str, str]
     architecture: str
     leftovers: tuple[str, ...] = ()
+    names: Callable[[EncoderConfig, str], Rules] = bert_names.weight_rules
+    head_table: Rules = ()
+    module: Callable[[EncoderConfig, Options], nnx.Module] = Encoder
     kind: ClassVar[Kind] = "encoder"
     task_type: ClassVar[str] = "SEQ_CLS"
 
     def build(self, config: EncoderConfig, options: Options) -> nnx.Module:
         """The model."""
-        return Encoder(config, options)
+        return self.module(config, options)
 
     def rules(self, config: EncoderConfig) -> Rules:
         """The weight-name table of the encoder, which stays frozen."""
-        return bert_names.weight_rules(config, self.prefix)
+        return self.names(config, self.prefix)
 
     def head_rules(self) -> Rules:
         """The weight-name table of the head: pooler and classifier, both trainable."""
         dense, out = self.head
-        return (
+        return self.head_table or (
             *bert_names.linear_rules("head.dense", dense),
             *bert_names.linear_rules("head.out", out),
         )
@@ -166,9 +172,9 @@ class EncoderFamily:
         }
 
     def head_modules(self) -> tuple[str, ...]:
-        """What PEFT calls the modules of the head: ``pooler``, ``classifier`` or both."""
-        parts = {part for name in self.head for part in name.split(".")}
-        return tuple(sorted(parts & {"pooler", "classifier"}))
+        """What PEFT calls the modules of the head, ``pooler`` and ``classifier`` say."""
+        names = (rule.name.removeprefix(f"{self.prefix}.") for rule in self.head_rules())
+        return tuple(sorted({name.partition(".")[0] for name in names}))
 
     def ignored(self, config: EncoderConfig) -> tuple[str, ...]:
         """Patterns of checkpoint names that may be left over."""
