@@ -63,8 +63,9 @@ def linear_shapes(
 def stored_names(names: Iterable[str], rules: Iterable[WeightRule]) -> dict[str, str]:
     """The name that the table uses → the name in the files, for every tensor of a checkpoint.
 
-    A checkpoint of the bare model lacks the prefix (``model.``, ``transformer.``, ``bert.``), and
-    old conversions call a norm's weight gamma and its bias beta.
+    A checkpoint of the bare model lacks the prefix (``model.``, ``transformer.``, ``bert.``), old
+    conversions call a norm's weight gamma and its bias beta, and a model with images keeps its
+    language model under ``language_model.`` with prefixes of its own.
 
     Example:
         >>> rule = WeightRule("embed_tokens.embedding", "transformer.wte.weight", False)
@@ -73,9 +74,13 @@ def stored_names(names: Iterable[str], rules: Iterable[WeightRule]) -> dict[str,
     """
     names, rules = list(names), list(rules)
     prefix = rules[0].name.partition(".")[0] + "." if rules else ""
-    bare = not any(name.startswith(prefix) for name in names)
+    inside = any(rule.name.startswith("model.language_model.") for rule in rules)
+    bare = not inside and not any(name.startswith(prefix) for name in names)
 
     def usual(name: str) -> str:
+        if inside and name.startswith("language_model."):
+            name = name.removeprefix("language_model.")
+            return name.replace("model.", "model.language_model.", 1)
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
         name = name.replace("LayerNorm.beta", "LayerNorm.bias")
         return prefix + name if bare and not name.startswith("lm_head.") else name

@@ -54,7 +54,10 @@ def write_adapter(
         base_name=_base_name(base, name_or_path),
         task_type=base.family.task_type,
         use_rslora=use_rslora,
-        base_modules=[name for shape in base.linears(_frozen(base)) for name in shape.names],
+        base_modules=[
+            *(name for shape in base.linears(_frozen(base)) for name in shape.names),
+            *base.family.other_linears,
+        ],
         fan_in_fan_out=base.stores_transposed,
         saved=saved,
         modules_to_save=base.family.head_modules(),
@@ -156,7 +159,10 @@ def export_run(
         rank=rank,
         task_type=str(peft.config.get("task_type") or "CAUSAL_LM"),
         use_rslora=bool(peft.config.get("use_rslora")),
-        base_modules=[name for shape in base.linears(_frozen(base)) for name in shape.names],
+        base_modules=[
+            *(name for shape in base.linears(_frozen(base)) for name in shape.names),
+            *base.family.other_linears,
+        ],
         fan_in_fan_out=base.stores_transposed,
         saved=peft.saved,
         modules_to_save=peft.config.get("modules_to_save") or (),

@@ -145,8 +145,8 @@ def test_old_and_new_rope_settings_mean_the_same(case):
 MESSAGES = {
     "family": (
         {"model_type": "t5"},
-        "folder/config.json: expected model_type to be one of gemma, gemma2, gemma3_text, gpt2, "
-        "granite, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe, smollm3, got "
+        "folder/config.json: expected model_type to be one of gemma, gemma2, gemma3_text, gemma3, "
+        "gpt2, granite, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe, smollm3, got "
         "'t5'. Use a checkpoint of one of these families, or an encoder (bert, deberta-v2, "
         "distilbert, modernbert, roberta) with task: labels.",
     ),

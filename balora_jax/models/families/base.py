@@ -40,6 +40,11 @@ class Family(Protocol):
         ...
 
     @property
+    def other_linears(self) -> tuple[str, ...]:
+        """Names of linear layers that the checkpoint has and the model has not."""
+        ...
+
+    @property
     def read(self) -> Callable[[Fields], Any]:
         """From a parsed ``config.json`` to the config of a model."""
         ...
@@ -79,7 +84,8 @@ class DecoderFamily:
         read: its config, from a parsed ``config.json``.
         rules: the weight-name table; by default that of Llama's names.
         layer: the stack of its layers.
-        leftovers: patterns of names in old checkpoints that carry no weight.
+        leftovers: patterns of names that carry no weight, or none of the language model.
+        other_linears: names that end as those of linear layers beside the language model's do.
     """
 
     name: str
@@ -87,6 +93,7 @@ class DecoderFamily:
     rules: Callable[[DecoderConfig], Rules] = llama_names.weight_rules
     layer: Callable[[DecoderConfig, Options], Any] = DecoderLayer
     leftovers: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+    other_linears: tuple[str, ...] = ()
     kind: ClassVar[Kind] = "decoder"
     task_type: ClassVar[str] = "CAUSAL_LM"
 
@@ -129,6 +136,7 @@ class EncoderFamily:
         head: checkpoint names of the head's two layers.
         architecture: the class of ``transformers`` with such a head.
         leftovers: patterns of other heads' names, and of buffers in old checkpoints.
+        other_linears: as of a decoder.
     """
 
     name: str
@@ -137,6 +145,7 @@ class EncoderFamily:
     head: tuple[str, str]
     architecture: str
     leftovers: tuple[str, ...] = ()
+    other_linears: tuple[str, ...] = ()
     names: Callable[[EncoderConfig, str], Rules] = bert_names.weight_rules
     head_table: Rules = ()
     module: Callable[[EncoderConfig, Options], nnx.Module] = Encoder

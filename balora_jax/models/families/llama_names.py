@@ -20,10 +20,12 @@ MIXTRAL_EXPERTS = ExpertNames("block_sparse_moe", "w1", "w2", "w3")
 
 
 def weight_rules(
-    config: DecoderConfig, experts: ExpertNames = MIXTRAL_EXPERTS
+    config: DecoderConfig,
+    *,
+    prefix: str = "model",
+    experts: ExpertNames = MIXTRAL_EXPERTS,
 ) -> tuple[WeightRule, ...]:
     """The weight-name table; which layers and biases there are follows from the config."""
-    prefix = "model"
     rules = [
         WeightRule("embed_tokens.embedding", f"{prefix}.embed_tokens.weight", False),
         WeightRule("norm.scale", f"{prefix}.norm.weight", False),
