@@ -113,6 +113,11 @@ CASES = {
         {"target_modules": ["o_proj", "w1", "w2"], "method": "dora"},
         "none",
     ),
+    "mixtral, int8": (
+        "mixtral",
+        {"target_modules": ["v_proj", "w2", "w3"], "start": "pissa"},
+        "int8",
+    ),
     "gemma2": ("gemma2", {"target_modules": ["k_proj", "down_proj"]}, "none"),
     "qwen3, LoRA-FA": (
         "qwen3",
