@@ -32,11 +32,13 @@ class ExpertLinear(Linear):
         """Each row through its own expert; ``sizes`` says how many rows belong to each."""
         product = functools.partial(grouped_matmul, sizes=sizes)
         spread = functools.partial(jnp.repeat, repeats=sizes, axis=0, total_repeat_length=len(x))
+        return self._adapted(x, self._grouped(x, sizes), dropout_key, product, spread)
+
+    def _grouped(self, x: Array, sizes: Array) -> Array:
+        """Each row times its expert's kernel, dequantised here if need be."""
         if self.quantization == "none":
-            y = product(x, self.kernel[...])
-        else:
-            y = quantized_grouped_matmul(x, self._codes(), sizes, self.quantization)
-        return self._adapted(x, y, dropout_key, product, spread)
+            return grouped_matmul(x, self.kernel[...], sizes)
+        return quantized_grouped_matmul(x, self._codes(), sizes, self.quantization)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
