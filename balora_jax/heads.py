@@ -16,7 +16,7 @@ The head ``W`` is frozen; the gradient goes into the hidden states. What a call 
   cross-entropy under ``task_loss``: arrays, which a schedule may change from step to step;
 - ``factor``, for the spectral term: :func:`head_factor` of ``W``, made once. The singular values of
   ``H Wᵀ`` are those of ``H Rᵀ``, which is as wide as the model;
-- :class:`LogitMap`, where logits are not plain products: a soft cap.
+- :class:`LogitMap`, where logits are not plain products: a soft cap, a factor.
 
 It returns the loss and :class:`HeadSums`, the sums of which it is made, for metrics.
 

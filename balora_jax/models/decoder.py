@@ -27,7 +27,7 @@ from balora_jax.models.layers import (
     stacked_linear,
 )
 from balora_jax.models.options import Options, Remat
-from balora_jax.models.rotary import RopeConfig, rotary_tables
+from balora_jax.models.rotary import rotary_tables
 from balora_jax.models.variables import declared
 from balora_jax.numerics.head_types import LogitMap
 
@@ -81,6 +81,7 @@ class DecoderLayer(nnx.Module):
         else:
             self.mlp = GatedMLP(config, linear=make("layers.mlp"))
         self.norms: NormPlace = config.norms
+        self.residual_scale = config.residual_scale
         for name in filter(None, NORMS[config.norms]):
             setattr(self, name, make_norm(config, dtype, layers=layers))
 
@@ -98,8 +99,13 @@ class DecoderLayer(nnx.Module):
             getattr(self, name) if name else lambda x: x for name in NORMS[self.norms]
         )
         attended, kept = self.self_attn(before(x), tables, keys, cached, column)
-        x = x + after(attended)
-        return x + after_mlp(mlp(before_mlp(x), keys)), kept
+        x = x + self._scaled(after(attended))
+        return x + self._scaled(after_mlp(mlp(before_mlp(x), keys))), kept
+
+    def _scaled(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Times the factor of the residuals, which is not rounded first."""
+        scale = self.residual_scale
+        return x if scale == 1.0 else (x.astype(jnp.float32) * scale).astype(x.dtype)
 
 
 def linear_keys(key: PRNGKeyArray | None, names: tuple[str, ...]) -> dict[str, Array | None]:
@@ -220,28 +226,27 @@ class Decoder(nnx.Module):
 
     def _tables(
         self, positions: Array, segments: Array, key_positions: Array, key_segments: Array
-    ) -> tuple[Tables, Tables | None]:
-        """What attention reads; the second is for layers with a window, where they differ."""
+    ) -> list[Tables]:
+        """What attention reads, for every kind of layer."""
         config = self.config
         mask = functools.partial(attention_mask, positions, segments, key_positions, key_segments)
 
-        def tables(rope: RopeConfig | None, window: int | None) -> Tables:
-            cos, sin = (None, None)
-            if rope is not None:
-                cos, sin = rotary_tables(rope, config.head_dim, positions)
+        def tables(slides: bool, turns: bool) -> Tables:
+            rope = (config.local_rope or config.rope) if slides else config.rope
+            window = config.sliding_window if slides else None
+            if rope is None:
+                return Tables(None, None, mask(window))
+            cos, sin = rotary_tables(rope, config.head_dim, positions)
+            if not turns:
+                cos, sin = jnp.ones_like(cos), jnp.zeros_like(sin)
             return Tables(cos, sin, mask(window))
 
-        if config.mixes_windows:
-            local = tables(config.local_rope or config.rope, config.sliding_window)
-            return tables(config.rope, None), local
-        slides = not config.sliding_layers or config.sliding_layers[0]
-        rope = (config.local_rope or config.rope) if slides else config.rope
-        return tables(rope, config.sliding_window if slides else None), None
+        return [tables(*kind) for kind in sorted(set(config.layer_kinds))]
 
     def _run_layers(
         self,
         x: Float[Array, "B T D"],
-        tables: tuple[Tables, Tables | None],
+        tables: list[Tables],
         dropout_key: PRNGKeyArray | None,
         cached: tuple[Float[Array, "L B S G K"], Float[Array, "L B S G K"]] | None = None,
         column: Int[Array, ""] | int = 0,
@@ -253,20 +258,21 @@ class Decoder(nnx.Module):
         stack = jax.tree.map(
             lambda leaf: leaf if leaf.shape[0] == count else _by_layer(leaf, count), stack
         )
-        everywhere, local = tables
         keys = None if dropout_key is None else jax.random.split(dropout_key, count)
-        slides = None if local is None else jnp.asarray(self.config.sliding_layers)
+        each = self.config.layer_kinds
+        kinds = sorted(set(each))
+        which = jnp.asarray([kinds.index(kind) for kind in each]) if len(kinds) > 1 else None
 
         def body(x, layer):
-            weights, key, kept, slide = layer
-            read = everywhere
-            if local is not None:
-                read = jax.tree.map(lambda a, b: jnp.where(slide, b, a), everywhere, local)
+            weights, key, kept, kind = layer
+            read = tables[0]
+            for i, other in enumerate(tables[1:], start=1):
+                read = jax.tree.map(lambda a, b, i=i: jnp.where(kind == i, b, a), read, other)
             module = nnx.merge(graph, weights)
             y, kept = module(x, read, linear_keys(key, module.linears), kept, column)
             return y, (kept if cached is not None else None)
 
-        return jax.lax.scan(checkpointed(body, self.remat), x, (stack, keys, cached, slides))
+        return jax.lax.scan(checkpointed(body, self.remat), x, (stack, keys, cached, which))
 
 
 def _by_layer(leaf: Array, layers: int) -> Array:

@@ -35,6 +35,7 @@ class DecoderConfig:
         sliding_window: tokens a query looks back over, itself included; None for all.
         sliding_layers: which layers have the window; empty for all of them.
         local_rope: rotary positions of the layers with a window, where they differ (Gemma 3).
+        rotated_layers: which layers have positions at all (SmolLM3); empty for all of them.
         qkv_bias: biases on q, k and v.
         output_bias: bias on o.
         mlp_bias: biases on gate, up and down.
@@ -45,12 +46,14 @@ class DecoderConfig:
             ``rms_plus_one`` (likewise, scale 1 + w, Gemma), or ``layer`` (mean and bias, GPT-2).
         norms: where norms stand: ``before`` attention and MLP, ``after`` them (OLMo-2), or
             ``both`` (Gemma 2 and 3); always within the residual.
-        embedding_scale: factor of the embeddings (Gemma).
+        embedding_scale: factor of the embeddings (Gemma, Granite).
+        residual_scale: factor of what attention and MLP add (Granite).
         query_scale: factor of the attention scores; None for 1/√K.
         attention_soft_cap: largest size of an attention score (Gemma 2).
         experts: MLPs of a layer, of which a router takes some; 0 for one that always runs.
         experts_per_token: how many it takes (Mixtral).
-        logit_map: from ``hidden · head`` to logits: a soft cap.
+        shares_sum_to_one: whether the shares of those taken are divided by their sum.
+        logit_map: from ``hidden · head`` to logits: a soft cap, a factor.
     """
 
     model_type: str
@@ -69,6 +72,7 @@ class DecoderConfig:
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] = ()
     local_rope: RopeConfig | None = None
+    rotated_layers: tuple[bool, ...] = ()
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -77,10 +81,12 @@ class DecoderConfig:
     norm: NormKind = "rms"
     norms: NormPlace = "before"
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0
     query_scale: float | None = None
     attention_soft_cap: float | None = None
     experts: int = 0
     experts_per_token: int = 0
+    shares_sum_to_one: bool = True
     logit_map: LogitMap = LINEAR
 
     @property
@@ -89,6 +95,11 @@ class DecoderConfig:
         return EMBEDDING if self.tie_word_embeddings else HEAD
 
     @property
-    def mixes_windows(self) -> bool:
-        """Whether some layers have the window and others look back over everything."""
-        return self.sliding_window is not None and len(set(self.sliding_layers)) == 2
+    def layer_kinds(self) -> tuple[tuple[bool, bool], ...]:
+        """Of each layer, whether it has the window, and whether it has rotary positions."""
+        slides = self.sliding_layers or (True,) * self.num_layers
+        rotates = self.rotated_layers or (True,) * self.num_layers
+        windowed = self.sliding_window is not None or self.local_rope is not None
+        return tuple(
+            (windowed and slide, turn) for slide, turn in zip(slides, rotates, strict=True)
+        )

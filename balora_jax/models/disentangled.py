@@ -101,7 +101,7 @@ class SelfAttention(nnx.Module):
         q = split_heads(self.query(x, keys["query"]), self.heads)
         k = split_heads(self.key(x, keys["key"]), self.heads)
         v = split_heads(self.value(x, keys["value"]), self.heads)
-        return attend_by_scores(_products(q, k) * q.shape[-1] ** -0.5, mask, v)
+        return attend_by_scores(products(q, k) * q.shape[-1] ** -0.5, mask, v)
 
 
 class DisentangledSelfAttention(nnx.Module):
@@ -132,7 +132,7 @@ class DisentangledSelfAttention(nnx.Module):
         q = split_heads(self.query_proj(x, keys["query"]), self.heads)
         k = split_heads(self.key_proj(x, keys["key"]), self.heads)
         v = split_heads(self.value_proj(x, keys["value"]), self.heads)
-        scores = _products(q, k) + self._position_scores(q, k, keys, table)
+        scores = products(q, k) + self._position_scores(q, k, keys, table)
         kinds = 1 + len(self.config.pos_att_type)
         return attend_by_scores(scores * (q.shape[-1] * kinds) ** -0.5, mask, v)
 
@@ -153,12 +153,12 @@ class DisentangledSelfAttention(nnx.Module):
             project = self.key_proj if config.share_att_key else self.pos_key_proj
             positions = split_heads(project(table, keys["pos_key"])[None], self.heads)
             # Row i is a query, and its columns go from the largest distance to the smallest.
-            scores += shift_rows(_products(q, positions[:, :, rows[::-1]]))
+            scores += shift_rows(products(q, positions[:, :, rows[::-1]]))
         if "p2c" in config.pos_att_type:
             project = self.query_proj if config.share_att_key else self.pos_query_proj
             positions = split_heads(project(table, keys["pos_query"])[None], self.heads)
             # Row j is a key: the distance grows with the query.
-            scores += shift_rows(_products(k, positions[:, :, rows])).swapaxes(-1, -2)
+            scores += shift_rows(products(k, positions[:, :, rows])).swapaxes(-1, -2)
         return scores
 
 
@@ -182,7 +182,7 @@ def attend_by_scores(
     return out.reshape(*out.shape[:2], -1)
 
 
-def _products(a: Float[Array, "B H T K"], b: Float[Array, "#B H P K"]) -> Float[Array, "B H T P"]:
+def products(a: Float[Array, "B H T K"], b: Float[Array, "#B H P K"]) -> Float[Array, "B H T P"]:
     """Every row against every row, float32; ``b`` may be one for the whole batch."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     subscripts = "bhtk,hpk->bhtp" if b.shape[0] == 1 else "bhtk,bhpk->bhtp"

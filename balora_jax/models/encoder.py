@@ -193,13 +193,15 @@ class RelativeTable(nnx.Module):
 class HeadLinear(nnx.Module):
     """One trainable linear layer in float32."""
 
-    def __init__(self, d_in: int, d_out: int):
+    def __init__(self, d_in: int, d_out: int, *, use_bias: bool = True):
         self.kernel = declared(jnp.zeros((d_in, d_out), jnp.float32), None, None, kind=HeadParam)
-        self.bias = declared(jnp.zeros((d_out,), jnp.float32), None, kind=HeadParam)
+        bias = jnp.zeros((d_out,), jnp.float32)
+        self.bias = declared(bias, None, kind=HeadParam) if use_bias else None
 
     def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B F"]:
         """Apply the layer."""
-        return matmul(x, self.kernel[...]) + self.bias[...][None, :]
+        y = matmul(x, self.kernel[...])
+        return y if self.bias is None else y + self.bias[...][None, :]
 
 
 class Head(nnx.Module):
@@ -216,8 +218,45 @@ class Head(nnx.Module):
         return self.out(ENCODER_ACTIVATIONS[self.activation](pooled))
 
 
-class Encoder(nnx.Module):
-    """Token ids to hidden states, to the first token's features, to logits."""
+class Classifier(nnx.Module):
+    """Token ids to hidden states, to the features of a row, to logits; subclasses say the first.
+
+    Attributes:
+        hidden: final hidden states [B, T, D] of the arguments of the other two.
+        head: from features to logits.
+    """
+
+    hidden: Callable[..., Float[Array, "B T D"]]
+    head: Callable[[Float[Array, "B D"]], Float[Array, "B C"]]
+
+    def features(
+        self,
+        input_ids: Int[Array, "B T"],
+        attention_mask: Int[Array, "B T"] | None = None,
+        token_type_ids: Int[Array, "B T"] | None = None,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B D"]:
+        """Hidden state of the first column, which the head reads: pad on the right."""
+        return self.hidden(input_ids, attention_mask, token_type_ids, dropout_key)[:, 0]
+
+    def head_logits(self, features: Float[Array, "B D"]) -> Float[Array, "B C"]:
+        """Logits of features, float32."""
+        return self.head(features)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        attention_mask: Int[Array, "B T"] | None = None,
+        token_type_ids: Int[Array, "B T"] | None = None,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B C"]:
+        """Logits of every row, float32."""
+        features = self.features(input_ids, attention_mask, token_type_ids, dropout_key)
+        return self.head_logits(features)
+
+
+class Encoder(Classifier):
+    """BERT and its like: every layer normed behind its residuals."""
 
     def __init__(self, config: EncoderConfig, options: Options):
         self.config = config
@@ -255,31 +294,6 @@ class Encoder(nnx.Module):
             return nnx.merge(graph, weights)(x, mask, key, table), None
 
         return jax.lax.scan(checkpointed(body, self.remat), x, (stack, keys))[0]
-
-    def features(
-        self,
-        input_ids: Int[Array, "B T"],
-        attention_mask: Int[Array, "B T"] | None = None,
-        token_type_ids: Int[Array, "B T"] | None = None,
-        dropout_key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "B D"]:
-        """Hidden state of the first column, which the head reads: pad on the right."""
-        return self.hidden(input_ids, attention_mask, token_type_ids, dropout_key)[:, 0]
-
-    def head_logits(self, features: Float[Array, "B D"]) -> Float[Array, "B C"]:
-        """Logits of features, float32."""
-        return self.head(features)
-
-    def __call__(
-        self,
-        input_ids: Int[Array, "B T"],
-        attention_mask: Int[Array, "B T"] | None = None,
-        token_type_ids: Int[Array, "B T"] | None = None,
-        dropout_key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "B C"]:
-        """Logits of every row, float32."""
-        features = self.features(input_ids, attention_mask, token_type_ids, dropout_key)
-        return self.head_logits(features)
 
 
 def init_head(config: EncoderConfig, key: PRNGKeyArray) -> dict[str, Array]:

@@ -3,6 +3,32 @@
 from dataclasses import dataclass
 
 from balora_jax.models.disentangled import DisentangledConfig
+from balora_jax.models.rotary import RopeConfig
+
+
+@dataclass(frozen=True)
+class ModernConfig:
+    """What ModernBERT has beside BERT.
+
+    Attributes:
+        rope: positions of the layers that see everything.
+        local_rope: those of the layers with a window.
+        window: tokens that a layer with a window sees on either side.
+        sliding_layers: which layers have it.
+        pools_mean: the head reads the mean over the tokens, else the first one.
+        attention_bias: biases of the layers of attention.
+        mlp_bias: biases of the layers of the MLP.
+        cutoff: standard deviations at which the numbers of a new head are cut.
+    """
+
+    rope: RopeConfig
+    local_rope: RopeConfig
+    window: int
+    sliding_layers: tuple[bool, ...]
+    pools_mean: bool
+    attention_bias: bool
+    mlp_bias: bool
+    cutoff: float
 
 
 @dataclass(frozen=True)
@@ -10,7 +36,7 @@ class EncoderConfig:
     """Shape and options of an encoder; all but ``num_labels`` come from ``config.json``.
 
     Attributes:
-        model_type: ``bert``, ``roberta`` or ``deberta-v2`` (which DeBERTaV3 uses as well).
+        model_type: family name in Hugging Face configs; DeBERTaV3's is ``deberta-v2``.
         vocab_size: V.
         hidden_size: D.
         intermediate_size: F.
@@ -27,6 +53,7 @@ class EncoderConfig:
         pooler_activation: between the two layers of the head.
         initializer_range: standard deviation of a new head.
         disentangled: DeBERTa's relative positions, or None.
+        modern: ModernBERT's layers, or None.
     """
 
     model_type: str
@@ -46,8 +73,11 @@ class EncoderConfig:
     pooler_activation: str = "tanh"
     initializer_range: float = 0.02
     disentangled: DisentangledConfig | None = None
+    modern: ModernConfig | None = None
 
     @property
     def absolute_positions(self) -> bool:
         """Whether the embeddings hold a table of absolute positions."""
+        if self.modern is not None:
+            return False
         return self.disentangled is None or self.disentangled.position_biased_input

@@ -1,7 +1,7 @@
 """A mixture of experts: a router takes some of a layer's MLPs for each token."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.layers import ACTIVATIONS, INTO_INNER, OUT_OF_INNER
 from balora_jax.models.linear import Linear
 from balora_jax.models.options import Options
+from balora_jax.models.quantized import Kind, dequantize_kernel
 from balora_jax.models.variables import Ends, declared
 
 
@@ -31,7 +32,37 @@ class ExpertLinear(Linear):
         """Each row through its own expert; ``sizes`` says how many rows belong to each."""
         product = functools.partial(grouped_matmul, sizes=sizes)
         spread = functools.partial(jnp.repeat, repeats=sizes, axis=0, total_repeat_length=len(x))
-        return self._adapted(x, product(x, self.kernel[...]), dropout_key, product, spread)
+        return self._adapted(x, self._grouped(x, sizes), dropout_key, product, spread)
+
+    def _grouped(self, x: Array, sizes: Array) -> Array:
+        """Each row times its expert's kernel, dequantised here if need be."""
+        if self.quantization == "none":
+            return grouped_matmul(x, self.kernel[...], sizes)
+        return quantized_grouped_matmul(x, self._codes(), sizes, self.quantization)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def quantized_grouped_matmul(
+    x: Float[Array, "M D"], values: Mapping[str, Array], sizes: Int[Array, "E"], kind: Kind
+) -> Float[Array, "M F"]:
+    """:func:`grouped_matmul` with kernels [E, D, F] that are dequantised here.
+
+    As in ``quantized_matmul`` what is kept for the backward are the codes, whose gradient is zero.
+    """
+    return grouped_matmul(x, dequantize_kernel(values, kind, x.dtype), sizes)
+
+
+def _grouped_forward(x: Array, values: Mapping[str, Array], sizes: Array, kind: Kind):
+    return quantized_grouped_matmul(x, values, sizes, kind), (values, sizes)
+
+
+def _grouped_backward(kind: Kind, kept: tuple[Mapping[str, Array], Array], dy: Array):
+    values, sizes = kept
+    kernels = dequantize_kernel(values, kind, dy.dtype)
+    return grouped_matmul(dy, kernels.swapaxes(-1, -2), sizes), None, None
+
+
+quantized_grouped_matmul.defvjp(_grouped_forward, _grouped_backward)
 
 
 def grouped_matmul(
@@ -45,11 +76,19 @@ def grouped_matmul(
 
 
 def stacked_experts(prefix: str, layers: int, options: Options) -> Callable[..., ExpertLinear]:
-    """As ``stacked_linear``, for experts, never quantised; ``layers`` are those of all layers."""
+    """As ``stacked_linear``, for experts; ``layers`` are those of all layers."""
 
     def make(name: str, d_in: int, d_out: int, axes: Ends) -> ExpertLinear:
-        adapter, dtype = options.adapters.get(f"{prefix}.{name}"), options.dtype
-        return ExpertLinear(d_in, d_out, layers=layers, axes=axes, adapter=adapter, dtype=dtype)
+        return ExpertLinear(
+            d_in,
+            d_out,
+            layers=layers,
+            axes=axes,
+            adapter=options.adapters.get(f"{prefix}.{name}"),
+            dtype=options.dtype,
+            quantization=options.quantization,
+            name=f"{prefix}.{name}.kernel",
+        )
 
     return make
 
@@ -83,8 +122,8 @@ class Router(nnx.Module):
 class SparseMLP(nnx.Module):
     """Each token's output is the weighted sum of its best experts' outputs.
 
-    Source: Mixtral (arXiv 2401.04088), weights renormalised over the experts taken. No expert has
-    a capacity, so no token is dropped.
+    Source: Mixtral (arXiv 2401.04088), weights renormalised over the experts taken; Qwen3-MoE does
+    so where its config says so. No expert has a capacity, so no token is dropped.
     """
 
     def __init__(self, config: DecoderConfig, options: Options):
@@ -93,6 +132,7 @@ class SparseMLP(nnx.Module):
         prefix = "layers.block_sparse_moe.experts"
         self.experts = Experts(config, linear=stacked_experts(prefix, count, options))
         self.taken = config.experts_per_token
+        self.shares_sum_to_one = config.shares_sum_to_one
 
     def __call__(
         self, x: Float[Array, "B T D"], keys: dict[str, Array | None]
@@ -108,9 +148,11 @@ class SparseMLP(nnx.Module):
         return jnp.zeros_like(rows).at[token].add(out).reshape(x.shape)
 
     def route(self, rows: Float[Array, "N D"]) -> tuple[Float[Array, "N E"], Int[Array, "N E"]]:
-        """The best experts of every token and their weights, which sum to 1; float32."""
+        """The best experts of every token and their weights, float32."""
         precision = jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None
         scores = jnp.matmul(rows, self.gate.weight[...], precision=precision)
         shares = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
         best, chosen = jax.lax.top_k(shares, self.taken)
-        return best / jnp.sum(best, axis=-1, keepdims=True), chosen
+        if self.shares_sum_to_one:
+            best = best / jnp.sum(best, axis=-1, keepdims=True)
+        return best, chosen

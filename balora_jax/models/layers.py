@@ -60,12 +60,20 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """A stack of norms with mean, scale and bias, computed in float32."""
+    """A stack of norms with mean, scale and most often a bias, computed in float32."""
 
-    def __init__(self, width: int, *, layers: int | None, eps: float, dtype: jnp.dtype):
+    def __init__(
+        self,
+        width: int,
+        *,
+        layers: int | None,
+        eps: float,
+        dtype: jnp.dtype,
+        use_bias: bool = True,
+    ):
         shape = (width,) if layers is None else (layers, width)
         self.scale = norm_vector(jnp.ones(shape, dtype))
-        self.bias = norm_vector(jnp.zeros(shape, dtype))
+        self.bias = norm_vector(jnp.zeros(shape, dtype)) if use_bias else None
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -73,8 +81,10 @@ class LayerNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        scale, bias = self.scale[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
-        return (y * as_last(scale, y) + as_last(bias, y)).astype(x.dtype)
+        y = y * as_last(self.scale[...].astype(jnp.float32), y)
+        if self.bias is not None:
+            y = y + as_last(self.bias[...].astype(jnp.float32), y)
+        return y.astype(x.dtype)
 
 
 def make_norm(

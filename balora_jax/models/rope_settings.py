@@ -10,21 +10,86 @@ from balora_jax.models.sizes import HEADS, WIDTH
 from balora_jax.untyped.fields import Fields
 
 LARGEST_THETA = 1e15
+ORIGINAL = "original_max_position_embeddings"
+KINDS_OF_LAYERS = ("full_attention", "sliding_attention")
+RENAMED: Mapping[str, str] = {"su": "longrope"}
+"""As first checkpoints call a type."""
 
 
-def rope_config(raw: Fields, *, default_theta: float = 10000.0) -> RopeConfig:
-    """Rotary settings from ``rope_parameters`` (new) or ``rope_theta`` and ``rope_scaling``.
+def rope_config(
+    raw: Fields,
+    *,
+    default_theta: float = 10000.0,
+    partial: bool = False,
+    renamed: Mapping[str, str] = RENAMED,
+) -> RopeConfig:
+    """Rotary settings: of ``rope_scaling``, or where it is empty of ``rope_parameters``.
+
+    Of the two ``transformers`` takes one whole, so the base beside a scaling that was added to a
+    config with ``rope_parameters`` is that of the top level, or the family's.
+
+    Args:
+        raw: the parsed ``config.json``.
+        default_theta: the family's base.
+        partial: whether the family can turn a part of each head. Others ignore the share, and
+            ``transformers`` fails at it with any scaling.
+        renamed: names of types that the family reads as others.
 
     Raises:
         InputError: a kind of scaling that this code lacks, or one without what it needs.
     """
-    scaling = Fields(
-        {**raw.section("rope_scaling"), **raw.section("rope_parameters")}, f"{raw.where}, rope"
-    )
-    kind = _kind(raw, scaling)
+    said = raw.section("rope_scaling") or raw.section("rope_parameters")
+    scaling = Fields(said, f"{raw.where}, rope")
+    kind = _kind(raw, scaling, renamed)
     theta = _first("rope_theta", scaling, raw, default=default_theta, most=LARGEST_THETA)
-    partial = _first("partial_rotary_factor", scaling, raw, default=1.0, most=1.0)
-    rotary_dim = None if partial == 1.0 else int(_head_dim(raw) * partial)
+    rotary_dim = _rotary_dim(raw, scaling, kind, partial=partial)
+    return _scaled(raw, scaling, kind, theta, rotary_dim)
+
+
+def rope_by_layer(
+    raw: Fields,
+    *,
+    theta_keys: tuple[str, str],
+    thetas: tuple[float, float],
+    scales_both: bool = False,
+) -> tuple[RopeConfig, RopeConfig]:
+    """Rotary settings of the layers that see everything and of those with a window (Gemma 3).
+
+    ``rope_parameters`` has a set for either; ``rope_scaling`` changes the former, or both.
+
+    Args:
+        raw: the parsed ``config.json``.
+        theta_keys: where the older style keeps the two bases.
+        thetas: the family's bases.
+        scales_both: whether ``rope_scaling`` changes both (ModernBERT).
+
+    Raises:
+        InputError: one set for all layers, or as ``rope_config``.
+    """
+    tables = Fields(raw.section("rope_parameters"), f"{raw.where}, rope_parameters")
+    if tables.values and not set(tables.values) & set(KINDS_OF_LAYERS):
+        raise InputError(
+            f"{raw.where}: expected rope_parameters to name {' and '.join(KINDS_OF_LAYERS)}, got "
+            f"{', '.join(map(str, tables.values))}. This checkpoint cannot be run exactly."
+        )
+    found = []
+    for kind, key, theta in zip(KINDS_OF_LAYERS, theta_keys, thetas, strict=True):
+        said = dict(tables.section(kind) or {"rope_type": "default"})
+        if scales_both or kind == KINDS_OF_LAYERS[0]:
+            said |= raw.section("rope_scaling")
+        # As transformers has it, the length of pretraining is that of the set and not of the top
+        # level, and YaRN's band is rounded whatever the set says.
+        said.pop("truncate", None)
+        rest = {k: v for k, v in raw.values.items() if k != ORIGINAL and not k.startswith("rope_")}
+        rest |= {"rope_theta": raw.values.get(key), "rope_parameters": said}
+        found.append(rope_config(Fields(rest, raw.where), default_theta=theta))
+    return found[0], found[1]
+
+
+def _scaled(
+    raw: Fields, scaling: Fields, kind: RopeKind, theta: float, rotary_dim: int | None
+) -> RopeConfig:
+    """The settings of one kind."""
     if kind == "default":
         return RopeConfig(theta=theta, rotary_dim=rotary_dim)
     if kind == "longrope":
@@ -45,30 +110,20 @@ def rope_config(raw: Fields, *, default_theta: float = 10000.0) -> RopeConfig:
     )
 
 
-def rope_by_layer(
-    raw: Fields, *, default_theta: float, default_local_theta: float
-) -> tuple[RopeConfig, RopeConfig]:
-    """Rotary settings of the layers that see everything and of those with a window (Gemma 3).
-
-    The older style scales the former only and gives the latter ``rope_local_base_freq``.
-    """
-    tables = raw.section("rope_parameters")
-    if not any(isinstance(value, Mapping) for value in tables.values()):
-        local = {"rope_theta": raw.values.get("rope_local_base_freq")}
-        return (
-            rope_config(raw, default_theta=default_theta),
-            rope_config(Fields(local, raw.where), default_theta=default_local_theta),
+def _rotary_dim(raw: Fields, scaling: Fields, kind: RopeKind, *, partial: bool) -> int | None:
+    """Dimensions of a head that turn; None for all."""
+    share = _first("partial_rotary_factor", scaling, raw, default=1.0, most=1.0)
+    if share == 1.0 or (kind == "default" and not partial):
+        return None
+    if not partial:
+        raise InputError(
+            f"{raw.where}: expected partial_rotary_factor to be 1 beside a rope type of {kind!r}, "
+            f"got {share:g}: this family turns whole heads. This checkpoint cannot be run exactly."
         )
-    rest = {key: value for key, value in raw.values.items() if not key.startswith("rope_")}
-    full = rest | {"rope_parameters": tables.get("full_attention")}
-    local = rest | {"rope_parameters": tables.get("sliding_attention")}
-    return (
-        rope_config(Fields(full, raw.where), default_theta=default_theta),
-        rope_config(Fields(local, raw.where), default_theta=default_local_theta),
-    )
+    return int(_head_dim(raw) * share)
 
 
-def _kind(raw: Fields, scaling: Fields) -> RopeKind:
+def _kind(raw: Fields, scaling: Fields, renamed: Mapping[str, str]) -> RopeKind:
     """Refuse what would be silently misread: another type, or tables for each kind of layer."""
     if any(isinstance(value, Mapping) for value in scaling.values.values()):
         raise InputError(
@@ -76,7 +131,7 @@ def _kind(raw: Fields, scaling: Fields) -> RopeKind:
             f"({', '.join(scaling.values)}). This checkpoint cannot be run exactly."
         )
     kind = scaling.values.get("rope_type") or scaling.values.get("type") or "default"
-    kind = "longrope" if kind == "su" else kind  # Phi-3's first checkpoints say "su"
+    kind = renamed.get(kind, kind) if isinstance(kind, str) else kind
     known = get_args(RopeKind)
     if kind not in known:
         raise InputError(
@@ -112,6 +167,8 @@ def _longrope(raw: Fields, scaling: Fields, theta: float, rotary_dim: int | None
     short, long = (_divisors(raw, scaling, key, pairs) for key in ("short_factor", "long_factor"))
     original = _original_length(raw, scaling, "longrope", least=2)  # its logarithm divides
     factor = raw.integer("max_position_embeddings") / original
+    if scaling.has("factor"):
+        factor = scaling.number("factor")
     attention = 1.0 if factor <= 1.0 else math.sqrt(1.0 + math.log(factor) / math.log(original))
     if scaling.has("attention_factor"):
         attention = scaling.number("attention_factor")
@@ -153,10 +210,9 @@ def _context(raw: Fields) -> int:
 
 def _original_length(raw: Fields, scaling: Fields, kind: RopeKind, *, least: int = 1) -> int:
     """Context of pretraining; as in transformers, ``dynamic`` measures from the configured one."""
-    key = "original_max_position_embeddings"
     for found in () if kind == "dynamic" else (raw, scaling):
-        if found.has(key):
-            return found.integer(key, least=least)
+        if found.has(ORIGINAL):
+            return found.integer(ORIGINAL, least=least)
     return max(_context(raw), least)
 
 

@@ -102,7 +102,8 @@ def _yarn_frequencies(rope: RopeConfig, frequencies: Array, head_dim: int) -> Ar
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = (jnp.arange(head_dim // 2, dtype=jnp.float32) - low) / max(high - low, 1e-3)
+    # A band that lies outside is turned round, and then keeps every frequency.
+    ramp = (jnp.arange(head_dim // 2, dtype=jnp.float32) - low) / (high - low or 1e-3)
     stretched = jnp.clip(ramp, 0.0, 1.0)
     return frequencies / rope.factor * stretched + frequencies * (1.0 - stretched)
 

@@ -23,12 +23,14 @@ class WeightRule:
             the expert.
         transpose: whether the checkpoint stores [out, in] where we hold [in, out].
         experts: tensors of one layer.
+        first: the layer of the first one.
     """
 
     path: str
     name: str
     transpose: bool
     experts: int = 1
+    first: int = 0
 
     @property
     def stacked(self) -> bool:
@@ -40,7 +42,7 @@ class WeightRule:
         if not self.stacked:
             return (self.name,)
         pairs = (divmod(j, self.experts) for j in range(count))
-        return tuple(self.name.format(i=i, e=e) for i, e in pairs)
+        return tuple(self.name.format(i=i + self.first, e=e) for i, e in pairs)
 
     @property
     def pattern(self) -> str:
@@ -65,9 +67,10 @@ def linear_shapes(
 def stored_names(names: Iterable[str], rules: Iterable[WeightRule]) -> dict[str, str]:
     """The name that the table uses → the name in the files, for every tensor of a checkpoint.
 
-    A checkpoint of the bare model lacks the prefix (``model.``, ``transformer.``, ``bert.``), and
-    old conversions call a norm's weight gamma and its bias beta. Of a table that the head shares,
-    safetensors' ``save_model`` keeps one name, which may be the head's.
+    A checkpoint of the bare model lacks the prefix (``model.``, ``transformer.``, ``bert.``), old
+    conversions call a norm's weight gamma and its bias beta, and a model with images keeps its
+    language model under ``language_model.`` with prefixes of its own. Of a table that the head
+    shares, safetensors' ``save_model`` keeps one name, which may be the head's.
 
     Example:
         >>> rule = WeightRule("embed_tokens.embedding", "transformer.wte.weight", False)
@@ -76,9 +79,13 @@ def stored_names(names: Iterable[str], rules: Iterable[WeightRule]) -> dict[str,
     """
     names, rules = list(names), list(rules)
     prefix = rules[0].name.partition(".")[0] + "." if rules else ""
-    bare = not any(name.startswith(prefix) for name in names)
+    inside = any(rule.name.startswith("model.language_model.") for rule in rules)
+    bare = not inside and not any(name.startswith(prefix) for name in names)
 
     def usual(name: str) -> str:
+        if inside and name.startswith("language_model."):
+            name = name.removeprefix("language_model.")
+            return name.replace("model.", "model.language_model.", 1)
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
         name = name.replace("LayerNorm.beta", "LayerNorm.bias")
         return prefix + name if bare and not name.startswith("lm_head.") else name

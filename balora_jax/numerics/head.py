@@ -107,7 +107,8 @@ def head_loss(
     def compute(
         rows: Rows, tables: tuple[Array, Array | None], scales: Scales, factor: Array | None
     ) -> tuple[HeadSums, tuple[Array, Array | None]]:
-        head = Head(tables[0], factor, logit_map, chunk, axes, tables[1])
+        scaled = None if factor is None else factor * logit_map.scale
+        head = Head(tables[0], scaled, logit_map, chunk, axes, tables[1])
         sums, gradient = head_pass.terms_and_gradient(rows, head, scales, chosen, adapt)
         return sums, (gradient.hidden, gradient.head)
 

@@ -13,25 +13,32 @@ from balora_jax.numerics.softmax import Softmax
 
 @dataclass(frozen=True)
 class LogitMap:
-    """From ``H Wᵀ`` to logits: ``cap · tanh(H Wᵀ / cap)``. Static.
+    """From ``H Wᵀ`` to logits: ``cap · tanh(scale · H Wᵀ / cap)``. Static.
 
     Attributes:
         soft_cap: Largest size of a logit (Gemma 2); None leaves them linear.
+        scale: Factor of the products (Granite).
     """
 
     soft_cap: float | None = None
+    scale: float = 1.0
 
     def __call__(self, products: Array) -> Array:
         """Logits, float32."""
+        products = self._scaled(products)
         if self.soft_cap is None:
             return products
         return self.soft_cap * jnp.tanh(products / self.soft_cap)
 
     def pull_back(self, gradient: Array, logits: Array) -> Array:
         """``d loss / d(H Wᵀ)`` from ``d loss / d logits``."""
+        gradient = self._scaled(gradient)
         if self.soft_cap is None:
             return gradient
         return gradient * (1 - (logits / self.soft_cap) ** 2)
+
+    def _scaled(self, values: Array) -> Array:
+        return values if self.scale == 1.0 else values * self.scale
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,8 @@ class Head:
 
     Attributes:
         embedding: ``[V, D]``; this device's rows if ``axes.vocabulary`` is given.
-        factor: R of the head; None where no term reads it, logits are capped or the head trains.
+        factor: R of ``scale · W``; None where no term reads it, logits are capped or the head
+            trains.
         logit_map: From products to logits.
         chunk: Rows of a chunk.
         axes: Mesh axes that are manual here.

@@ -28,6 +28,7 @@ from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.encoder import init_head
 from balora_jax.models.encoder_config import EncoderConfig
 from balora_jax.models.families.base import Family, family_of, read_config
+from balora_jax.models.modern_encoder import init_modern_head
 from balora_jax.models.quantized import quantize_kernel
 from balora_jax.models.structure import Structure
 from balora_jax.models.weight_names import HEAD_NAME, WeightRule
@@ -226,7 +227,10 @@ class Checkpoint(Generic[Config]):
 
         A pretrained BERT has a pooler, and a fine-tuned one a classifier as well.
         """
+        modern = self.config.modern
         head = init_head(self.config, key)
+        if modern is not None:
+            head = init_modern_head(self.config, modern, key)
         fitting = {
             path: jax.ShapeDtypeStruct(head[path].shape, np.float32)
             for path, (rule, shape) in self.stored_head().items()

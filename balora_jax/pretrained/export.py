@@ -60,7 +60,10 @@ def write_adapter(
         base_name=_base_name(base, name_or_path),
         task_type=base.family.task_type,
         use_rslora=use_rslora,
-        base_modules=[name for shape in base.linears(_frozen(base)) for name in shape.names],
+        base_modules=[
+            *(name for shape in base.linears(_frozen(base)) for name in shape.names),
+            *base.family.other_linears,
+        ],
         fan_in_fan_out=base.stores_transposed,
         saved=saved_head(base, trainable) | stored(whole, own),
         modules_to_save=(*base.family.head_modules(), *whole.names),
@@ -175,7 +178,10 @@ def export_run(
         rank=rank,
         task_type=str(peft.config.get("task_type") or "CAUSAL_LM"),
         use_rslora=bool(peft.config.get("use_rslora")),
-        base_modules=[name for shape in base.linears(_frozen(base)) for name in shape.names],
+        base_modules=[
+            *(name for shape in base.linears(_frozen(base)) for name in shape.names),
+            *base.family.other_linears,
+        ],
         fan_in_fan_out=base.stores_transposed,
         saved={name: value for name, value in peft.saved.items() if name != TOKEN_ROWS},
         modules_to_save=peft.modules_to_save,

@@ -49,6 +49,24 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "qwen3": ({"head_dim": 4}, ("head_dim", "attention_bias")),
     "phi3": ({}, ("sliding_window", "partial_rotary_factor", "rope_scaling")),
     "olmo2": ({}, ("attention_bias", "rms_norm_eps")),
+    "qwen3_moe": (
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 4},
+        (
+            *("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+            *("mlp_only_layers", "decoder_sparse_step", "use_sliding_window"),
+        ),
+    ),
+    "smollm3": (
+        {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 8},
+        ("no_rope_layer_interval", "no_rope_layers", "use_sliding_window", "layer_types"),
+    ),
+    "granite": (
+        {"logits_scaling": 8.0},
+        (
+            *("embedding_multiplier", "attention_multiplier", "residual_multiplier"),
+            "logits_scaling",
+        ),
+    ),
     "gpt2": (
         {"n_embd": 16, "n_head": 4, "n_layer": 2, "n_positions": 64},
         (
@@ -72,12 +90,22 @@ ENCODERS: dict[str, tuple[str, ...]] = {
         *("share_att_key", "relative_attention", "position_biased_input", "pooler_hidden_act"),
         *("conv_kernel_size", "embedding_size", "attention_head_size"),
     ),
+    "distilbert": (
+        *("dim", "hidden_dim", "n_layers", "n_heads", "activation", "max_position_embeddings"),
+        *("pad_token_id", "vocab_size"),
+    ),
+    "modernbert": (
+        *("local_attention", "global_attn_every_n_layers", "layer_types", "classifier_pooling"),
+        *("norm_eps", "hidden_activation", "global_rope_theta", "rope_parameters", "norm_bias"),
+    ),
 }
 DEBERTA = {
     "relative_attention": True, "max_relative_positions": 16, "position_buckets": 8,
     "pos_att_type": "p2c|c2p", "norm_rel_ebd": "layer_norm", "share_att_key": True,
     "position_biased_input": False, "type_vocab_size": 0,
 }  # fmt: skip
+
+DISTILBERT = {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 4, "activation": "gelu"}
 
 
 def cases() -> Iterator[Case]:
@@ -166,7 +194,7 @@ def _families() -> Iterator[Case]:
 
 def _encoders() -> Iterator[Case]:
     for family, tried in ENCODERS.items():
-        more = DEBERTA if family == "deberta-v2" else {}
+        more = {"deberta-v2": DEBERTA, "distilbert": DISTILBERT}.get(family, {})
         for key in tried:
             for kind in (*BAD_SIZES, "nan", "long", "escape"):
                 keys = {**more, "model_type": family, key: KINDS[kind]}

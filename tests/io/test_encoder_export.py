@@ -19,18 +19,22 @@ from tests.tiny_labels_run import label_config_tree, reviews, write_tokenizer
 from tests.tiny_run import write_rows
 
 SIZES = {"num_hidden_layers": 2, "vocab_size": 40}
-PAD = {"bert": 2, "roberta": 3, "deberta": 0}
+PAD = {"bert": 2, "roberta": 3, "deberta": 0, "distilbert": 2, "modernbert": 2}
 # Of BERT every linear layer, so that one called as the pooler's (dense) is among them.
 TARGETS = {
     "bert": "all-linear",
     "roberta": ["query", "value", "attention.output.dense"],
     "deberta": ["query_proj", "value_proj"],
+    "distilbert": ["q_lin", "out_lin", "lin1"],
+    "modernbert": ["Wqkv", "Wo"],
 }
 CASES = [
     ("bert", "lora", "pissa"),
     ("bert", "dora", "lora"),
     ("roberta", "lora", "pissa"),
     ("deberta", "lora", "pissa"),
+    ("distilbert", "lora", "pissa"),
+    ("modernbert", "lora", "pissa"),
 ]
 IDS = np.random.default_rng(3).integers(4, 20, (5, 9))
 MASK = (np.arange(9) < np.array([[9], [5], [7], [9], [3]])).astype(int)

@@ -15,8 +15,10 @@ TORCH = {
     "bert": tiny_encoders.bert,
     "roberta": tiny_encoders.roberta,
     "deberta-v2": tiny_encoders.deberta,
+    "distilbert": tiny_encoders.distilbert,
+    "modernbert": tiny_encoders.modernbert,
 }
-LAYERS = "n_layer", "num_hidden_layers"
+LAYERS = "n_layer", "n_layers", "num_hidden_layers"
 NUMBERS = r"a whole number from 1 to 8192"
 
 
@@ -27,7 +29,7 @@ def raw(request):
 
 
 def test_all_families_are_here():
-    assert set(TORCH) == set(FAMILIES)
+    assert {*TORCH, "gemma3"} == set(FAMILIES)  # whose sizes are in a section
 
 
 @pytest.mark.parametrize("value", ["12", -1, 0, 10**9, True, float("nan"), 2.0, [2], {"a": 1}])
@@ -42,12 +44,15 @@ def test_an_absurd_number_of_layers(raw, value):
     assert str(error.value) == message
 
 
-EPSILONS = "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"
+EPSILONS = "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps"
 
 
 @pytest.mark.parametrize("value", ["1e-5", -1e-5, 2, float("nan"), float("inf"), True])
 def test_an_absurd_epsilon(raw, value):
-    key = next(key for key in EPSILONS if key in raw)
+    key = next((key for key in EPSILONS if key in raw), None)
+    if key is None:
+        assert raw["model_type"] == "distilbert"  # whose epsilon is fixed
+        return
     message = rf"config.json: expected {key} to be a number of at least 0 and at most 1, got {re.escape(repr(value))}\."
     with pytest.raises(InputError, match=message):
         read_config({**raw, key: value}, "config.json")
@@ -55,7 +60,7 @@ def test_an_absurd_epsilon(raw, value):
 
 @pytest.mark.parametrize("value", [7, None, ["gelu"], "mish"])
 def test_an_absurd_activation(raw, value):
-    keys = "activation_function", "hidden_activation", "hidden_act"
+    keys = "activation_function", "hidden_activation", "hidden_act", "activation"
     key = next(key for key in keys if raw.get(key) is not None)
     if value is None and key == "hidden_activation":
         return  # the older key decides
@@ -76,6 +81,12 @@ CASES = [
     ("llama", {"num_key_value_heads": 4}, "multiple of num_key_value_heads .* got 6, 4 and 24"),
     ("mistral", {"sliding_window": "wide"}, "sliding_window to be a whole number .* got 'wide'"),
     ("mixtral", {"num_experts_per_tok": 6}, "num_experts_per_tok of at most num_local_experts = 5"),
+    ("qwen3_moe", {"num_experts_per_tok": 6}, "num_experts_per_tok of at most num_local_experts"),
+    ("qwen3_moe", {"mlp_only_layers": [1]}, r"experts in every layer, got mlp_only_layers=\[1\]"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step to be 1, got 2"),
+    ("smollm3", {"no_rope_layers": [1, 2, 1, 1]}, r"0 or 1 for each of 4 layers, got \[1, 2, 1"),
+    ("smollm3", {"no_rope_layers": [1]}, r"0 or 1 for each of 4 layers, got \[1\]"),
+    ("granite", {"logits_scaling": 0}, "logits_scaling to be a number of at least"),
     ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping to be a number of at least"),
     (
         "gemma3_text",

@@ -19,7 +19,8 @@ from tests.models import tiny_encoders as tiny
 from tests.models.tiny_encoders import relative_error
 
 TOLERANCE = 1e-4
-FAMILIES = (tiny.bert, tiny.roberta, tiny.deberta)
+FAMILIES = (tiny.bert, tiny.roberta, tiny.deberta, tiny.distilbert, tiny.modernbert)
+TYPED = (tiny.bert, tiny.roberta, tiny.deberta)
 TYPES = (["c2p"], ["p2c"], ["p2c", "c2p"])
 
 
@@ -64,7 +65,7 @@ def test_without_a_mask_every_token_counts(family, record_property):
     record_property("parity", f"{model.config.model_type}: {error:.1e}")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TYPED)
 def test_token_types(family):
     model = family(type_vocab_size=3)
     ids, mask = padded(model, ids_of(model))
@@ -178,23 +179,59 @@ def test_features_and_head_compose_to_the_logits(family):
 
     features, logits = forward(weights, ids, mask)
     want, want_hidden = tiny.torch_outputs(model, ids, mask)
-    assert relative_error(features, want_hidden[:, 0]) < TOLERANCE
+    first = want_hidden[:, 0]
+    if getattr(model.config, "classifier_pooling", "cls") == "mean":
+        share = mask / mask.sum(axis=1, keepdims=True)
+        first = np.einsum("bt,btd->bd", share, want_hidden)
+    assert relative_error(features, first) < TOLERANCE
     assert relative_error(logits, want) < TOLERANCE
+
+
+MODERN = {
+    "the first token": {"classifier_pooling": "cls"},
+    "no biases": {"attention_bias": False, "mlp_bias": False},
+    "other layers": {"layer_types": [*["full_attention", "sliding_attention"] * 2, "full_attention"]},
+    "one layer": {"num_hidden_layers": 1},
+    "a wider window": {"local_attention": 13},
+    "another base": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 90.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 9e3},
+        }
+    },
+    "both scaled": {"rope_parameters": None, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MODERN)
+def test_modernbert(case):
+    model = tiny.modernbert(**MODERN[case])
+    ids, mask = padded(model, ids_of(model))
+    check(model, ids, mask)
+    usual, _ = tiny.torch_outputs(tiny.modernbert(), ids, mask)
+    assert relative_error(usual, tiny.torch_outputs(model, ids, mask)[0]) > 1e-2
 
 
 RANK, ALPHA = 3, 5.0
 
 
-@pytest.fixture(scope="module")
-def adapted():
-    """DeBERTa with random adapters on query and value, full rematerialisation."""
-    model = tiny.deberta()
+LAYERS = {
+    tiny.deberta: ["query_proj", "value_proj"],
+    tiny.modernbert: ["Wqkv", "mlp.Wo"],
+    tiny.distilbert: ["k_lin", "lin2"],
+}
+
+
+@pytest.fixture(scope="module", params=LAYERS)
+def adapted(request):
+    """A model with random adapters on two of its layers, full rematerialisation."""
+    model = request.param(num_hidden_layers=3)
     plain, weights = tiny.ours(model)
     modules = plan_adapters(
         linear_shapes(weight_rules(tiny.config_of(model)), plain.frozen),
         rank=RANK,
         alpha=ALPHA,
-        target_modules=["query_proj", "value_proj"],
+        target_modules=LAYERS[request.param],
     )
     shapes = adapter_shapes(modules, origin=False, dropout=0.5)
     skeleton = structure(tiny.config_of(model), adapters=shapes, remat="full")

@@ -225,7 +225,11 @@ def test_new_head_is_normal_with_the_configs_deviation():
 
 EXACT = r"This checkpoint cannot be run exactly\."
 ERRORS = [
-    ("gpt2", {}, r"model_type to be one of bert, deberta-v2, roberta, got 'gpt2'\. Use a"),
+    (
+        "gpt2",
+        {},
+        r"model_type to be one of bert, deberta-v2, distilbert, modernbert, roberta, got 'gpt2'\. Use a",
+    ),
     ("bert", {"hidden_size": None}, r"the key 'hidden_size', got none\. Use the config\.json"),
     ("roberta", {"pad_token_id": None}, r"the key 'pad_token_id', got none\."),
     ("bert", {"num_attention_heads": 5}, r"multiple of num_attention_heads, got 32 and 5\. Corr"),

@@ -7,7 +7,17 @@ import torch
 
 from tests.models import tiny
 from tests.models.test_parity import TOLERANCE, ids_of, torch_logits
-from tests.models.tiny_families import FAMILIES, gemma2, gemma3, mixtral, phi3, qwen2
+from tests.models.tiny_families import (
+    FAMILIES,
+    gemma2,
+    gemma3,
+    granite,
+    mixtral,
+    phi3,
+    qwen2,
+    qwen3_moe,
+    smollm3,
+)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -68,6 +78,17 @@ DEPARTURES = {
     "gemma2 with another query scale": (gemma2, {"query_pre_attn_scalar": 10}),
     "gemma3 with one kind of layer": (gemma3, {"layer_types": ["full_attention"] * 4}),
     "mixtral with fewer experts taken": (mixtral, {"num_experts_per_tok": 2}),
+    "qwen3_moe with shares that sum to one": (qwen3_moe, {"norm_topk_prob": True}),
+    "qwen3_moe without its window": (qwen3_moe, {"use_sliding_window": False}),
+    "smollm3 with positions everywhere": (smollm3, {"no_rope_layers": [1] * 4}),
+    "smollm3 whose layers follow from the interval": (
+        smollm3,
+        {"no_rope_layers": None, "no_rope_layer_interval": 2, "layer_types": None},
+    ),
+    "granite with other embeddings": (granite, {"embedding_multiplier": 1.0}),
+    "granite with other scores": (granite, {"attention_multiplier": 1.0}),
+    "granite with other residuals": (granite, {"residual_multiplier": 1.0}),
+    "granite with other logits": (granite, {"logits_scaling": 1.0}),
     "phi3 that turns whole heads": (
         phi3,
         {"rope_parameters": {"rope_type": "default", "rope_theta": 600.0}},

@@ -145,14 +145,14 @@ def test_old_and_new_rope_settings_mean_the_same(case):
 MESSAGES = {
     "family": (
         {"model_type": "t5"},
-        "folder/config.json: expected model_type to be one of gemma, gemma2, gemma3_text, gpt2, "
-        "llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, got 't5'. "
-        "Use a checkpoint of one of these families, or an encoder (bert, deberta-v2, roberta) "
-        "with task: labels.",
+        "folder/config.json: expected model_type to be one of gemma, gemma2, gemma3_text, gemma3, "
+        "gpt2, granite, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe, smollm3, got "
+        "'t5'. Use a checkpoint of one of these families, or an encoder (bert, deberta-v2, "
+        "distilbert, modernbert, roberta) with task: labels.",
     ),
     "no family": (
         {"model_type": None},
-        "qwen3, got None",
+        "smollm3, got None",
     ),
     "attention to the future": (
         {"model_type": "gemma", "use_bidirectional_attention": True},
@@ -184,6 +184,21 @@ MESSAGES = {
         {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0, 2.0]}},
         "folder/config.json: expected 1 numbers in 'long_factor' of the rope scaling, got 2. "
         "Correct the config.",
+    ),
+    "a share of each head": (
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.5},
+        "folder/config.json: expected partial_rotary_factor to be 1 beside a rope type of "
+        "'linear', got 0.5: this family turns whole heads. This checkpoint cannot be run exactly.",
+    ),
+    "rope type of a family": (
+        {"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}},
+        "folder/config.json: expected the rope type to be default or longrope, got 'linear'. "
+        "This checkpoint cannot be run exactly.",
+    ),
+    "one set of rope settings": (
+        {"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 1e6}},
+        "folder/config.json: expected rope_parameters to name full_attention and "
+        "sliding_attention, got rope_theta. This checkpoint cannot be run exactly.",
     ),
     "rope factor": (
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},

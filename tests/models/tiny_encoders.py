@@ -9,6 +9,10 @@ from transformers import (
     BertForSequenceClassification,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -79,6 +83,63 @@ def deberta(**changes):
     return randomised(DebertaV2ForSequenceClassification(config))
 
 
+def distilbert(**changes):
+    options = {
+        "vocab_size": 61,
+        "dim": 24,
+        "hidden_dim": 40,
+        "n_layers": 3,
+        "n_heads": 4,
+        "activation": "gelu_new",
+        "initializer_range": 0.05,
+        "max_position_embeddings": 40,
+        "pad_token_id": 2,
+        "num_labels": 3,
+    }
+    names = {
+        "hidden_size": "dim",
+        "intermediate_size": "hidden_dim",
+        "num_hidden_layers": "n_layers",
+        "hidden_act": "activation",
+    }
+    options |= {names.get(key, key): value for key, value in changes.items()}
+    return randomised(DistilBertForSequenceClassification(DistilBertConfig(**options)))
+
+
+def modernbert(**changes):
+    """Windows short enough to cut rows of 29 tokens."""
+    options = {
+        "vocab_size": 61,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "norm_eps": 3e-3,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "initializer_range": 0.05,
+        "max_position_embeddings": 40,
+        "pad_token_id": 2,
+        "eos_token_id": 1,
+        "bos_token_id": 0,
+        "cls_token_id": 0,
+        "sep_token_id": 1,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "local_attention": 8,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 5e3},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
+        },
+        "classifier_pooling": "mean",
+        "classifier_activation": "silu",
+        "num_labels": 3,
+        "attn_implementation": "eager",
+    }
+    names = {"hidden_act": "hidden_activation", "layer_norm_eps": "norm_eps"}
+    options |= {names.get(key, key): value for key, value in changes.items()}
+    return randomised(ModernBertForSequenceClassification(ModernBertConfig(**options)))
+
+
 def randomised(model):
     """Every parameter random and of order one in effect.
 
@@ -88,7 +149,8 @@ def randomised(model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = 0.3 * torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1.0 + noise if name.endswith("LayerNorm.weight") else noise)
+            norm = name.lower().endswith("norm.weight")
+            parameter.copy_(1.0 + noise if norm else noise)
     return model.eval()
 
 
@@ -111,7 +173,7 @@ def ours(model, **options):
     state = {name: value.detach().float().numpy() for name, value in model.state_dict().items()}
     weights = {}
     for rule in rules:
-        array = np.stack([state[name] for name in rule.names(config.num_layers)])
+        array = np.stack([state[name] for name in rule.names(config.num_layers - rule.first)])
         array = array if rule.stacked else array[0]
         weights[rule.path] = jnp.asarray(np.swapaxes(array, -1, -2) if rule.transpose else array)
     return structure(config, **options), weights

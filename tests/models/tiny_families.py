@@ -93,6 +93,48 @@ def mixtral(**changes):
     return build(hf.MixtralConfig, hf.MixtralForCausalLM, ROPE | options | changes)
 
 
+def qwen3_moe(**changes):
+    options = {
+        "head_dim": 10,
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20,
+        "norm_topk_prob": False,
+        "hidden_act": "gelu",
+    }
+    return build(hf.Qwen3MoeConfig, hf.Qwen3MoeForCausalLM, ROPE | options | changes)
+
+
+def smollm3(**changes):
+    options = {
+        "no_rope_layers": [1, 0, 0, 1],
+        "layer_types": [*["sliding_attention", "full_attention"] * 2],
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": False,
+        "hidden_act": "gelu",
+    }
+    return build(hf.SmolLM3Config, hf.SmolLM3ForCausalLM, ROPE | options | changes)
+
+
+def granite(**changes):
+    options = {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.4,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 6.0,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "hidden_act": "gelu",
+    }
+    return build(hf.GraniteConfig, hf.GraniteForCausalLM, ROPE | options | changes)
+
+
 def gpt2(**changes):
     options = {
         "vocab_size": 59,
@@ -126,5 +168,8 @@ FAMILIES = {
     "gemma3_text": gemma3,
     "phi3": phi3,
     "olmo2": olmo2,
+    "qwen3_moe": qwen3_moe,
+    "smollm3": smollm3,
+    "granite": granite,
     "gpt2": gpt2,
 }

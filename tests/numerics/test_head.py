@@ -87,7 +87,7 @@ def reference(batch, spec, student=None, logit_map=LINEAR, head=None):
     """All terms from full float64 logits with plain loops; the student's own head if it trains."""
 
     def capped(products):
-        cap = logit_map.soft_cap
+        cap, products = logit_map.soft_cap, logit_map.scale * products
         return products if cap is None else cap * np.tanh(products / cap)
 
     student_head = batch.head if head is None else head
@@ -166,6 +166,8 @@ SETTINGS = {
 MAPS = {
     "linear": LINEAR,
     "capped": LogitMap(soft_cap=2.0),
+    "scaled": LogitMap(scale=1.3),
+    "scaled and capped": LogitMap(soft_cap=2.0, scale=0.6),
 }
 
 
@@ -176,6 +178,8 @@ MAPS = {
         *[(setting, "linear") for setting in SETTINGS],
         *[("published", name) for name in MAPS if name != "linear"],
         ("centred", "capped"),
+        ("centred", "scaled"),
+        ("arxiv_v1", "scaled"),
     ],
 )
 def test_values_and_gradient_match_full_float64_logits(batch, setting, logit_map, plain):

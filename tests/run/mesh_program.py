@@ -93,6 +93,18 @@ MODELS = {
         "layer_norm_epsilon": 1e-5,
     },
     "phi3": {**DECODER, "model_type": "phi3", "num_attention_heads": 2, "pad_token_id": 0},
+    "modernbert": {
+        **SIZES,
+        "model_type": "modernbert",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_attention_heads": 4,
+        "local_attention": 6,
+        "global_attn_every_n_layers": 2,
+        "classifier_pooling": "mean",
+        "pad_token_id": 0,
+        "initializer_range": 0.5,
+    },
     "bert": {
         **SIZES,
         "model_type": "bert",
@@ -113,6 +125,11 @@ CASES = {
         {"target_modules": ["o_proj", "w1", "w2"], "method": "dora"},
         "none",
     ),
+    "mixtral, int8": (
+        "mixtral",
+        {"target_modules": ["v_proj", "w2", "w3"], "start": "pissa"},
+        "int8",
+    ),
     "gemma2": ("gemma2", {"target_modules": ["k_proj", "down_proj"]}, "none"),
     "qwen3, LoRA-FA": (
         "qwen3",
@@ -126,6 +143,7 @@ CASES = {
         {"target_modules": ["o_proj", "up_proj"], "method": "dora"},
         "nf4",
     ),
+    "modernbert": ("modernbert", {"target_modules": ["Wqkv", "mlp.Wo"]}, "none"),
     "bert": ("bert", {"target_modules": ["query", "intermediate.dense"]}, "none"),
     "llama, long": ("long", {"target_modules": ["v_proj", "down_proj"], "dropout": 0.3}, "none"),
     "gpt2, int8, plain head": ("gpt2", {"target_modules": ["c_attn", "c_fc"]}, "int8"),
@@ -152,6 +170,7 @@ PAIRS = [
     *SPLIT.items(),
 ]
 ROWS, LENGTH = 8, 12
+ENCODERS = ("bert", "modernbert")
 
 
 def available():
@@ -163,7 +182,7 @@ def available():
 def config_of(folder, adapter, quantization, head="fused"):
     """All three terms on, constant; plain gradient steps, so that an update is a gradient."""
     labels = {"text_columns": ["text"], "labels": ["a", "b", "c"]}
-    is_encoder = folder.name == "bert"
+    is_encoder = folder.name in ENCODERS
     schedules = {f"{term}_schedule": "constant" for term in ("consistency", "diversity")}
     return parse_config(
         {
@@ -206,7 +225,7 @@ def write_checkpoint(folder, raw):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(raw))
     save_file({}, folder / "model.safetensors")  # to open it, for the shapes
-    is_encoder = raw["model_type"] == "bert"
+    is_encoder = raw["model_type"] in ENCODERS
     base = open_encoder(str(folder), num_labels=3) if is_encoder else open_base(str(folder))
     shapes = structure(base.config).frozen
     tensors = {}

@@ -21,6 +21,7 @@ from tests.run import mesh_program
 WIDE = {
     "hidden_size": 64,
     "intermediate_size": 128,
+    "moe_intermediate_size": 128,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "head_dim": 8,
@@ -31,6 +32,8 @@ ENCODERS = {
     "bert": tiny_encoders.bert,
     "roberta": tiny_encoders.roberta,
     "deberta": tiny_encoders.deberta,
+    "distilbert": tiny_encoders.distilbert,
+    "modernbert": tiny_encoders.modernbert,
 }
 
 
@@ -148,5 +151,5 @@ def test_every_array_lies_where_it_lay_before_axes_stood_with_shapes(family, met
         for leaf in leaves - {"kernel", "bias"}:
             assert axes[f"{layer}.{leaf}"] == expected[leaf], (layer, leaf)
     held = {path for path in made.frozen if path.endswith(".kernel_scale")}
-    quantised = {f"{layer}.kernel_scale" for layer in layers if "experts" not in layer}
+    quantised = {f"{layer}.kernel_scale" for layer in layers}
     assert held == (set() if quantization == "none" else quantised)

@@ -45,13 +45,17 @@ def ids():
     return np.where(SEGMENTS > 0, np.random.default_rng(3).integers(3, 59, SEGMENTS.shape), 0)
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma2", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "gemma2", "qwen3", "granite"])
 def family(request):
-    """A builder; of Gemma 2 with caps that bend less, as float32 loses digits where tanh is flat."""
-    changes = {}
-    if request.param == "gemma2":
-        changes = {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 8.0}
-    return functools.partial(FAMILIES[request.param], **changes)
+    """A builder; of Gemma 2 with caps that bend less, as float32 loses digits where tanh is flat.
+
+    And of Granite with logits large enough that the terms are at work.
+    """
+    changes = {
+        "gemma2": {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 8.0},
+        "granite": {"logits_scaling": 0.7},
+    }
+    return functools.partial(FAMILIES[request.param], **changes.get(request.param, {}))
 
 
 @pytest.fixture(scope="module")

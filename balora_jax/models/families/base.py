@@ -40,6 +40,11 @@ class Family(Protocol):
         ...
 
     @property
+    def other_linears(self) -> tuple[str, ...]:
+        """Names of linear layers that the checkpoint has and the model has not."""
+        ...
+
+    @property
     def read(self) -> Callable[[Fields], Any]:
         """From a parsed ``config.json`` to the config of a model."""
         ...
@@ -79,7 +84,8 @@ class DecoderFamily:
         read: its config, from a parsed ``config.json``.
         rules: the weight-name table; by default that of Llama's names.
         layer: the stack of its layers.
-        leftovers: patterns of names in old checkpoints that carry no weight.
+        leftovers: patterns of names that carry no weight, or none of the language model.
+        other_linears: names that end as those of linear layers beside the language model's do.
     """
 
     name: str
@@ -87,6 +93,7 @@ class DecoderFamily:
     rules: Callable[[DecoderConfig], Rules] = llama_names.weight_rules
     layer: Callable[[DecoderConfig, Options], Any] = DecoderLayer
     leftovers: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+    other_linears: tuple[str, ...] = ()
     kind: ClassVar[Kind] = "decoder"
     task_type: ClassVar[str] = "CAUSAL_LM"
 
@@ -123,9 +130,13 @@ class EncoderFamily:
         name: ``model_type`` in Hugging Face configs.
         read: its config, from a parsed ``config.json``.
         prefix: of its weights' names.
+        names: the weight-name table of the encoder by config and prefix; by default BERT's.
+        head_table: that of the head, where it is more than two layers with biases.
+        module: the model; by default BERT's.
         head: checkpoint names of the head's two layers.
         architecture: the class of ``transformers`` with such a head.
         leftovers: patterns of other heads' names, and of buffers in old checkpoints.
+        other_linears: as of a decoder.
     """
 
     name: str
@@ -134,21 +145,25 @@ class EncoderFamily:
     head: tuple[str, str]
     architecture: str
     leftovers: tuple[str, ...] = ()
+    other_linears: tuple[str, ...] = ()
+    names: Callable[[EncoderConfig, str], Rules] = bert_names.weight_rules
+    head_table: Rules = ()
+    module: Callable[[EncoderConfig, Options], nnx.Module] = Encoder
     kind: ClassVar[Kind] = "encoder"
     task_type: ClassVar[str] = "SEQ_CLS"
 
     def build(self, config: EncoderConfig, options: Options) -> nnx.Module:
         """The model."""
-        return Encoder(config, options)
+        return self.module(config, options)
 
     def rules(self, config: EncoderConfig) -> Rules:
         """The weight-name table of the encoder, which stays frozen."""
-        return bert_names.weight_rules(config, self.prefix)
+        return self.names(config, self.prefix)
 
     def head_rules(self) -> Rules:
         """The weight-name table of the head: pooler and classifier, both trainable."""
         dense, out = self.head
-        return (
+        return self.head_table or (
             *bert_names.linear_rules("head.dense", dense),
             *bert_names.linear_rules("head.out", out),
         )
@@ -166,9 +181,9 @@ class EncoderFamily:
         }
 
     def head_modules(self) -> tuple[str, ...]:
-        """What PEFT calls the modules of the head: ``pooler``, ``classifier`` or both."""
-        parts = {part for name in self.head for part in name.split(".")}
-        return tuple(sorted(parts & {"pooler", "classifier"}))
+        """What PEFT calls the modules of the head, ``pooler`` and ``classifier`` say."""
+        names = (rule.name.removeprefix(f"{self.prefix}.") for rule in self.head_rules())
+        return tuple(sorted({name.partition(".")[0] for name in names}))
 
     def ignored(self, config: EncoderConfig) -> tuple[str, ...]:
         """Patterns of checkpoint names that may be left over."""

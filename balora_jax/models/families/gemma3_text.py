@@ -11,7 +11,8 @@ from balora_jax.untyped.fields import Fields
 
 def read(raw: Fields) -> DecoderConfig:
     """Gemma 3, text only."""
-    rope, local = rope_by_layer(raw, default_theta=1e6, default_local_theta=1e4)
+    keys = ("rope_theta", "rope_local_base_freq")
+    rope, local = rope_by_layer(raw, theta_keys=keys, thetas=(1e6, 1e4))
     every = raw.integer("sliding_window_pattern", 6, most=LAYERS)
     return read_gemma(
         raw,

@@ -1,11 +1,30 @@
 """Names of the arrays of a decoder with Llama's names in a checkpoint."""
 
+from typing import NamedTuple
+
 from balora_jax.models.decoder import NORMS
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.weight_names import WeightRule
 
 
-def weight_rules(config: DecoderConfig, prefix: str = "model") -> tuple[WeightRule, ...]:
+class ExpertNames(NamedTuple):
+    """What a checkpoint calls the block of experts in a layer, and an expert's three layers."""
+
+    block: str
+    gate: str
+    down: str
+    up: str
+
+
+MIXTRAL_EXPERTS = ExpertNames("block_sparse_moe", "w1", "w2", "w3")
+
+
+def weight_rules(
+    config: DecoderConfig,
+    *,
+    prefix: str = "model",
+    experts: ExpertNames = MIXTRAL_EXPERTS,
+) -> tuple[WeightRule, ...]:
     """The weight-name table; which layers and biases there are follows from the config."""
     rules = [
         WeightRule("embed_tokens.embedding", f"{prefix}.embed_tokens.weight", False),
@@ -16,7 +35,7 @@ def weight_rules(config: DecoderConfig, prefix: str = "model") -> tuple[WeightRu
     layer = f"{prefix}.layers.{{i}}"
     rules += _linear_rules(config, layer)
     if config.experts:
-        rules += _expert_rules(config, layer)
+        rules += _expert_rules(config, layer, experts)
     norms = [name for name in NORMS[config.norms] if name]
     if config.qk_norm != "none":
         norms += ["self_attn.q_norm", "self_attn.k_norm"]
@@ -40,10 +59,11 @@ def _linear_rules(config: DecoderConfig, layer: str) -> list[WeightRule]:
     return rules
 
 
-def _expert_rules(config: DecoderConfig, layer: str) -> list[WeightRule]:
-    block, source = "layers.block_sparse_moe", f"{layer}.block_sparse_moe"
+def _expert_rules(config: DecoderConfig, layer: str, called: ExpertNames) -> list[WeightRule]:
+    """Ours are Mixtral's names."""
+    block, source = f"layers.{MIXTRAL_EXPERTS.block}", f"{layer}.{called.block}"
     rules = [WeightRule(f"{block}.gate.weight", f"{source}.gate.weight", True)]
-    for name in ("w1", "w2", "w3"):
-        stored = f"{source}.experts.{{e}}.{name}.weight"
+    for name, its in zip(MIXTRAL_EXPERTS[1:], called[1:], strict=True):
+        stored = f"{source}.experts.{{e}}.{its}.weight"
         rules.append(WeightRule(f"{block}.experts.{name}.kernel", stored, True, config.experts))
     return rules

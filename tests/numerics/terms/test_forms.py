@@ -16,7 +16,7 @@ from tests.training.tiny_loss import Tiny
 
 N, D, V, SCALE = 9, 5, 31, 1.7
 COUNTED = np.array([1, 1, 0, 1, 1, 0, 1, 1, 1], bool)
-MAPS = {"linear": LINEAR, "capped": LogitMap(soft_cap=3.0)}
+MAPS = {"linear": LINEAR, "capped": LogitMap(soft_cap=3.0), "scaled": LogitMap(scale=0.4)}
 FORMS = [(name, "iclr2026", kind) for name in TERMS for kind in MAPS] + [
     (name, "arxiv_v1", "linear") for name in TERMS
 ]
