@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from balora_jax.config import ONE_FILE, SEVERAL, RunConfig, TrainSet
+from balora_jax.config import RunConfig
+from balora_jax.config_data import ONE_FILE, SEVERAL, TrainSet
 from balora_jax.config_schema import run_schema
 from balora_jax.errors import InputError
 from balora_jax.extensions import load_extensions

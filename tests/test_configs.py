@@ -6,9 +6,8 @@ import pytest
 
 from balora_jax.config_file import load_config
 from balora_jax.models.adapters import trainable_parameters
-from balora_jax.models.families.base import read_config, weight_rules
+from balora_jax.models.families.base import read_config
 from balora_jax.models.structure import structure
-from balora_jax.models.weight_names import linear_shapes
 from balora_jax.study.run import plan_runs
 from balora_jax.tasks import assemble
 from balora_jax.tasks.text.score import example_settings
@@ -90,10 +89,7 @@ def test_trainable_parameters_are_those_published(name):
     """From shapes alone: no weight of a 7B model is made."""
     config = load_config(CONFIGS / f"{name}.yaml")
     decoder = read_config(BASES[name], name)
-    adapters = adapters_of(
-        config.adapter,
-        linear_shapes(weight_rules(decoder), structure(decoder, dtype="bfloat16").frozen),
-    )
+    adapters = adapters_of(config.adapter, decoder, structure(decoder, dtype="bfloat16"))
     assert trainable_parameters(adapters.modules) == PUBLISHED_COUNTS[name]
 
 
@@ -124,9 +120,7 @@ def test_the_published_settings_of_glue(task):
     assert (terms.consistency, terms.diversity, terms.spectral, terms.k) == (0.15, 0.03, 0.03, 5)
     assert (training.schedule, training.warmup, training.seed) == ("linear", 0.1, 42)
     base = read_config(DEBERTA_V3_BASE, task, num_labels=2)
-    rules = weight_rules(base)
-    shapes = linear_shapes(rules, structure(base, dtype="float32").parameters)
-    modules = adapters_of(config.adapter, shapes).modules
+    modules = adapters_of(config.adapter, base, structure(base, dtype="float32")).modules
     # 12 layers, Q, K and V, rank 8, from 768 to 768.
     assert trainable_parameters(modules) == 12 * 3 * 8 * (768 + 768) == 442_368
 

@@ -41,6 +41,8 @@ LAYERS = (
     ("models",),
     ("adapters", "generation", "heads", "regularizers"),  # doors to the two above
     ("evals",),
+    ("config_types",),
+    ("config_data",),
     ("config",),
     ("config_schema",),
     ("tasks.settings", "tasks.text.settings", "tasks.labels.settings"),
@@ -361,7 +363,7 @@ def attributes_read():
     """(what stands before the dot, attribute) of every attribute read outside config.py."""
     found = set()
     for module, path in MODULES.items():
-        if short(module) == "config":
+        if short(module) in ("config", "config_data"):
             continue
         for node in nodes(path, ast.Attribute):
             before = getattr(node.value, "attr", getattr(node.value, "id", ""))

@@ -4,7 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -71,6 +71,7 @@ class _Pair:
     module: AdaptedModule
     down: np.ndarray
     up: np.ndarray
+    scale: float
     magnitude: np.ndarray | None = None
     lost: float = 0.0
     whole: float = 0.0
@@ -83,8 +84,8 @@ class _Pair:
         """Numerator from which PEFT computes this module's scale."""
         divisor = math.sqrt(self.rank) if use_rslora else self.rank
         exact = self.module.alpha / divisor  # keep the user's alpha where it is already right
-        same = math.isclose(exact, self.module.scale, rel_tol=1e-9)
-        return float(self.module.alpha if same else self.module.scale * divisor)
+        same = math.isclose(exact, self.scale, rel_tol=1e-9)
+        return float(self.module.alpha if same else self.scale * divisor)
 
 
 def delta_pair(
@@ -178,8 +179,9 @@ def export_peft(
 
     Adapters whose rank stays keep alpha and ``use_rslora``. Where it changes (a trained A with an
     origin, or a recompressed module) alpha = scale · (rank written) without ``use_rslora``: the
-    same factor, exactly. LoRA-FA leaves as LoRA. DoRA leaves with its magnitudes: on the original
-    base PEFT computes the norm of the same ``W + s·Δ``.
+    same factor, exactly. Modules of other ranks or scales get the factor of most of them, and
+    their B what is left, as servers read one factor for all. LoRA-FA leaves as LoRA. DoRA leaves
+    with its magnitudes: on the original base PEFT computes the norm of the same ``W + s·Δ``.
 
     Args:
         folder: new or empty folder; it appears complete or not at all.
@@ -208,7 +210,7 @@ def export_peft(
     _check_export(folder, modules, rank, saved, modules_to_save)
     target = Path(folder)
     with replaced_folder(target, may_replace=lambda old: overwrite and is_adapter(old)) as draft:
-        pairs = [_pair(module, adapters, origin, rank) for module in modules]
+        pairs = _under_one_scale([_pair(module, adapters, origin, rank) for module in modules])
         heights = {m.path: len(adapters[f"{m.path}.lora_b"]) for m in modules}
         # A rank that was asked for is written plainly, whichever modules it changed.
         kept = rank is None and all(pair.rank == pair.module.rank for pair in pairs)
@@ -274,12 +276,12 @@ def _pair(
     down, up = delta_pair(module, adapters, origin)
     magnitude = magnitude_of(module, adapters)
     if rank is None:
-        return _Pair(module, down, up, magnitude)
+        return _Pair(module, down, up, module.scale, magnitude)
     small_down, small_up, lost, whole = recompress(down, up, rank)
     lost, whole = lost * module.scale, whole * module.scale
     if down.shape[1] <= rank:
-        return _Pair(module, down, up, magnitude, 0.0, whole)
-    return _Pair(module, small_down, small_up, magnitude, lost, whole)
+        return _Pair(module, down, up, module.scale, magnitude, 0.0, whole)
+    return _Pair(module, small_down, small_up, module.scale, magnitude, lost, whole)
 
 
 def _report(folder: Path, pairs: Sequence[_Pair], numbers: int, recompressed: bool) -> ExportReport:
@@ -313,21 +315,41 @@ def _save(file: Path, pairs: Sequence[_Pair], saved: Mapping[str, np.ndarray]) -
     return sum(value.size for value in written.values())
 
 
+def _under_one_scale(pairs: Sequence[_Pair]) -> list[_Pair]:
+    """The same deltas with one factor for all modules, that of most; B takes what is left.
+
+    Servers such as vLLM read one factor, ``lora_alpha / r``, and no patterns.
+    """
+    scale = Counter(pair.scale for pair in pairs).most_common(1)[0][0]
+    return [
+        pair
+        if pair.scale == scale
+        else replace(pair, up=pair.up * np.float32(pair.scale / scale), scale=scale)
+        for pair in pairs
+    ]
+
+
 def _ranks_and_alphas(pairs: Sequence[_Pair], use_rslora: bool) -> dict[str, Any]:
-    """The commonest rank and alpha as defaults, and the exact names of the modules that differ.
+    """The largest rank and its alpha, and the exact names of the modules with a smaller rank.
+
+    Alpha over rank (or over its root) is one factor everywhere, for PEFT by its patterns, for a
+    server that reads none by the two defaults.
 
     PEFT reads a pattern's key as a regular expression that must match up to the end of a module's
     name and start at a dot or at its beginning; of full names only the one meant does.
     """
-    ranks = {pair.module.name: pair.rank for pair in pairs}
-    alphas = {pair.module.name: _plain_number(pair.alpha(use_rslora)) for pair in pairs}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    rank = max(pair.rank for pair in pairs)
+    smaller = {pair.module.name: pair.rank for pair in pairs if pair.rank != rank}
+    largest = next(pair for pair in pairs if pair.rank == rank)
     return {
         "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+        "lora_alpha": _plain_number(largest.alpha(use_rslora)),
+        "rank_pattern": smaller,
+        "alpha_pattern": {
+            pair.module.name: _plain_number(pair.alpha(use_rslora))
+            for pair in pairs
+            if pair.rank != rank
+        },
     }
 
 

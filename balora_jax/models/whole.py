@@ -24,6 +24,8 @@ TOKEN_ROWS = "embed_tokens.rows"
 HEAD_RULE = WeightRule(HEAD, HEAD_NAME, False)
 """Of the head that a tied checkpoint has not."""
 
+_WHERE = "adapter.modules_to_save"
+
 Config = DecoderConfig | EncoderConfig
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -82,7 +84,6 @@ def whole_of(
     config: Config,
     rules: Sequence[WeightRule],
     frozen: Shapes,
-    where: str = "adapter.modules_to_save",
 ) -> Whole:
     """What trains whole, by the names of modules.
 
@@ -92,7 +93,6 @@ def whole_of(
         config: of the model.
         rules: the weight-name table of what is frozen without.
         frozen: its shapes.
-        where: opens a message.
 
     Raises:
         InputError: a name that no such module has, or that only some layers have; a linear layer;
@@ -100,12 +100,12 @@ def whole_of(
     """
     tied = isinstance(config, DecoderConfig) and config.tie_word_embeddings
     table = (*rules, HEAD_RULE) if tied else tuple(rules)
-    chosen = [rule for rule in table if _is_chosen(rule, names, frozen, where)]
+    chosen = [rule for rule in table if _is_chosen(rule, names, frozen)]
     for name in names:
         if not any(belongs_to(one, [name]) for rule in chosen for one in _tensors(rule, frozen)):
             known = sorted({rule.name.split(".")[-2] for rule in table if _may_train(rule)})
             raise InputError(
-                f"{where}: expected the name of an embedding, a head or a norm, got {name!r}. "
+                f"{_WHERE}: expected the name of an embedding, a head or a norm, got {name!r}. "
                 f"This model has {', '.join(known)}."
             )
     paths = {rule.path for rule in chosen}
@@ -150,7 +150,7 @@ def _may_train(rule: WeightRule) -> bool:
     return rule.path.endswith((".scale", ".embedding")) or (rule.path.endswith(".bias") and norm)
 
 
-def _is_chosen(rule: WeightRule, names: Sequence[str], frozen: Shapes, where: str) -> bool:
+def _is_chosen(rule: WeightRule, names: Sequence[str], frozen: Shapes) -> bool:
     tensors = _tensors(rule, frozen)
     found = [belongs_to(tensor, names) for tensor in tensors]
     if not any(found):
@@ -158,12 +158,12 @@ def _is_chosen(rule: WeightRule, names: Sequence[str], frozen: Shapes, where: st
     first = tensors[found.index(True)].rpartition(".")[0]
     if not _may_train(rule):
         raise InputError(
-            f"{where}: expected embeddings, heads and norms, got the linear layer {first}. Adapt "
+            f"{_WHERE}: expected embeddings, heads and norms, got the linear layer {first}. Adapt "
             "it with adapter.target_modules."
         )
     if not all(found):
         raise InputError(
-            f"{where}: expected a module of all layers, got one of some layers only ({first}). "
+            f"{_WHERE}: expected a module of all layers, got one of some layers only ({first}). "
             "Leave out its number."
         )
     return True

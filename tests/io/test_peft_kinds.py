@@ -141,6 +141,58 @@ def test_peft_computes_our_logits(base, tmp_path, method, start, rslora):
     assert sum("lora_magnitude_vector" in n for n in tensors) == 5 * (method == "dora")
 
 
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("rslora", [False, True], ids=["", "rslora"])
+@pytest.mark.parametrize("start", ["lora", "pissa"])
+def test_a_server_with_one_factor_for_all_modules(tmp_path, start, rslora, rank):
+    """vLLM takes alpha / r (or alpha / sqrt(r)) of the config for every module, and no patterns."""
+    linears = [
+        LinearShape(f"layers.{n}", tuple(f"model.layers.{i}.{n}" for i in range(2)), *shape)
+        for n, shape in LINEAR.items()
+    ]
+    modules = plan_adapters(
+        linears, rank=4, alpha=6.0, use_rslora=rslora, method=METHODS["lora"],
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        rank_pattern={"1.self_attn.q_proj": 2}, alpha_pattern={"v_proj": 24.0, "down_proj": 1.0},
+    )  # fmt: skip
+    rng = np.random.default_rng(3)
+    adapters, origin, wanted = {}, {}, {}
+    for name, (d_in, d_out) in LINEAR.items():
+        shapes = {"a": (2, d_in, 4), "b": (2, 4, d_out)}
+        for side, shape in shapes.items():
+            adapters[f"layers.{name}.lora_{side}"] = rng.standard_normal(shape).astype(np.float32)
+            if start == "pissa":
+                near = adapters[f"layers.{name}.lora_{side}"] + 0.1 * rng.standard_normal(shape)
+                origin[f"layers.{name}.origin_{side}"] = near.astype(np.float32)
+    for module in modules:
+        factors = []
+        for arrays, kind in ((adapters, "lora"), (origin, "origin")):
+            if arrays:
+                a = arrays[f"{module.path}.{kind}_a"][module.layer][:, : module.rank]
+                factors.append(a.astype(np.float64) @ arrays[f"{module.path}.{kind}_b"][
+                    module.layer][: module.rank])  # fmt: skip
+        alpha = {"v_proj": 24.0, "down_proj": 1.0}.get(module.name.rpartition(".")[2], 6.0)
+        scale = alpha / (module.rank**0.5 if rslora else module.rank)
+        wanted[module.name] = scale * (factors[0] - (factors[1] if origin else 0))
+    export(tmp_path / "a", modules, adapters, origin, use_rslora=rslora, rank=rank)
+    config, tensors = (
+        config_of(tmp_path / "a"),
+        load_file(tmp_path / "a" / "adapter_model.safetensors"),
+    )
+    one = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
+    again = read_peft(tmp_path / "a")
+    for name, delta in wanted.items():
+        a, b = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        served = one * (b.astype(np.float64) @ a).T
+        if rank is None:
+            assert np.abs(served - delta).max() < 1e-5 * np.abs(delta).max()
+        elif len(a) <= rank:
+            assert np.linalg.norm(served - delta, 2) <= 1.001 * np.linalg.svd(
+                delta, compute_uv=False)[rank:][:1].sum() + 1e-5 * np.abs(delta).max()  # fmt: skip
+        # PEFT's rule, by the patterns, is the same.
+        assert again.scales[name] == pytest.approx(one)
+
+
 @pytest.mark.parametrize("start", ["lora", "pissa"])
 @pytest.mark.parametrize("method", KINDS)
 def test_round_trip_through_peft(base, tmp_path, method, start):

@@ -215,6 +215,6 @@ def test_unsupported_family(folder, tmp_path):
     config = json.loads((target / "config.json").read_text()) | {"model_type": "t5"}
     (target / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        InputError, match="expected model_type to be one of bert, deberta-v2, gemma, gemma2"
+        InputError, match="expected model_type to be one of bert, deberta-v2, distilbert, gemma"
     ):
         load_pretrained(str(target))

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from balora_jax.array_types import Array, PRNGKeyArray
-from balora_jax.config import DataConfig, EvalConfig, TrainSet
+from balora_jax.config import DataConfig, EvalConfig
+from balora_jax.config_data import TrainSet
 from balora_jax.data.conversations import answered
 from balora_jax.data.examples import encode_prompt
 from balora_jax.data.sources import load_rows
