@@ -15,6 +15,7 @@ from balora_jax.models.methods.dora import DORA
 from balora_jax.models.methods.lora import LORA
 from balora_jax.models.methods.method import Method
 from balora_jax.models.whole import TOKEN_ROWS, belongs_to
+from balora_jax.parallel import hosts
 from balora_jax.untyped.fields import Fields
 from balora_jax.untyped.json_text import read_object
 from balora_jax.untyped.patterns import end_match
@@ -48,6 +49,17 @@ _UNSUPPORTED = (
     "monteclora_config",
     "megatron_config",
 )
+# The others, which say where an adapter came from, how it was begun or how it trains.
+_UNDERSTOOD = {
+    *_UNSUPPORTED,
+    *("peft_type", "task_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
+    *("use_dora", "fan_in_fan_out", "target_modules", "exclude_modules", "modules_to_save"),
+    *("trainable_token_indices", "layers_to_transform", "layers_pattern", "init_lora_weights"),
+    *("base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode"),
+    *("lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("runtime_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
+    *("velora_config", "bias"),
+}
 # Starts of PEFT that take the adapter out of the base weights, so that the base is another one.
 _RESIDUAL_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -155,6 +167,13 @@ def _check_settings(config: Fields) -> None:
                 "which changes what the adapter computes and is not supported. Start from an "
                 "adapter without it."
             )
+    unknown = [key for key, value in config.values.items() if key not in _UNDERSTOOD]
+    unknown = [key for key in unknown if config.values[key] not in _OFF]
+    if unknown:
+        hosts.warn(
+            f"note: {config.where}: keys that this version does not know are not read: "
+            f"{', '.join(map(shown, unknown[:20]))}."
+        )
     start = config.values.get("init_lora_weights", True)
     if str(start).lower().startswith(_RESIDUAL_STARTS):
         raise InputError(

@@ -125,6 +125,18 @@ def plan_adapters(
     return tuple(modules)
 
 
+def meant(
+    linears: Sequence[LinearShape],
+    target_modules: Sequence[str] | str,
+    exclude_modules: Sequence[str] | str,
+) -> list[str]:
+    """Names of the layers that two such settings of PEFT mean together."""
+    chosen = _chooser("target_modules", target_modules)
+    excluded = _chooser("exclude_modules", exclude_modules)
+    names = (name for shape in linears for name in shape.names)
+    return [name for name in names if chosen(name) and not excluded(name)]
+
+
 def _chooser(key: str, targets: Sequence[str] | str) -> Callable[[str], bool]:
     """Whether a name is meant by a list of endings, an expression, or ``all-linear``."""
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:  # in any case, as in PEFT

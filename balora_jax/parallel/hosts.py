@@ -6,6 +6,7 @@ Everything here is also right, and does nothing, in a run of one process.
 import contextlib
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -131,6 +132,13 @@ def say(*lines: object) -> None:
     """Print lines, once for all processes; no control character of the data gets into a log."""
     if lines and is_first():
         print(*(for_a_log(str(line)) for line in lines), sep="\n", flush=True)
+
+
+def warn(*lines: object) -> None:
+    """As :func:`say`, on standard error: what a command prints as its result stays alone."""
+    if lines and is_first():
+        text = "\n".join(for_a_log(str(line)) for line in lines)
+        print(text, file=sys.stderr, flush=True)
 
 
 def barrier(name: str) -> None:

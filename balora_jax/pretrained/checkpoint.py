@@ -260,7 +260,7 @@ def open_base(name_or_path: str, revision: str | None = None, *, weights: bool =
     config = _config_of(folder, kind="decoder")
     if not weights or not head_of_its_own(folder, config):
         return Checkpoint(folder, config)
-    hosts.say(
+    hosts.warn(
         f"{folder}: its {HEAD_NAME} is not its embeddings, as tie_word_embeddings in {CONFIG_FILE} "
         "says; the stored head is used"
     )

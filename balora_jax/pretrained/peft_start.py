@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from balora_jax.errors import InputError
+from balora_jax.io.hf_files import shortened
 from balora_jax.io.peft_reader import PeftAdapter
-from balora_jax.models.adapters import AdaptedModule, LinearShape
+from balora_jax.models.adapters import AdaptedModule, LinearShape, meant
 from balora_jax.models.starts.stacks import Arrays, Layout, start_from_factors
+from balora_jax.models.whole import belongs_to
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,10 @@ def peft_modules(
     """The adapted layers of a PEFT adapter on this base.
 
     Raises:
-        InputError: a layer that the base does not have, or one of another size.
+        InputError: a layer that the base does not have, one of another size, or a target of the
+            adapter's config without its tensors.
     """
+    _check_whole(peft, linears, where)
     known = {name: (shape, i) for shape in linears for i, name in enumerate(shape.names)}
     modules = []
     for name, (a, b) in peft.tensors.items():
@@ -85,3 +89,21 @@ def peft_modules(
             )
         )  # fmt: skip
     return tuple(modules)
+
+
+def _check_whole(peft: PeftAdapter, linears: Sequence[LinearShape], where: str) -> None:
+    """Raises InputError where the adapter's file lacks a layer that its config names."""
+    targets, without = (peft.config.get(key) or () for key in ("target_modules", "exclude_modules"))
+    if not targets or peft.config.get("layers_to_transform") is not None:
+        return
+    whole = peft.modules_to_save
+    missing = [
+        name
+        for name in meant(linears, targets, without)
+        if name not in peft.tensors and not belongs_to(f"{name}.weight", whole)
+    ]
+    if missing:
+        raise InputError(
+            f"{where}: expected tensors of every layer that target_modules names, got none of "
+            f"{shortened(missing)}. Copy the adapter again."
+        )

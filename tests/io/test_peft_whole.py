@@ -209,3 +209,21 @@ def test_what_has_no_place_is_refused(tmp_path):
     unnamed = {**others, "base_model.model.model.layers.0.mlp.down_proj.weight": whole[key]}
     assert "expected floating-point lora_A and lora_B weights" in refusal(unnamed)
     assert "expected trainable_token_indices" in refusal(whole, trainable_token_indices=[1])
+
+
+def test_a_layer_that_is_missing_is_refused_and_strange_keys_are_named(tmp_path, capsys):
+    want = made(tmp_path, "llama", False)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"new_thing": 3, "other": None}))
+    got = load_pretrained(str(tmp_path / "base"), adapter=str(tmp_path / "adapter"))
+    close(got(IDS), want)
+    found = capsys.readouterr()
+    assert found.err == (
+        f"note: {config}: keys that this version does not know are not read: 'new_thing'.\n"
+    )
+    assert found.out == ""
+    tensors = {k: v for k, v in load_file(file).items() if "layers.1.self_attn.v_proj" not in k}
+    save_file(tensors, file)
+    with pytest.raises(InputError, match=r"got none of model.layers.1.self_attn.v_proj. Copy"):
+        load_pretrained(str(tmp_path / "base"), adapter=str(tmp_path / "adapter"))
