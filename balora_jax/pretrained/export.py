@@ -13,7 +13,8 @@ from balora_jax.config import ModelConfig, RunConfig
 from balora_jax.errors import InputError
 from balora_jax.io.beside import CARD, OF_AN_ADAPTER, Beside, found_beside, tokenizer_of
 from balora_jax.io.hf_export import MergeReport, export_merged, module_deltas
-from balora_jax.io.peft_reader import PeftAdapter, read_peft
+from balora_jax.io.hf_files import CONFIG_FILE
+from balora_jax.io.peft_reader import ADAPTER_CONFIG, PeftAdapter, read_peft
 from balora_jax.io.peft_writer import ExportReport, TokenRows, export_peft
 from balora_jax.models.adapters import AdaptedModule
 from balora_jax.models.decoder_config import EMBEDDING, DecoderConfig
@@ -36,6 +37,9 @@ from balora_jax.pretrained.peft_whole import saved_whole
 
 ADAPTER, MODEL = "adapter", "model"
 """Folders of a run: its PEFT adapter, or the checkpoint of a full fine-tuning."""
+
+MARKERS = {"peft": ADAPTER_CONFIG, "merged": CONFIG_FILE}
+"""From the formats of an export to the file by which each is known."""
 
 
 def write_adapter(
