@@ -35,10 +35,13 @@ def check_push(name: str) -> None:
     """
     try:
         validate_repo_id(name)
-    except ValueError as error:
+        good = name == name.strip()  # the pattern there lets a line break at the end through
+    except ValueError:
+        good = False
+    if not good:
         raise InputError(
             f"--push-to-hub {shown(name)}: expected OWNER/NAME, got another form. Correct it."
-        ) from error
+        )
     if name.count("/") != 1:
         raise InputError(f"--push-to-hub {name}: expected OWNER/NAME, got no owner. Add it.")
     if get_token() is None:

@@ -146,7 +146,9 @@ def test_no_token(tmp_path, monkeypatch):
     check_push(NAME)
 
 
-@pytest.mark.parametrize("name", ["", "me/", "a/b/c", "me/my sums", "me/-x", "../x", "me/x--y"])
+@pytest.mark.parametrize(
+    "name", ["", "me/", "a/b/c", "me/my sums", "me/-x", "../x", "me/x--y", "me/x\n"]
+)
 def test_no_name_of_a_repository(name, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     with pytest.raises(InputError, match=r"expected OWNER/NAME, got another form\. Correct it\."):
