@@ -77,8 +77,11 @@ def push(folder: Path, name: str, *, marker: str, private: bool) -> str:
             )
     except InputError as error:
         raise InputError(f"--push-to-hub {name}: {error} {_kept(folder)}") from error
-    except (HTTPError, OSError, ValueError) as error:
-        raise InputError(f"--push-to-hub {name}: {_sentence(error)} {_kept(folder)}") from error
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        # Of a large file the client raises a RuntimeError from what happened.
+        reason = error.__cause__ if type(error) is RuntimeError else None
+        said = _sentence(reason or error)
+        raise InputError(f"--push-to-hub {name}: {said} {_kept(folder)}") from error
     return str(url)
 
 
@@ -98,13 +101,13 @@ def _check_repository(api: HfApi, name: str, marker: str, private: bool) -> None
         )
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: BaseException) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in _REFUSALS:
         expected, got, remedy = _REFUSALS[status]
         return f"expected {expected}, got {got}. {remedy}"
     reason = one_line(words_of(error), most=200).rstrip(".")
-    if status is None and not isinstance(error, ValueError):
+    if status is None and not isinstance(error, ValueError | RuntimeError):
         return f"expected a hub that can be reached, got: {reason}. Check the network."
     return f"expected the hub to take it, got: {reason}. Correct that."
 

@@ -11,14 +11,13 @@ from tests.io.hub_stand_in import served
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 40}
 NAME = "me/sums"
+# Of the client, when it sends a large file.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    with served() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", hub.token)
+    with served(monkeypatch) as hub:
         yield hub
 
 
@@ -52,7 +51,7 @@ def test_what_arrives_is_the_folder_and_nothing_else(hub, folder):
     there = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert found["files"] == {".gitattributes": b"", **there}
     assert list(hub.repositories) == [NAME]
-    assert not [line for line in hub.asked if NAME not in line and "/api/" not in line]
+    assert [*hub.stored.values()] == [FILES["adapter_model.safetensors"]]
     # Once more: the repository is there, and holds an adapter.
     (folder / "adapter_config.json").write_bytes(b'{"r": 1}')
     sent(folder)
@@ -112,6 +111,13 @@ def test_refused(hub, folder, status, words):
 def test_a_wrong_token(hub, folder, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert refusal(folder).startswith("expected a token that the hub takes, got a refusal (401)")
+
+
+def test_refused_in_the_middle(hub, folder):
+    """The client wraps what happens to a large file; nothing is committed then."""
+    hub.refuse, hub.refused = 403, "/stored/"
+    assert refusal(folder).startswith("expected a token that may write there, got a refusal (403)")
+    assert hub.repositories[NAME]["files"] == {".gitattributes": b""}
 
 
 def test_something_else(hub, folder):

@@ -156,15 +156,35 @@ def test_an_export_has_all_of_it(finished, tmp_path):
     assert "its rank is at most 1." in card
 
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize("named", ["org/base", "the folder of the cache"])
+def test_the_base_is_named_as_on_the_hub(finished, inputs, tmp_path, monkeypatch, named):
+    """Of a base in the hub's cache, by name or by place: its name and the commit."""
+    repository = tmp_path / "hub" / "models--org--base"
+    snapshot = repository / "snapshots" / COMMIT
+    shutil.copytree(inputs / "model", snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    name = named if named == "org/base" else snapshot
+    out = tmp_path / "out"
+    outcome = exported(finished, out, "--set", f"model.name_or_path={name}")
+    assert outcome.code == 0, outcome.err
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/base"
+    assert config["revision"] == COMMIT
+
+
 @pytest.fixture
 def hub(monkeypatch):
-    with served() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", hub.token)
+    with served(monkeypatch) as hub:
         yield hub
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the client
 def test_an_export_that_is_pushed(finished, tmp_path, hub):
     out, figures = tmp_path / "out", tmp_path / "figures.json"
     push = ("--push-to-hub", "me/sums", "--private")
