@@ -88,10 +88,7 @@ def dated(config: RunConfig, folder: Path) -> RunConfig:
     """
     if TASKS[config.task].model == "encoder":  # its rows are not written by a template
         return config
-    data = config.data
-    sets = () if data.train is None or isinstance(data.train, str) else data.train
-    templates = {data.template, *(one.template for one in sets)}
-    if data.today is not None or "chat" not in templates:
+    if config.data.today is not None or not _chats(config.data):
         return config
     today = datetime.date.today().isoformat()
     tree = config.model_dump(mode="json")
@@ -117,10 +114,20 @@ def describe(run: Run) -> None:
     )
 
 
+def _chats(data: DataConfig) -> bool:
+    """Whether a chat template writes any of the rows."""
+    sets = () if data.train is None or isinstance(data.train, str) else data.train
+    return "chat" in {data.template, *(one.template for one in sets)}
+
+
 def chat_template_of(data: DataConfig) -> str | None:
-    """The text of ``data.chat_template``, read before the run: its file may be gone after it."""
-    named = data.chat_template
-    return None if named is None else read_template(named, "data.chat_template")
+    """The text of ``data.chat_template``, read before the run: its file may be gone after it.
+
+    None where the tokenizer's own is used, or none at all.
+    """
+    if data.chat_template is None or not _chats(data):
+        return None
+    return read_template(data.chat_template, "data.chat_template")
 
 
 def export_trained(training: Training, template: str | None) -> str:

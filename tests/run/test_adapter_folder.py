@@ -98,6 +98,14 @@ def test_the_chat_template_that_was_trained_with(tmp_path, inputs, no_curves, mo
     assert {path.name for path in folder.iterdir()} == {*NAMES, "chat_template.jinja"}
 
 
+def test_a_chat_template_that_no_row_was_written_by_is_not_there(finished, tmp_path):
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    data = load_config(finished.config).data
+    named = data.model_copy(update={"chat_template": str(tmp_path / "chat.jinja")})
+    assert finetune.chat_template_of(named) is None
+    assert finetune.chat_template_of(named.model_copy(update={"template": "chat"})) == TEMPLATE
+
+
 @pytest.mark.parametrize("place", ["score", "write_card", "write_results"])
 def test_a_run_that_ends_before_its_card_goes_on_to_the_same_bytes(
     finished, tmp_path, no_curves, monkeypatch, place
