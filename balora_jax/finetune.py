@@ -10,13 +10,17 @@ from typing import Any
 import jax
 
 from balora_jax import hardware
-from balora_jax.config import RunConfig
+from balora_jax.config import DataConfig, RunConfig
 from balora_jax.config_file import dump_config, parse_config
+from balora_jax.data.template_files import read_template
 from balora_jax.io import drawing, metrics
+from balora_jax.io.beside import CARD, CHAT_TEMPLATE, SETTINGS, tokenizer_of
 from balora_jax.io.folders import write_atomically
 from balora_jax.parallel import hosts
 from balora_jax.paths import named_folder
 from balora_jax.pretrained import export
+from balora_jax.pretrained.base_name import base_name
+from balora_jax.pretrained.card import Trained, model_card
 from balora_jax.signals import taken
 from balora_jax.tasks.registry import TASKS
 from balora_jax.training.endings import failures, reading
@@ -54,6 +58,7 @@ def fit(config: RunConfig, *, workdir: str | Path, resume: bool = False) -> dict
                 hosts.by_first(functools.partial(last_seen, folder))
             config = dated(config, folder)
             run = TASKS[config.task].check(config)
+            template = chat_template_of(config.data)
         with held(folder, resume=resume) as check:
             with reading():
                 found = resumable(run, folder) if resume else None
@@ -67,10 +72,11 @@ def fit(config: RunConfig, *, workdir: str | Path, resume: bool = False) -> dict
                     training.score_before()
                     training.train()
                     check()
-                    written = export_trained(training)
+                    written = export_trained(training, template)
                     summary = summarise(training, training.score("after"), began)
                     told.summary = summary
                 check()
+                write_card(training, summary["after"])
                 write_results(folder, summary, written)
         return summary
 
@@ -82,10 +88,7 @@ def dated(config: RunConfig, folder: Path) -> RunConfig:
     """
     if TASKS[config.task].model == "encoder":  # its rows are not written by a template
         return config
-    data = config.data
-    sets = () if data.train is None or isinstance(data.train, str) else data.train
-    templates = {data.template, *(one.template for one in sets)}
-    if data.today is not None or "chat" not in templates:
+    if config.data.today is not None or not _chats(config.data):
         return config
     today = datetime.date.today().isoformat()
     tree = config.model_dump(mode="json")
@@ -111,8 +114,29 @@ def describe(run: Run) -> None:
     )
 
 
-def export_trained(training: Training) -> str:
-    """Write the adapter, or of a full fine-tuning the whole model; says what was written."""
+def _chats(data: DataConfig) -> bool:
+    """Whether a chat template writes any of the rows."""
+    sets = () if data.train is None or isinstance(data.train, str) else data.train
+    return "chat" in {data.template, *(one.template for one in sets)}
+
+
+def chat_template_of(data: DataConfig) -> str | None:
+    """The text of ``data.chat_template``, read before the run: its file may be gone after it.
+
+    None where the tokenizer's own is used, or none at all.
+    """
+    if data.chat_template is None or not _chats(data):
+        return None
+    return read_template(data.chat_template, "data.chat_template")
+
+
+def export_trained(training: Training, template: str | None) -> str:
+    """Write the adapter, or of a full fine-tuning the whole model; says what was written.
+
+    Args:
+        training: at its end.
+        template: the chat template, if it is not the tokenizer's.
+    """
     run, folder = training.run, training.folder
     trainable = hosts.gathered_all(training.state.adapters)
     origin = hosts.gathered_all(training.constants.origin)
@@ -131,11 +155,41 @@ def export_trained(training: Training) -> str:
         run.adapters.modules,
         trainable,
         origin,
+        revision=model.revision,
         use_rslora=run.adapters.use_rslora,
         whole=run.adapters.whole,
+        beside=beside_adapter(training, template),
         overwrite=True,
     )
     return f"adapter: {report.folder} (PEFT, rank {report.rank}, {report.parameters:,} numbers)"
+
+
+def beside_adapter(training: Training, template: str | None) -> dict[str, Path | bytes]:
+    """What lies beside the trained adapter: tokenizer, chat template, card and settings."""
+    found = tokenizer_of(training.run.base.folder)
+    if template is not None:
+        found[CHAT_TEMPLATE] = template.encode()
+    found[CARD] = card_of(training, {}).encode()
+    return found | {SETTINGS: dump_config(training.run.config).encode()}
+
+
+def card_of(training: Training, after: dict[str, Any]) -> str:
+    """The card of the trained adapter; ``after`` is empty as long as nothing is scored."""
+    run = training.run
+    config, model = run.config, run.config.model
+    trained = Trained(
+        base_name(run.base.folder, model.name_or_path, model.revision),
+        run.base.family.task_type,
+        getattr(run.base.config, "num_labels", None),
+        {name: getattr(config, name) for name in ("adapter", "regularizers", "training")},
+        config.data,
+        str(run.report),
+        int(training.state.step),
+        int(training.state.guard.skipped),
+        training.before,
+        after,
+    )
+    return model_card(trained)
 
 
 def summarise(training: Training, after: dict[str, Any], began: float) -> dict[str, Any]:
@@ -152,6 +206,17 @@ def summarise(training: Training, after: dict[str, Any], began: float) -> dict[s
         "versions": hardware.versions(),
         "device": hardware.device_description(),
     }
+
+
+def write_card(training: Training, after: dict[str, Any]) -> None:
+    """The adapter's card anew, with the scores after the training.
+
+    Its draft lies in the run's folder: one that a kill leaves in ``adapter/`` would pass for a
+    user's file.
+    """
+    if hosts.is_first() and not training.run.adapters.method.trains_base:
+        file = training.folder / export.ADAPTER / CARD
+        write_atomically(file, card_of(training, after), drafts=training.folder)
 
 
 def write_results(folder: Path, summary: dict[str, Any], written: str) -> None:

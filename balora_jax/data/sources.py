@@ -59,7 +59,7 @@ def load_rows(spec: str, *, split: str = "train", limit: int | None = None) -> R
     if limit is not None and limit < 1:
         raise InputError(f"{spec}: expected a limit of at least 1 row, got {limit}. Leave it out.")
     path = resolve_path(spec)
-    if spec.startswith(PACKAGE_PREFIX) or _is_local(path):
+    if hub_set(spec) is None:
         rows: Rows = _joined(_matching_files(path, split), limit)
     else:
         # `datasets` makes folders and reads settings: nothing that a local file needs.
@@ -69,6 +69,18 @@ def load_rows(spec: str, *, split: str = "train", limit: int | None = None) -> R
     if len(rows) == 0:
         raise InputError(f"{spec}: expected at least one row, got an empty data set. Add rows.")
     return rows
+
+
+def hub_set(spec: str) -> str | None:
+    """The name of the hub data set that a source means, without its configuration.
+
+    None for files.
+
+    >>> hub_set("org/sums:main"), hub_set("runs/sums.jsonl"), hub_set("/data/*.csv")
+    ('org/sums', None, None)
+    """
+    local = spec.startswith(PACKAGE_PREFIX) or _is_local(resolve_path(spec))
+    return None if local else spec.partition(":")[0]
 
 
 def _is_local(path: str) -> bool:

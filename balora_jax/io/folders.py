@@ -16,20 +16,22 @@ from balora_jax.io import seals
 _PARTIAL = ".partial"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file or nothing."""
-    with replaced_file(path) as draft:
+def write_atomically(path: Path, text: str, *, drafts: Path | None = None) -> None:
+    """Write a whole file or nothing; its draft lies beside it, or in another folder."""
+    with replaced_file(path, drafts=drafts) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def replaced_file(path: Path) -> Iterator[Path]:
+def replaced_file(path: Path, *, drafts: Path | None = None) -> Iterator[Path]:
     """Yield an empty sibling file that takes the place of ``path`` when the block succeeds.
 
     Its name is new, so that nothing that lies there is written to; a link in the place of ``path``
-    is replaced, not followed. On any error the sibling is removed.
+    is replaced, not followed. On any error the sibling is removed. It lies in ``drafts`` where that
+    is given: a folder on the same disk.
     """
-    handle, name = tempfile.mkstemp(prefix=_prefix(path), suffix=_PARTIAL, dir=path.parent)
+    place = drafts or path.parent
+    handle, name = tempfile.mkstemp(prefix=_prefix(path), suffix=_PARTIAL, dir=place)
     os.close(handle)
     draft = Path(name)
     try:

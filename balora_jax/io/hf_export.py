@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from balora_jax.errors import InputError
+from balora_jax.io.beside import OF_A_MODEL, found_beside, put_beside
 from balora_jax.io.folders import replaced_folder
 from balora_jax.io.hf_files import (
     CONFIG_FILE,
@@ -35,24 +35,6 @@ MAX_SHARD_BYTES = 4 * 2**30
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _PROGRESS_FROM_BYTES = 200_000_000
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-# Copied as they are where present; code and pickles never are.
-_COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "spm.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-
 # From a checkpoint tensor's name and its stored value to the new value, None for no change.
 Deltas = Callable[[str, np.ndarray], np.ndarray | None]
 
@@ -214,9 +196,7 @@ def export_merged(
                 "Name the checkpoint that was trained."
             )
         _write_config(draft, source, dtype, settings)
-        for name in _COMPANIONS:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, draft / name)
+        put_beside(draft, found_beside(source, OF_A_MODEL))
     entries = [entry for shard in shards for entry in shard]
     total = sum(entry.nbytes for entry in entries)
     return MergeReport(target, len(shards), len(entries), merged, total)
@@ -225,7 +205,7 @@ def export_merged(
 def is_merged(folder: Path) -> bool:
     """Whether a folder holds a merged export and nothing that overwriting it would lose."""
     names = {path.name for path in folder.iterdir()}
-    known = {CONFIG_FILE, SINGLE_FILE, INDEX_FILE, *_COMPANIONS}
+    known = {CONFIG_FILE, SINGLE_FILE, INDEX_FILE, *OF_A_MODEL}
     return CONFIG_FILE in names and all(n in known or _SHARD.fullmatch(n) for n in names)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from balora_jax.errors import InputError
+from balora_jax.io.beside import OF_AN_ADAPTER, Beside, put_beside
 from balora_jax.io.folders import replaced_folder
 from balora_jax.io.hf_files import shortened
 from balora_jax.io.peft_reader import (
@@ -25,7 +26,7 @@ from balora_jax.io.peft_reader import (
 from balora_jax.models.adapters import AdaptedModule
 from balora_jax.models.whole import belongs_to
 
-_ADAPTER_FILES = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md"}
+_ADAPTER_FILES = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, *OF_AN_ADAPTER}
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ def export_peft(
     adapters: Mapping[str, Any],
     origin: Mapping[str, Any],
     base_name: str,
+    revision: str | None = None,
     rank: int | None = None,
     task_type: str = "CAUSAL_LM",
     use_rslora: bool = False,
@@ -173,6 +175,7 @@ def export_peft(
     saved: Mapping[str, np.ndarray] = MappingProxyType({}),
     modules_to_save: Sequence[str] = (),
     tokens: TokenRows | None = None,
+    beside: Beside = MappingProxyType({}),
     overwrite: bool = False,
 ) -> ExportReport:
     """Write a folder that ``peft`` loads onto the untouched base model.
@@ -191,6 +194,7 @@ def export_peft(
         origin: ``path.origin_a`` and ``path.origin_b`` likewise, none for starts at zero; for
             LoRA-FA ``path.lora_a``, unless it is in ``adapters``.
         base_name: Hub name or folder of the base model, written for ``AutoPeftModel``.
+        revision: of the base on the hub.
         rank: recompress every larger module to this rank.
         task_type: PEFT's task type, ``CAUSAL_LM`` or ``SEQ_CLS``.
         use_rslora: the modules' scale is alpha / sqrt(rank).
@@ -201,6 +205,7 @@ def export_peft(
         saved: whole tensors that trained, by checkpoint name (``classifier.weight``).
         modules_to_save: names (or their ends) of the modules that ``saved`` belongs to.
         tokens: rows of an embedding table that trained alone.
+        beside: what else the folder gets, by names of ``OF_AN_ADAPTER``.
         overwrite: replace an adapter folder that is already there.
 
     Raises:
@@ -218,6 +223,7 @@ def export_peft(
             "peft_type": "LORA",
             "task_type": task_type,
             "base_model_name_or_path": base_name,
+            "revision": revision,
             "inference_mode": True,
             "target_modules": _target_modules(modules, heights, base_modules),
             **_ranks_and_alphas(pairs, use_rslora and kept),
@@ -233,6 +239,7 @@ def export_peft(
         (draft / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         rows = {} if tokens is None else {f"{tokens.module}.{ROWS}": tokens.rows}
         numbers = _save(draft / ADAPTER_WEIGHTS, pairs, {**saved, **rows})
+        put_beside(draft, beside)
     return _report(target, pairs, numbers, recompressed=rank is not None)
 
 
@@ -263,8 +270,8 @@ def _check_export(
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter and nothing that overwriting it would lose."""
-    names = {path.name for path in folder.iterdir()}
-    return ADAPTER_CONFIG in names and names <= _ADAPTER_FILES
+    there = {path.name: path.is_file() for path in folder.iterdir()}
+    return ADAPTER_CONFIG in there and there.keys() <= _ADAPTER_FILES and all(there.values())
 
 
 def _pair(

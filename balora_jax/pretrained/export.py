@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -10,8 +11,10 @@ import numpy as np
 from balora_jax.array_types import Array
 from balora_jax.config import ModelConfig, RunConfig
 from balora_jax.errors import InputError
+from balora_jax.io.beside import CARD, OF_AN_ADAPTER, Beside, found_beside, tokenizer_of
 from balora_jax.io.hf_export import MergeReport, export_merged, module_deltas
-from balora_jax.io.peft_reader import PeftAdapter, read_peft
+from balora_jax.io.hf_files import CONFIG_FILE
+from balora_jax.io.peft_reader import ADAPTER_CONFIG, PeftAdapter, read_peft
 from balora_jax.io.peft_writer import ExportReport, TokenRows, export_peft
 from balora_jax.models.adapters import AdaptedModule
 from balora_jax.models.decoder_config import EMBEDDING, DecoderConfig
@@ -19,7 +22,7 @@ from balora_jax.models.starts.stacks import given_factors
 from balora_jax.models.structure import structure
 from balora_jax.models.weight_names import HEAD_NAME, WeightRule
 from balora_jax.models.whole import HEAD_RULE, NOTHING, TOKEN_ROWS, Whole, stored
-from balora_jax.paths import PACKAGE_PREFIX
+from balora_jax.pretrained.base_name import base_name
 from balora_jax.pretrained.checkpoint import (
     Base,
     EncoderBase,
@@ -35,6 +38,9 @@ from balora_jax.pretrained.peft_whole import saved_whole
 ADAPTER, MODEL = "adapter", "model"
 """Folders of a run: its PEFT adapter, or the checkpoint of a full fine-tuning."""
 
+MARKERS = {"peft": ADAPTER_CONFIG, "merged": CONFIG_FILE}
+"""From the formats of an export to the file by which each is known."""
+
 
 def write_adapter(
     folder: Path,
@@ -45,19 +51,23 @@ def write_adapter(
     origin: Mapping[str, Array | np.ndarray],
     *,
     use_rslora: bool,
+    revision: str | None = None,
     whole: Whole = NOTHING,
+    beside: Beside = MappingProxyType({}),
     overwrite: bool = False,
 ) -> ExportReport:
     """Write adapters as a PEFT folder on the original base, with all that trained whole."""
     own = host_copy({path: trainable[path] for path in whole.shapes(_frozen(base))})
     apart = {path for path in trainable if path.startswith("head.")} | own.keys()
     rows = own.pop(TOKEN_ROWS, None)
+    named = base_name(base.folder, name_or_path, revision)
     return export_peft(
         folder,
         modules=modules,
         adapters=host_copy({p: v for p, v in trainable.items() if p not in apart}),
         origin=host_copy(origin),
-        base_name=_base_name(base, name_or_path),
+        base_name=named.name,
+        revision=named.revision,
         task_type=base.family.task_type,
         use_rslora=use_rslora,
         base_modules=[
@@ -68,6 +78,7 @@ def write_adapter(
         saved=saved_head(base, trainable) | stored(whole, own),
         modules_to_save=(*base.family.head_modules(), *whole.names),
         tokens=None if rows is None else TokenRows(_table(base), whole.tokens, rows),
+        beside=beside,
         overwrite=overwrite,
     )
 
@@ -76,12 +87,6 @@ def _table(base: Base | EncoderBase) -> str:
     """The checkpoint's name of the module of the token embeddings."""
     name = next(rule.name for rule in base.rules if rule.path == EMBEDDING)
     return name.removesuffix(".weight")
-
-
-def _base_name(base: Base | EncoderBase, name_or_path: str) -> str:
-    """Other tools know nothing of paths inside this package."""
-    packaged = name_or_path.startswith(PACKAGE_PREFIX)
-    return str(base.folder) if packaged else name_or_path
 
 
 def _frozen(base: Base | EncoderBase) -> dict[str, Any]:
@@ -169,12 +174,14 @@ def export_run(
     adapters = host_copy(given_factors(modules, _frozen(base), peft.tensors, peft.magnitudes))
     if format == "merged":
         return _merge(config.model.dtype, out, base, modules, adapters, peft)
+    named = base_name(base.folder, config.model.name_or_path, config.model.revision)
     report = export_peft(
         out,
         modules=modules,
         adapters=adapters,
         origin={},
-        base_name=_base_name(base, config.model.name_or_path),
+        base_name=named.name,
+        revision=named.revision,
         rank=rank,
         task_type=str(peft.config.get("task_type") or "CAUSAL_LM"),
         use_rslora=bool(peft.config.get("use_rslora")),
@@ -188,6 +195,7 @@ def export_run(
         tokens=TokenRows(_table(base), peft.tokens, peft.saved[TOKEN_ROWS])
         if peft.tokens
         else None,
+        beside=_beside(source, base, rank),
     )
     return {
         "folder": str(out),
@@ -196,6 +204,17 @@ def export_run(
         "parameters": report.parameters,
         "relative_error": report.error,
     }
+
+
+def _beside(source: Path, base: Base | EncoderBase, rank: int | None) -> dict[str, Path | bytes]:
+    """What lies beside the adapter of a run, whose card then says that its rank is another."""
+    found = tokenizer_of(base.folder) | found_beside(source, OF_AN_ADAPTER)
+    if rank is not None and CARD in found:
+        found[CARD] = (source / CARD).read_bytes() + (
+            f"\n## Rank\n\nThis copy was recompressed by SVD: its rank is at most {rank}. Scores "
+            "above are those of the whole adapter.\n"
+        ).encode()
+    return found
 
 
 def _merge(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.io import lock, metrics, seals
+from balora_jax.io.beside import CARD
 from balora_jax.io.folders import begins_with, drafts_of
 from balora_jax.io.hf_export import is_merged
 from balora_jax.io.hf_files import CONFIG_FILE
@@ -193,7 +194,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def _leftovers(folder: Path) -> list[tuple[Path, bool]]:
     """Drafts of a run's files and folders, and whether each is to be a folder."""
-    files = [(path, False) for path in drafts_of(folder, FILES)]
+    files = [(path, False) for path in drafts_of(folder, (*FILES, CARD))]  # adapter/'s card
     return files + [(path, True) for path in drafts_of(folder, (ADAPTER, MODEL))]
 
 

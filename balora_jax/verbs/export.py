@@ -1,8 +1,9 @@
-"""``balora export``: the adapter of a run as other tools read it."""
+"""``balora export``: the adapter of a run as other tools read it, here or on the hub."""
 
 import argparse
 from typing import TYPE_CHECKING
 
+from balora_jax.errors import InputError
 from balora_jax.verbs.verb import Verb, report
 
 if TYPE_CHECKING:
@@ -15,21 +16,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("peft", "merged"), default="peft")
     parser.add_argument("--out", required=True, help="new folder")
     parser.add_argument("--rank", type=int, help="recompress to this rank (peft only)")
+    parser.add_argument(
+        "--push-to-hub", metavar="OWNER/NAME", help="send the new folder to this repository as well"
+    )
+    parser.add_argument("--private", action="store_true", help="make that repository a private one")
     parser.add_argument("--json", help="write the figures to this file")
 
 
 def run(config: "RunConfig", options: argparse.Namespace) -> None:
-    """Write the newest adapter of the run."""
+    """Write the newest adapter of the run, and send it to the hub where that is asked for."""
+    from balora_jax.io.hub_push import check_push, push
     from balora_jax.paths import named_folder
-    from balora_jax.pretrained.export import export_run
+    from balora_jax.pretrained.export import MARKERS, export_run
 
-    figures = export_run(
-        config,
-        named_folder(options.workdir, "--workdir"),
-        named_folder(options.out, "--out"),
-        format=options.format,
-        rank=options.rank,
-    )
+    name = options.push_to_hub
+    if name is not None:
+        check_push(name)
+    elif options.private:
+        raise InputError("--private: expected --push-to-hub with it, got none. Name a repository.")
+    out = named_folder(options.out, "--out")
+    workdir = named_folder(options.workdir, "--workdir")
+    figures = export_run(config, workdir, out, format=options.format, rank=options.rank)
+    if name is not None:
+        marker = MARKERS[options.format]
+        figures["pushed"] = push(out, name, marker=marker, private=options.private)
     report(figures, options.json)
 
 

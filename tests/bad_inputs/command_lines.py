@@ -25,7 +25,7 @@ INTEGERS = {
 NAMES = {
     "bench": ("--case", "--against", "--topology"),
     "plan": ("--topology", "--mesh", "--head"),
-    "export": ("--format",),
+    "export": ("--format", "--push-to-hub"),
     "study": ("--only",),
     "train": ("--coordinator",),
 }
@@ -237,6 +237,7 @@ def _shape() -> Iterator[Case]:
     yield Case("cli/bench-case-two", _more("bench", "--case", "LoRA, PiSSA"))
     yield Case("cli/export-rank-merged", _merged_rank)
     yield Case("cli/export-no-run", _no_run)
+    yield Case("cli/export-private-alone", _words("export", "--private"))
     for kind, text in WORDS.items():
         if kind not in ("nul",):
             yield Case(f"cli/generate-prompt-{kind}", _more("generate", "--prompt", text), "any")

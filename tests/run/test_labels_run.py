@@ -84,7 +84,8 @@ def test_everything_is_written(finished):
     assert [set(json.loads(line)) for line in lines] == [METRICS] * STEPS
     assert yaml.safe_load((run / "config.yaml").read_text())["task"] == "labels"
     assert {path.name for path in (run / "adapter").iterdir()} == {
-        *("adapter_config.json", "adapter_model.safetensors")
+        *("adapter_config.json", "adapter_model.safetensors", "README.md", "balora_config.yaml"),
+        *("tokenizer.json", "tokenizer_config.json"),
     }
     written = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert written["task_type"] == "SEQ_CLS"

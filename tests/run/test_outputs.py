@@ -42,7 +42,8 @@ def test_the_folder_holds_what_is_promised(finished):
         "config.yaml", "metrics.jsonl", "checkpoints", "adapter", "summary.json", "curves.png",
     }  # fmt: skip
     assert {path.name for path in (finished.workdir / "adapter").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors",
+        "adapter_config.json", "adapter_model.safetensors", "README.md", "balora_config.yaml",
+        "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert checkpoint_steps(finished.workdir) == [2, 4]
 

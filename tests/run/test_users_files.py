@@ -245,7 +245,7 @@ def test_a_run_whose_folder_moved_writes_nothing_more(finished, tmp_path, monkey
         monkeypatch.setattr(Training, "save_if_good", late)
     else:
         export = finetune.export_trained
-        monkeypatch.setattr(finetune, "export_trained", lambda run: (export(run), move())[0])
+        monkeypatch.setattr(finetune, "export_trained", lambda *a: (export(*a), move())[0])
     code, _, err = invoke("train", finished.config, "--workdir", workdir)
     assert code == 3
     assert "expected the folder that this run has locked, got another or none" in err

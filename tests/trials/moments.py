@@ -31,6 +31,7 @@ PHASES = {
     "seal": "balora_jax.io.seals:seal",
     "export": "balora_jax.finetune:export_trained",
     "last score": "balora_jax.training.loop:Training.score",
+    "card": "balora_jax.finetune:write_card",
     "summary": "balora_jax.finetune:write_results",
 }
 INSIDE = ("save", "seal")
