@@ -216,6 +216,7 @@ def test_a_layer_that_is_missing_is_refused_and_strange_keys_are_named(tmp_path,
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"new_thing": 3, "other": None}))
+    capsys.readouterr()
     got = load_pretrained(str(tmp_path / "base"), adapter=str(tmp_path / "adapter"))
     close(got(IDS), want)
     found = capsys.readouterr()
