@@ -113,8 +113,8 @@ def surely_wrong(hint: Any, bounds: list[Any], value: Any) -> bool:
             return value not in words
         return str not in kinds and value != "12" and not (bool in kinds and value in ("y", "n"))
     if isinstance(value, list):
-        inner = {plain(part) for one in found for part in get_args(one) if one is not hint}
-        inner |= {plain(part) for part in get_args(hint)}
+        parts = [part for one in (*found, hint) for part in get_args(one)]
+        inner = {plain(one) for part in parts for one in branches(part)}
         return tuple not in kinds or int not in inner or value != [16]
     return not (isinstance(value, dict) and dict in kinds)
 

@@ -21,8 +21,8 @@ MIXTRAL_EXPERTS = ExpertNames("block_sparse_moe", "w1", "w2", "w3")
 
 def weight_rules(
     config: DecoderConfig,
-    *,
     prefix: str = "model",
+    *,
     experts: ExpertNames = MIXTRAL_EXPERTS,
 ) -> tuple[WeightRule, ...]:
     """The weight-name table; which layers and biases there are follows from the config."""
