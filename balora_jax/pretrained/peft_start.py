@@ -12,6 +12,7 @@ from balora_jax.io.peft_reader import PeftAdapter
 from balora_jax.models.adapters import AdaptedModule, LinearShape, meant
 from balora_jax.models.starts.stacks import Arrays, Layout, start_from_factors
 from balora_jax.models.whole import belongs_to
+from balora_jax.untyped.shown import shown
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def peft_modules(
 
 def _check_whole(peft: PeftAdapter, linears: Sequence[LinearShape], where: str) -> None:
     """Raises InputError where the adapter's file lacks a layer that its config names."""
-    targets, without = (peft.config.get(key) or () for key in ("target_modules", "exclude_modules"))
+    targets = _names(peft, "target_modules", where)
+    without = _names(peft, "exclude_modules", where)
     if not targets or peft.config.get("layers_to_transform") is not None:
         return
     whole = peft.modules_to_save
@@ -107,3 +109,19 @@ def _check_whole(peft: PeftAdapter, linears: Sequence[LinearShape], where: str) 
             f"{where}: expected tensors of every layer that target_modules names, got none of "
             f"{shortened(missing)}. Copy the adapter again."
         )
+
+
+def _names(peft: PeftAdapter, key: str, where: str) -> Sequence[str] | str:
+    """A setting of PEFT that names modules: a text, or a list of them; empty where there is none.
+
+    Raises:
+        InputError: anything else.
+    """
+    value = peft.config.get(key) or ()
+    listed = isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
+    if not (listed or isinstance(value, str)):
+        raise InputError(
+            f"{where}: expected {key} to be a text or a list of texts, got {shown(value)}. Correct "
+            "the adapter's config."
+        )
+    return value

@@ -232,7 +232,6 @@ OUT: dict[str, Callable[[Place], Any]] = {
     "checkpoint": lambda place: place.text / "model",
     "empty-string": lambda place: "",
     "long-name": lambda place: place.folder / ("x" * 300),
-    "long-name-partly": lambda place: place.folder / ("x" * 250),
     "nul": lambda place: f"{place.folder}/a\0b",
     "link-loop": _linked,
     "link-to-nothing": _dangling,
