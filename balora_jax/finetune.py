@@ -58,7 +58,7 @@ def fit(config: RunConfig, *, workdir: str | Path, resume: bool = False) -> dict
                 hosts.by_first(functools.partial(last_seen, folder))
             config = dated(config, folder)
             run = TASKS[config.task].check(config)
-            template = chat_template_of(config.data)
+            template = chat_template_of(config)
         with held(folder, resume=resume) as check:
             with reading():
                 found = resumable(run, folder) if resume else None
@@ -120,11 +120,14 @@ def _chats(data: DataConfig) -> bool:
     return "chat" in {data.template, *(one.template for one in sets)}
 
 
-def chat_template_of(data: DataConfig) -> str | None:
+def chat_template_of(config: RunConfig) -> str | None:
     """The text of ``data.chat_template``, read before the run: its file may be gone after it.
 
     None where the tokenizer's own is used, or none at all.
     """
+    data = config.data
+    if TASKS[config.task].model == "encoder":  # its rows are not written by a template
+        return None
     if data.chat_template is None or not _chats(data):
         return None
     return read_template(data.chat_template, "data.chat_template")

@@ -100,10 +100,11 @@ def test_the_chat_template_that_was_trained_with(tmp_path, inputs, no_curves, mo
 
 def test_a_chat_template_that_no_row_was_written_by_is_not_there(finished, tmp_path):
     (tmp_path / "chat.jinja").write_text(TEMPLATE)
-    data = load_config(finished.config).data
-    named = data.model_copy(update={"chat_template": str(tmp_path / "chat.jinja")})
-    assert finetune.chat_template_of(named) is None
-    assert finetune.chat_template_of(named.model_copy(update={"template": "chat"})) == TEMPLATE
+    config = load_config(finished.config)
+    file = {"chat_template": str(tmp_path / "chat.jinja")}
+    for more, wanted in (({}, None), ({"template": "chat"}, TEMPLATE)):
+        named = config.model_copy(update={"data": config.data.model_copy(update=file | more)})
+        assert finetune.chat_template_of(named) == wanted
 
 
 @pytest.mark.parametrize("place", ["score", "write_card", "write_results"])

@@ -3,6 +3,7 @@
 import pytest
 
 from balora_jax import config as schema
+from balora_jax import finetune
 from balora_jax.config_file import dump_config, parse_config
 from balora_jax.config_schema import run_schema
 from balora_jax.errors import InputError
@@ -139,6 +140,8 @@ def test_every_setting_is_read_by_a_task_or_refused(task, tmp_path, monkeypatch)
         return get
 
     monkeypatch.setattr(schema.Section, "__getattribute__", remembered(names), raising=False)
+    # The card writes down what was set, whoever reads it.
+    monkeypatch.setattr(finetune, "model_card", lambda trained: "card\n")
     # The terms get their section as a whole.
     given = config.regularizers.of_the_terms()
     seen |= {f"regularizers.{name}" for name in given}
