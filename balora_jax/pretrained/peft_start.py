@@ -68,7 +68,6 @@ def peft_modules(
         InputError: a layer that the base does not have, one of another size, or a target of the
             adapter's config without its tensors.
     """
-    _check_whole(peft, linears, where)
     known = {name: (shape, i) for shape in linears for i, name in enumerate(shape.names)}
     modules = []
     for name, (a, b) in peft.tensors.items():
@@ -89,6 +88,7 @@ def peft_modules(
                 shape.in_features, shape.out_features, peft.method,
             )
         )  # fmt: skip
+    _check_whole(peft, linears, where)
     return tuple(modules)
 
 
