@@ -96,11 +96,11 @@ def test_the_heads_of_every_file_are_those_of_transformers(base, capsys):
     model.config.save_pretrained(folder.parent / "saved")
     save_model(model, str(folder.parent / "saved" / "model.safetensors"), {"format": "pt"})
     np.testing.assert_array_equal(check(folder.parent / "saved"), alone)
-    assert SAID not in capsys.readouterr().out
+    assert SAID not in capsys.readouterr().err
     other = variant(folder, "other", {**state, HEAD: state[table] + noise})
     got = check(other)
     assert np.abs(got - alone).max() > 0.1 * np.ptp(alone)
-    assert f"{other}: its {HEAD} {SAID}\n" in capsys.readouterr().out
+    assert f"{other}: its {HEAD} {SAID}\n" in capsys.readouterr().err
     # Names of the bare model, of which the head is no part.
     bare = {n.partition(".")[2] if n != HEAD else n: v for n, v in state.items()}
     check(variant(folder, "bare", {**bare, HEAD: state[table] + noise}), got)
