@@ -1,11 +1,16 @@
-"""XLA flags of the tests: programs are tiny here and take longer to compile than to run.
+"""The compiler of the tests: programs are tiny here and take longer to compile than to run.
 
-``BALORA_TEST_COMPILER=full`` leaves the compiler as users have it, for twice the time.
+``BALORA_TEST_COMPILER=full`` leaves the compiler as users have it, for twice the time. What is
+compiled is kept for the other processes of the same tests, or in ``JAX_COMPILATION_CACHE_DIR``
+for the next tests too.
 """
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 _FULL = "BALORA_TEST_COMPILER"
@@ -39,6 +44,16 @@ def flags(devices: int | None = None) -> str:
 def on_cpu(devices: int | None = None) -> dict[str, str]:
     """Variables for a process of a test's own."""
     return {"XLA_FLAGS": flags(devices), "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
+
+
+def cache() -> None:
+    """Set the variables of JAX's compilation cache for this process and those that it starts."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="balora-compiled.")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
 def _taken() -> list[str]:

@@ -7,6 +7,7 @@ from tests import compiler
 
 # Before JAX is, for this process and for those that tests start.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {compiler.flags()}".strip()
+compiler.cache()
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
 from collections import Counter

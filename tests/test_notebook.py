@@ -57,10 +57,6 @@ def on_devices(tmp_path_factory):
         # So large that a few steps change the answers.
         "BALORA_QUICKSTART_SET": f"{SHORT} training.learning_rate=0.02",
         "XLA_FLAGS": compiler.flags(DEVICES),
-        # What the first session has compiled the second one reads.
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     return execute("tpu.ipynb", folder, **more), folder
 

@@ -14,13 +14,9 @@ kernel's own peak, is exact but has the mapped pages of the files in it, which t
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +24,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from balora_jax.figures.watched import Samples, watched
 from balora_jax.plan.targets import parse_target
 
 ALLOWANCE = 6 * 2**20
@@ -144,30 +141,10 @@ def measured(
     options = json.dumps({"folder": folder, "mesh": mesh, "by_device": by_device})
     environment = os.environ | parse_target(f"cpu:{devices}").environment
     command = [sys.executable, "-m", "balora_jax.figures.load_memory_process", options]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        samples: list[tuple[float, int]] = []
-        watch = threading.Thread(target=sample_anonymous, args=(process, samples))
-        watch.start()
-        text, _ = process.communicate()
-        watch.join()
-    if process.returncode != 0:
-        raise SystemExit(process.returncode)
-    return _row(json.loads(text.splitlines()[-1]), samples)
+    return _row(*watched(command, environment))
 
 
-def sample_anonymous(process: subprocess.Popen, samples: list[tuple[float, int]]) -> None:
-    """Anonymous memory of a process by time until it ends."""
-    status = Path(f"/proc/{process.pid}/status")
-    while process.poll() is None:
-        # The thread that waits for the process may let it go between two lines of this one.
-        with suppress(FileNotFoundError, ProcessLookupError):
-            for line in status.read_text(encoding="ascii").splitlines():
-                if line.startswith("RssAnon"):
-                    samples.append((time.monotonic(), int(line.split()[1]) * 1024))
-        time.sleep(0.001)
-
-
-def _row(found: dict[str, Any], samples: Sequence[tuple[float, int]]) -> dict[str, Any]:
+def _row(found: dict[str, Any], samples: Samples) -> dict[str, Any]:
     windows = found["parameters"]
     for window in windows:
         inside = [size for when, size in samples if window["begin"] <= when <= window["end"]]

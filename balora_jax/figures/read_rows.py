@@ -12,17 +12,15 @@ its highest point; the mapped pages of a file, which the system may drop, are no
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from balora_jax.bench.measure import resident
-from balora_jax.figures.load_memory import sample_anonymous
+from balora_jax.figures.watched import watched
 
 READERS = ("load_rows", "datasets")
 _TEXT = "the rows of a café are read as they stand: 007, 2024-01-05 and no more; "
@@ -119,15 +117,7 @@ def read(reader: str, file: str, folder: str) -> dict[str, Any]:
 def measured(reader: str, file: str) -> dict[str, float]:
     """Read a file in a process of its own and watch it: seconds, MB of memory and of disk."""
     command = [sys.executable, "-m", "balora_jax.figures.read_rows", "--only", reader]
-    with subprocess.Popen([*command, "--file", file], stdout=subprocess.PIPE, text=True) as process:
-        samples: list[tuple[float, int]] = []
-        watch = threading.Thread(target=sample_anonymous, args=(process, samples))
-        watch.start()
-        text, _ = process.communicate()
-        watch.join()
-    if process.returncode != 0:
-        raise SystemExit(process.returncode)
-    found = json.loads(text.splitlines()[-1])
+    found, samples = watched([*command, "--file", file])
     inside = [size for when, size in samples if found["begin"] <= when <= found["end"]]
     memory = max([*inside, found["before"]]) - found["before"]
     return {

@@ -1,13 +1,11 @@
-"""Inputs, one finished run, and one compilation cache that all runs of these tests share."""
+"""Inputs, and one finished run."""
 
 import contextlib
 import io
 import os
 from typing import NamedTuple
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from balora_jax.cli import main
 from balora_jax.io import drawing
@@ -40,39 +38,15 @@ def settings(overrides):
 
 
 @pytest.fixture(scope="session")
-def cache_folder(tmp_path_factory):
+def cache_folder():
     """Compiled programs, also for the processes that tests start."""
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="package", autouse=True)
-def compilation_cache_on(cache_folder):
-    """The same small programs are compiled once, not once a run."""
-    wanted = {
-        "jax_compilation_cache_dir": str(cache_folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in wanted}
-    for name, value in wanted.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    return os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
 @pytest.fixture(scope="session")
-def process_environment(cache_folder):
+def process_environment():
     """Environment of a fresh process with the same cache."""
-    return {
-        **os.environ,
-        **compiler.on_cpu(),
-        "JAX_COMPILATION_CACHE_DIR": str(cache_folder),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+    return {**os.environ, **compiler.on_cpu()}
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +71,7 @@ class FinishedRun(NamedTuple):
 
 
 @pytest.fixture(scope="package")
-def finished(tmp_path_factory, inputs, compilation_cache_on):
+def finished(tmp_path_factory, inputs):
     """Four steps with every term, scored before and after."""
     folder = tmp_path_factory.mktemp("finished")
     config = write_config(

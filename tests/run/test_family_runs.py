@@ -24,7 +24,7 @@ IDS = np.random.default_rng(1).integers(3, 48, (2, 11))
 
 
 @pytest.fixture(scope="module", params=TARGETS)
-def finished(request, tmp_path_factory, compilation_cache_on):
+def finished(request, tmp_path_factory):
     """Name, checkpoint, config and folder of a run of two steps."""
     name = request.param
     folder = tmp_path_factory.mktemp(name)

@@ -64,7 +64,7 @@ def summary_of(workdir):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, inputs, compilation_cache_on):
+def finished(tmp_path_factory, inputs):
     folder = tmp_path_factory.mktemp("finished_labels")
     config = write_label_config(folder / "config.yaml", inputs)
     before = tree_digest(inputs)

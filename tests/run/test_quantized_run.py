@@ -121,7 +121,7 @@ def config_file(bases, folder):
 
 
 @pytest.fixture(scope="module")
-def runs(bases, tmp_path_factory, compilation_cache_on):
+def runs(bases, tmp_path_factory):
     """A function from a title to the folder of its run, made when it is first asked for."""
     folder = tmp_path_factory.mktemp("runs")
     config = config_file(bases, folder)

@@ -37,10 +37,9 @@ def trial(subject, folder, number, name):
         met = []
         for count in range(wanted):
             moment = chosen(subject, rng, number, name)
-            if "at" in moment:
-                moment["at"] *= (
-                    0.7**attempt
-                )  # the machine may be quicker now than when it was timed
+            for wait in {"at", "after"} & moment.keys():
+                # The machine may be quicker now than when it was timed.
+                moment[wait] *= 0.7**attempt
             met.append(_disturbed(subject, workdir, cache, moment, name, resume=count > 0))
             if met[-1]["code"] == 0:
                 break
