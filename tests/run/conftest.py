@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
+from balora_jax import signals
 from balora_jax.cli import main
 from balora_jax.io import drawing
 from tests import compiler
@@ -35,6 +36,14 @@ def invoke(*arguments):
 def settings(overrides):
     """``--set`` arguments from a mapping."""
     return [part for key, value in overrides.items() for part in ("--set", f"{key}={value}")]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def a_slow_machine_is_waited_for():
+    """A command of these tests that does not end in time would end this process."""
+    before, signals.PATIENCE = signals.PATIENCE, 120.0
+    yield
+    signals.PATIENCE = before
 
 
 @pytest.fixture(scope="session")
