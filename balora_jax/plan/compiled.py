@@ -27,8 +27,11 @@ from balora_jax.training import steps
 STEPS = 10
 """Length of the run that schedules span; it does not change the program."""
 
-HELD = ("frozen", "adapters", "origin", "optimizer", "batch", "head_factor")
-"""Kinds of arrays that stay in memory for the whole step, in the order of the tables."""
+HELD = ("frozen", "adapters", "origin", "optimizer", "batch", "head_factor", "teacher")
+"""Kinds of arrays that stay in memory for the whole step, in the order of the tables.
+
+The last one only where the teacher is the start.
+"""
 
 Row = dict[str, Any]
 
@@ -182,8 +185,10 @@ def held_bytes(arguments: tuple[Any, ...]) -> dict[str, int]:
         "optimizer": (state.opt_state, state.step, state.guard),
         "batch": (batch, key),
         "head_factor": constants.head_factor,
+        "teacher": constants.start,
     }
-    return {kind: local_bytes(parts[kind]) for kind in HELD}
+    kinds = HELD if constants.start is not None else HELD[:-1]
+    return {kind: local_bytes(parts[kind]) for kind in kinds}
 
 
 def bytes_by_kind(

@@ -72,6 +72,11 @@ class Adapters:
     whole: Whole = NOTHING
 
     @property
+    def leaves_base(self) -> bool:
+        """Whether the model as it starts to train is another than the base."""
+        return isinstance(self.start, PeftStart)
+
+    @property
     def shapes(self) -> dict[str, AdapterShape]:
         """What the stacked layers must know of their adapters."""
         return adapter_shapes(self.modules, origin=self.start.has_origin, dropout=self.dropout)
