@@ -27,11 +27,8 @@ from balora_jax.training import steps
 STEPS = 10
 """Length of the run that schedules span; it does not change the program."""
 
-HELD = ("frozen", "adapters", "origin", "optimizer", "batch", "head_factor", "teacher")
-"""Kinds of arrays that stay in memory for the whole step, in the order of the tables.
-
-The last one only where the teacher is the start.
-"""
+HELD = ("frozen", "adapters", "origin", "optimizer", "batch", "head_factor")
+"""Kinds of arrays that stay in memory for the whole step, in the order of the tables."""
 
 Row = dict[str, Any]
 
@@ -176,7 +173,7 @@ def _item_bytes(dtype: Any) -> float:
 
 
 def held_bytes(arguments: tuple[Any, ...]) -> dict[str, int]:
-    """Bytes on one device of what a step is given, by kind."""
+    """Bytes on one device of what a step is given, by kind; a teacher that is the start is one."""
     state, constants, batch, key = arguments
     parts = {
         "frozen": constants.frozen,
@@ -185,10 +182,10 @@ def held_bytes(arguments: tuple[Any, ...]) -> dict[str, int]:
         "optimizer": (state.opt_state, state.step, state.guard),
         "batch": (batch, key),
         "head_factor": constants.head_factor,
-        "teacher": constants.start,
     }
-    kinds = HELD if constants.start is not None else HELD[:-1]
-    return {kind: local_bytes(parts[kind]) for kind in kinds}
+    held = {kind: local_bytes(parts[kind]) for kind in HELD}
+    taught = {} if constants.start is None else {"teacher": local_bytes(constants.start)}
+    return held | taught
 
 
 def bytes_by_kind(
