@@ -15,7 +15,7 @@ from tests import tiny_labels_run, tiny_run
 from tests.run.conftest import invoke, settings
 from tests.tiny_run import adapter_bytes, metrics_of
 
-pytestmark = pytest.mark.usefixtures("no_curves", "compilation_cache_on")
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 NOTE = (
     "note: the adapter of adapter.start brings its trained head, and regularizers.teacher: base "
