@@ -130,9 +130,13 @@ class RegularizersConfig(Section):
             of the full vocabulary, nuclear ratio).
         warmup_fraction: share of the steps that ``linear_warmup`` and ``quadratic_warmup`` take.
         mask_alignment: ``shifted`` as the cross-entropy, or ``official`` as the authors' code.
+        teacher: what a term compares the model with: ``base``, the pretrained weights, or
+            ``start``, the model as it starts to train, with the adapter of ``adapter.start`` and
+            what that folder trained whole (head, embeddings, norms, rows of tokens); where the
+            adapters start anew the two are one.
         teacher_head: of ``task: labels``, the frozen head behind the frozen encoder:
             ``student_init``, the student's own first head, or ``probe``, a head fitted on the
-            frozen features before the run; the student begins with the same head either way.
+            teacher's features before the run; the student begins with the same head either way.
         teacher_cache: of ``task: labels``, compute the teacher's logits of every row once, before
             the first step, instead of in each step.
     """
@@ -140,12 +144,13 @@ class RegularizersConfig(Section):
     variant: Variant = "iclr2026"
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = WARMUP_FRACTION
     mask_alignment: MaskAlignment = "shifted"
+    teacher: Literal["base", "start"] = "base"
     teacher_head: Literal["student_init", "probe"] = "student_init"
     teacher_cache: bool = True
 
     def of_the_terms(self) -> dict[str, Any]:
         """What :func:`balora_jax.numerics.objective.objective_of` reads."""
-        return self.model_dump(exclude={"teacher_head", "teacher_cache"})
+        return self.model_dump(exclude={"teacher", "teacher_head", "teacher_cache"})
 
 
 class TrainingConfig(Section):

@@ -374,7 +374,7 @@ def attributes_read():
 READ = attributes_read()
 
 
-OF_THE_TEACHER = {"teacher_head", "teacher_cache"}  # say how the teacher is made
+OF_THE_TEACHER = {"teacher", "teacher_head", "teacher_cache"}  # say how the teacher is made
 # Another value of each key that the objective reads, and what else it then takes.
 OTHER = {
     "variant": ("arxiv_v1", {}),

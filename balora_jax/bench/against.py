@@ -96,6 +96,7 @@ def write_model(folder: Path, base: Base, weights: Weights) -> None:
 def spec_of(program: TextProgram, model: Path, folder: Path, threads: int) -> dict[str, Any]:
     """What the reference reads: the settings of the step under their names."""
     config, training = program.config, program.config.training
+    _check_teacher(program)
     ranks = {(module.rank, module.alpha) for module in program.adapters.modules}
     if len(ranks) > 1 or training.optimizer != "adamw" or training.lora_plus_ratio != 1.0:
         raise InputError(
@@ -132,6 +133,15 @@ def spec_of(program: TextProgram, model: Path, folder: Path, threads: int) -> di
         "weight_decay": training.weight_decay,
         "clip_norm": training.clip_norm,
     }
+
+
+def _check_teacher(program: TextProgram) -> None:
+    """Raises InputError where the teacher is not the base, which the reference loads as one."""
+    if program.objective.needs_teacher and program.taught_by_start:
+        raise InputError(
+            "--against torch: expected regularizers.teacher base, got start: the reference's "
+            "teacher has no adapter. Leave it out."
+        )
 
 
 def factors_of(program: TextProgram, loaded: Loaded) -> dict[str, np.ndarray]:

@@ -55,7 +55,7 @@ FREE_KEYS = (
 )
 
 
-FORMAT = 2
+FORMAT = 3
 """Of what lies in a checkpoint; another version's is refused by number."""
 
 _DESCRIPTIONS = ("_CHECKPOINT_METADATA", "state/_METADATA")
@@ -68,10 +68,12 @@ class Identity(NamedTuple):
     Attributes:
         config: the resolved config as nested dicts.
         base: fingerprint of the pretrained checkpoint.
+        start: that of the adapter that it starts from; empty where its adapters start anew.
     """
 
     config: dict[str, Any]
     base: str
+    start: str
 
 
 class Restored(NamedTuple):
@@ -264,13 +266,15 @@ def read_identity(path: Path) -> Identity:
             "Go on with the version that wrote it, or use a new --workdir."
         )
     if run.keys() != {"format", *Identity._fields} or not (
-        isinstance(run["config"], dict) and isinstance(run["base"], str)
+        isinstance(run["config"], dict)
+        and isinstance(run["base"], str)
+        and isinstance(run["start"], str)
     ):
         raise InputError(
             f"{path}: expected the config and the base of a run, got something else. Go on from "
             "another checkpoint, or use a new --workdir."
         )
-    return Identity(run["config"], run["base"])
+    return Identity(run["config"], run["base"], run["start"])
 
 
 def read_data(path: Path) -> dict[str, Any]:
@@ -333,6 +337,12 @@ def check_same_run(saved: Identity, now: Identity, where: str) -> None:
         raise InputError(
             f"{where}: expected {key} to stay {before!r}, got {after!r}. Set it back, or use a new "
             "--workdir."
+        )
+    if saved.start != now.start:
+        raise InputError(
+            f"{where}: expected the adapter of adapter.start that this run began with (fingerprint "
+            f"{saved.start[:12]}), got another one ({now.start[:12]}). Put the first one back, or "
+            "use a new --workdir."
         )
 
 

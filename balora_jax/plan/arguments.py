@@ -11,6 +11,7 @@ from balora_jax.config import ModelConfig, TrainingConfig
 from balora_jax.parallel import sharding
 from balora_jax.paths import resolve_path
 from balora_jax.pretrained.checkpoint import Base, open_base
+from balora_jax.tasks import teacher
 from balora_jax.tasks.text.loss import Constants
 from balora_jax.tasks.text.program import TextProgram
 from balora_jax.training import optim, steps
@@ -56,6 +57,14 @@ def trained_shapes(program: TextProgram) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
+def kept_shapes(program: TextProgram) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a teacher keeps that is the start of the run."""
+    return {
+        path: jax.ShapeDtypeStruct(leaf.shape, teacher.held_dtype(program.student, path))
+        for path, leaf in trained_shapes(program).items()
+    }
+
+
 def abstract_arguments(program: TextProgram, total_steps: int) -> tuple[Any, ...]:
     """Shapes and shardings of a step's arguments: (state, constants, batch, key)."""
     mesh, layout, length = program.mesh, program.layout, program.config.data.max_length
@@ -65,6 +74,9 @@ def abstract_arguments(program: TextProgram, total_steps: int) -> tuple[Any, ...
     frozen: Any = layout.attached(program.plain.frozen)
     origin: Any = layout.attached(program.student.origin)
     factor: Any = None
+    taught: Any = None
+    if program.taught_by_start and program.objective.needs_teacher:
+        taught = layout.attached(kept_shapes(program))
     width = program.decoder.hidden_size
     if program.needs_factor:
         factor = jax.ShapeDtypeStruct(
@@ -78,4 +90,4 @@ def abstract_arguments(program: TextProgram, total_steps: int) -> tuple[Any, ...
     }
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
-    return state, Constants(frozen, origin, factor), batch, key
+    return state, Constants(frozen, origin, factor, taught), batch, key

@@ -173,7 +173,7 @@ def _item_bytes(dtype: Any) -> float:
 
 
 def held_bytes(arguments: tuple[Any, ...]) -> dict[str, int]:
-    """Bytes on one device of what a step is given, by kind."""
+    """Bytes on one device of what a step is given, by kind; a teacher that is the start is one."""
     state, constants, batch, key = arguments
     parts = {
         "frozen": constants.frozen,
@@ -183,7 +183,9 @@ def held_bytes(arguments: tuple[Any, ...]) -> dict[str, int]:
         "batch": (batch, key),
         "head_factor": constants.head_factor,
     }
-    return {kind: local_bytes(parts[kind]) for kind in HELD}
+    held = {kind: local_bytes(parts[kind]) for kind in HELD}
+    taught = {} if constants.start is None else {"teacher": local_bytes(constants.start)}
+    return held | taught
 
 
 def bytes_by_kind(

@@ -17,6 +17,7 @@ KINDS = {
     "optimizer": "optimizer",
     "batch": "batch",
     "head_factor": "head factor",
+    "teacher": "teacher (the start)",
     "padding": "padding",
     "head": "head (estimate)",
     "activations": "activations and other temporaries",

@@ -1,7 +1,9 @@
 """A PEFT adapter as the start of new ones: its layers and its factors."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,23 @@ class PeftStart:
     def use_rslora(self) -> bool:
         """Whether its scales are alpha / √rank."""
         return bool(self.peft.config.get("use_rslora"))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of what it computes, kept with checkpoints: every number, scale and name."""
+        peft = self.peft
+        settings = peft.method.name, self.use_rslora, peft.modules_to_save, peft.tokens
+        total = hashlib.sha256(repr((settings, sorted(peft.alphas.items()))).encode())
+        factors = {
+            f"{name}.{side}": factor
+            for name, pair in peft.tensors.items()
+            for side, factor in zip("AB", pair, strict=True)
+        }
+        for group in (factors, peft.magnitudes, peft.saved):
+            for name in sorted(group):
+                value = np.ascontiguousarray(group[name])
+                total.update(f"\n{name} {value.shape}\n".encode() + value.tobytes())
+        return total.hexdigest()
 
     def modules(self, linears: Sequence[LinearShape]) -> tuple[AdaptedModule, ...]:
         """The adapted layers on a base.

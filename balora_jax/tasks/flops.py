@@ -14,7 +14,8 @@ def model_flops(program: TextProgram, shape: Sequence[int], counted: float) -> f
     adapters (twice with an origin), N tokens, M counted tokens. LoRA-FA's A has no gradient, so 4
     there and no second half; a full fine-tuning has 6 for P and for the head, and no adapters.
     Attention is causal, so half of the square. Rematerialisation is not counted, nor what does not
-    grow with the tokens, such as DoRA's norms.
+    grow with the tokens, such as DoRA's norms. A teacher that is the start of a run from an adapter
+    has ``2·P_A·N`` more.
 
     Args:
         program: the step.
@@ -28,6 +29,8 @@ def model_flops(program: TextProgram, shape: Sequence[int], counted: float) -> f
     flops = passes * (linear * tokens + head) + adapter_flops(program) * tokens + 3 * attention
     if program.objective.needs_teacher:
         flops += 2.0 * linear * tokens + 2.0 * head + attention
+        if program.taught_by_start:
+            flops += adapter_flops(program, forward=True) * tokens
     return flops
 
 

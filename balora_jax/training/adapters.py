@@ -39,6 +39,9 @@ from balora_jax.progress import progress_bar
 
 Arrays = dict[str, Array]
 
+_NAMED_BY_PEFT = ("classifier", "score")
+"""What PEFT adds to ``modules_to_save`` for classes, whatever the model calls its head."""
+
 
 def start_of(name: str) -> Start | PeftStart:
     """The start that ``adapter.start`` names; a folder only where no start has this name.
@@ -70,6 +73,11 @@ class Adapters:
     dropout: float
     use_rslora: bool
     whole: Whole = NOTHING
+
+    @property
+    def leaves_base(self) -> bool:
+        """Whether the model as it starts to train is another than the base."""
+        return isinstance(self.start, PeftStart)
 
     @property
     def shapes(self) -> dict[str, AdapterShape]:
@@ -153,7 +161,8 @@ def adapters_of(config: AdapterConfig, base: Config, plain: Structure) -> Adapte
         found, saved = saved_whole(start.peft, base, frozen, start.folder)
         check_vocabulary(found, base, start.folder)
         head = family_of(base).head_modules()
-        mine = [name for name in saved.names if name not in (*head, *names)]
+        others = (*head, *names, *(_NAMED_BY_PEFT if head else ()))
+        mine = [name for name in saved.names if name not in others]
         whole = whole_of((*names, *mine), start.peft.tokens or tokens, base, rules, frozen)
         method, rslora = start.peft.method, start.use_rslora
         return Adapters(method, start, modules, config.dropout, rslora, whole)

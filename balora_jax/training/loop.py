@@ -298,7 +298,9 @@ def _found(run: Run, folder: Path) -> checkpoint_folder.Found:
 
 def identity_of(run: Run) -> checkpoint.Identity:
     """What a checkpoint must agree with to be resumed."""
-    return checkpoint.Identity(run.config.model_dump(mode="json"), run.base.fingerprint)
+    return checkpoint.Identity(
+        run.config.model_dump(mode="json"), run.base.fingerprint, run.adapters.start.fingerprint
+    )
 
 
 def total_steps(config: TrainingConfig, batches_per_epoch: Callable[[], int]) -> int:

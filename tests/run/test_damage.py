@@ -190,7 +190,7 @@ def reseal(folder, item, change):
         (
             "run",
             lambda run: {**run, "format": 1},
-            "expected a checkpoint of format 2, got format 1",
+            "expected a checkpoint of format 3, got format 1",
         ),
         ("run", lambda run: {k: run[k] for k in ("config", "base")}, "got format None"),
         ("run", lambda run: {**run, "version": "9"}, "expected the config and the base of a run"),

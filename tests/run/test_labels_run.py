@@ -164,13 +164,13 @@ def test_a_damaged_cache_is_made_anew(finished, tmp_path):
 
 
 def test_a_cache_is_of_one_base_head_data_dtype_and_length(tmp_path):
-    key = {"base": "b", "head": {"head.out.bias": np.ones(2)}, "examples": "e", "dtype": "float32",
+    key = {"base": "b", "own": {"head.out.bias": np.ones(2)}, "examples": "e", "dtype": "float32",
            "length": 8}  # fmt: skip
     logits = np.arange(6, dtype=np.float32).reshape(3, 2)
     assert TeacherCache(tmp_path, **key).read() is None
     TeacherCache(tmp_path, **key).write(logits)
     np.testing.assert_array_equal(TeacherCache(tmp_path, **key).read(), logits)
-    others = {"base": "B", "head": {"head.out.bias": np.zeros(2)}, "examples": "E",
+    others = {"base": "B", "own": {"head.out.bias": np.zeros(2)}, "examples": "E",
               "dtype": "bfloat16", "length": 16}  # fmt: skip
     for name, value in others.items():
         assert TeacherCache(tmp_path, **{**key, name: value}).read() is None, name

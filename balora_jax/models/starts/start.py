@@ -39,6 +39,11 @@ class Start(Protocol):
         """Whole tensors that it brings along: none, other than the adapter of a folder."""
         return {}
 
+    @property
+    def fingerprint(self) -> str:
+        """Identity of what it was read from: nothing, other than the adapter of a folder."""
+        return ""
+
     def named(self, name: str) -> "Start | None":
         """The start of this name: this one, or one of its kind where the name holds a number."""
         return self if name == self.name else None

@@ -29,11 +29,21 @@ class Constants(NamedTuple):
         frozen: the checkpoint's weights by path.
         origin: scales and frozen starts of the adapters.
         teacher_head: the frozen head of the teacher.
+        start: what trains in the encoder, as it was at step 0, where that is the teacher; None
+            where the checkpoint's weights are.
     """
 
     frozen: Arrays
     origin: Arrays
     teacher_head: Arrays
+    start: Arrays | None = None
+
+    @property
+    def of_teacher(self) -> tuple[Arrays, ...]:
+        """The arrays that the teacher is bound to."""
+        if self.start is None:
+            return self.frozen, self.teacher_head
+        return self.frozen, self.origin, self.start, self.teacher_head
 
 
 class Counts(NamedTuple):
@@ -57,7 +67,8 @@ class LabelsLoss:
 
     Attributes:
         student: structure with adapters and head.
-        teacher: the structure without adapters, for batches that bring no teacher logits.
+        teacher: the structure without adapters, or the student's own where the teacher is the
+            start; for batches that bring no teacher logits.
         objective: weights, temperatures and schedules; terms that one output leaves undefined have
             the weight 0.
         outputs: C; 1 for regression.
@@ -112,7 +123,7 @@ class LabelsLoss:
             return None
         if TEACHER in batch:
             return batch[TEACHER]
-        module = self.teacher.bind(constants.frozen, constants.teacher_head)
+        module = self.teacher.bind(*constants.of_teacher)
         arrays = (batch[name] for name in ("input_ids", "attention_mask", "token_type_ids"))
         return jax.lax.stop_gradient(module(*arrays))
 

@@ -12,7 +12,7 @@ from balora_jax.models.structure import Structure, size_of, structure
 from balora_jax.numerics.objective import Objective, for_labels, label_remarks, objective_of
 from balora_jax.parallel import sharding
 from balora_jax.pretrained.checkpoint import EncoderBase, check_head
-from balora_jax.tasks import assemble
+from balora_jax.tasks import assemble, teacher
 from balora_jax.tasks.labels.loss import Constants, LabelsLoss, counts_of
 from balora_jax.training import steps
 from balora_jax.training.adapters import Adapters, adapters_of, check_base
@@ -25,7 +25,8 @@ class LabelsProgram:
 
     Attributes:
         config: the whole run.
-        plain: the model without adapters, which with the first head is the teacher.
+        plain: the model without adapters, which with the first head is the teacher, unless that is
+            the start.
         student: the same structure with adapters.
         adapters: what trains, and where it begins.
         objective: weights, terms and schedules; terms that the outputs leave undefined are off.
@@ -57,9 +58,19 @@ class LabelsProgram:
         """Parameters of the frozen encoder."""
         return size_of(self.plain.parameters)
 
+    @property
+    def taught_by_start(self) -> bool:
+        """Whether the teacher is the model as it starts, and that is another than the base."""
+        return teacher.is_the_start(self.config.regularizers, self.adapters)
+
+    @property
+    def taught(self) -> Structure:
+        """The structure of the teacher."""
+        return self.student if self.taught_by_start else self.plain
+
     def step_parts(self, total_steps: int) -> steps.StepParts:
         """The pure functions of a training step."""
-        loss = LabelsLoss(self.student, self.plain, self.objective, self.outputs)
+        loss = LabelsLoss(self.student, self.taught, self.objective, self.outputs)
         training, dropout = self.config.training, self.config.adapter.dropout > 0.0
         return assemble.parts_of(
             training, self.objective, loss, counts_of, total_steps, dropout=dropout
@@ -72,7 +83,11 @@ class LabelsProgram:
             for path, value in loaded.trainable.items()
             if path.startswith("head.")
         }
-        return Constants(loaded.frozen, loaded.origin, head)
+        start = None
+        if self.taught_by_start and self.objective.needs_teacher:
+            rest = {k: value for k, value in loaded.trainable.items() if k not in head}
+            start = self.layout.placed(teacher.kept(self.student, rest))
+        return Constants(loaded.frozen, loaded.origin, head, start)
 
 
 def labels_objective(config: RegularizersConfig, outputs: int) -> Objective:

@@ -25,6 +25,7 @@ from balora_jax.errors import InputError
 from balora_jax.parallel import hosts, sharding
 from balora_jax.pretrained.checkpoint import EncoderBase, head_parts, open_encoder
 from balora_jax.pretrained.load import load_encoder
+from balora_jax.tasks import teacher
 from balora_jax.tasks.flops import encoder_flops
 from balora_jax.tasks.labels import probe
 from balora_jax.tasks.labels.loss import TEACHER, Constants
@@ -102,16 +103,17 @@ class LabelsRun(LabelsProgram):
         brought = head_parts(self.adapters.start.saved, self.base.head_rules)
         head |= {path: jnp.asarray(value) for path, value in brought.items()}
         if not brought and self.config.regularizers.teacher_head == "probe":
-            head = self._probed(frozen, head)
+            begun = (origin, trainable) if self.taught_by_start else ()
+            head = self._probed((frozen, *begun), head)
         return Loaded(frozen, origin, trainable | self.layout.placed(head))
 
-    def _probed(self, frozen: Arrays, head: Arrays) -> Arrays:
-        """A head fitted on the frozen features of the training rows."""
-        bind = self.plain.bind
+    def _probed(self, parts: tuple[Arrays, ...], head: Arrays) -> Arrays:
+        """A head fitted on the features of the training rows; ``parts`` are the teacher's."""
+        bind = self.taught.bind
         forward = jax.jit(lambda parts, *arrays: bind(*parts).features(*arrays))
-        features = self.over_training_rows(forward, (frozen, head), "probe")
+        features = self.over_training_rows(forward, (*parts, head), "probe")
         labels = np.asarray([example.label for example in self.data.examples])
-        return probe.fit_head(bind, frozen, head, features, labels, self.outputs)
+        return probe.fit_head(self.plain.bind, parts[0], head, features, labels, self.outputs)
 
     def teacher(self, constants: Constants, folder: Path) -> np.ndarray | None:
         """The teacher's logits [rows, C] of the training set, computed once and kept in ``folder``.
@@ -120,10 +122,13 @@ class LabelsRun(LabelsProgram):
         """
         if not (self.objective.needs_teacher and self.config.regularizers.teacher_cache):
             return None
+        own = dict(constants.teacher_head)
+        if constants.start is not None:
+            own |= constants.start | constants.origin
         cache = TeacherCache(
             folder,
             base=self.base.fingerprint,
-            head=hosts.gathered_all(constants.teacher_head),
+            own=hosts.gathered_all(own),
             examples=self.batches().get_state()["examples"],
             dtype=self.config.model.dtype + self.config.model.quantization,
             length=self.length,
@@ -131,9 +136,8 @@ class LabelsRun(LabelsProgram):
         found = cache.read()
         hosts.barrier("teacher cache read")  # nobody writes it before all have looked
         if found is None:
-            parts = (constants.frozen, constants.teacher_head)
-            forward = logits_forward(self.plain.bind)
-            found = self.over_training_rows(forward, parts, "teacher")
+            forward = logits_forward(self.taught.bind)
+            found = self.over_training_rows(forward, constants.of_teacher, "teacher")
             if hosts.is_first():
                 cache.write(found)
         return found
@@ -222,6 +226,9 @@ def _checked(config: RunConfig) -> LabelsRun:
     validation = encoded_validation(config, task, base, tokenizer)
     for line in remarks(program):
         print(line, file=sys.stderr, flush=True)
+    brought = bool(head_parts(program.adapters.start.saved, base.head_rules))
+    terms, adapters = config.regularizers, program.adapters
+    hosts.warn(*teacher.remarks(terms, adapters, program.objective, trained_head=brought))
     return LabelsRun(
         **vars(program),
         base=base,

@@ -13,12 +13,12 @@ from balora_jax.training.workdir import TEACHER
 
 
 class TeacherCache:
-    """One file beside a run, valid for one base, head, data set and precision.
+    """One file beside a run, valid for one teacher, data set and precision.
 
     Args:
         folder: of the run.
         base: fingerprint of the checkpoint.
-        head: the teacher's head by path.
+        own: what the teacher has beside the checkpoint, by path: its head, and its adapters.
         examples: digest of the encoded rows and their order.
         dtype: what the frozen forward computes in.
         length: tokens that rows are padded to.
@@ -29,15 +29,15 @@ class TeacherCache:
         folder: Path,
         *,
         base: str,
-        head: Mapping[str, np.ndarray],
+        own: Mapping[str, np.ndarray],
         examples: str,
         dtype: str,
         length: int,
     ):
         self.file = folder / TEACHER
         digest = hashlib.sha256(f"{base}|{examples}|{dtype}|{length}".encode())
-        for path in sorted(head):
-            digest.update(path.encode() + np.asarray(head[path]).tobytes())
+        for path in sorted(own):
+            digest.update(path.encode() + np.asarray(own[path]).tobytes())
         self.key = digest.hexdigest()
 
     def read(self) -> np.ndarray | None:

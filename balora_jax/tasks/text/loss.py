@@ -26,15 +26,25 @@ class Constants(NamedTuple):
     """Arrays that a step reads and never changes.
 
     Attributes:
-        frozen: the checkpoint's weights by path; they are the teacher.
+        frozen: the checkpoint's weights by path.
         origin: scales and frozen starts of the adapters.
         head_factor: R [D, D] with σ(H Wᵀ) = σ(H Rᵀ); None where no term reads it, or the head
             trains.
+        start: what trains, as it was at step 0, where that is the teacher; None where the
+            checkpoint's weights are.
     """
 
     frozen: Arrays
     origin: Arrays
     head_factor: Float[Array, "D D"] | None
+    start: Arrays | None = None
+
+    @property
+    def of_teacher(self) -> tuple[Arrays, ...]:
+        """The arrays that the teacher is bound to."""
+        if self.start is None:
+            return (self.frozen,)
+        return self.frozen, self.origin, self.start
 
 
 class Targets(NamedTuple):
@@ -125,7 +135,8 @@ class TextLoss:
 
     Attributes:
         student: structure with adapters.
-        teacher: the same structure without them, bound to the same frozen arrays.
+        teacher: the same structure without them, bound to the same frozen arrays; or the
+            student's own, bound to what it started from.
         objective: weights, temperatures and schedules.
         head: how the pass over the logits runs.
         trains_head: the table that scores the vocabulary trains; the teacher keeps its own.
@@ -182,7 +193,7 @@ class TextLoss:
         teacher = None
         if self.objective.needs_teacher:
             # First, so that nothing of the student waits in memory meanwhile.
-            teacher = self.teacher.bind(constants.frozen).hidden(*arrays)
+            teacher = self.teacher.bind(*constants.of_teacher).hidden(*arrays)
             teacher = self.head.flatten(jax.lax.stop_gradient(teacher))
         module = self.student.bind(constants.frozen, constants.origin, adapters)
         return self.head.flatten(module.hidden(*arrays, key)), teacher
@@ -203,7 +214,7 @@ class TextLoss:
             return {name: scale * emphasis[name] for name, scale in scales.items()}
 
         chosen = self.objective.term_set
-        original = self.teacher.bind(constants.frozen).head if self.trains_head else None
+        original = self.teacher.bind(*constants.of_teacher).head if self.trains_head else None
         if not chosen.by_confidence:
             scales = emphasised(scales, {})
         if self.head.kind == "plain":

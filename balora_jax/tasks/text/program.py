@@ -19,7 +19,7 @@ from balora_jax.numerics import head, linalg
 from balora_jax.numerics.objective import Objective
 from balora_jax.parallel import hosts, sharding
 from balora_jax.parallel.axes import TOKENS, VOCABULARY
-from balora_jax.tasks import assemble
+from balora_jax.tasks import assemble, teacher
 from balora_jax.tasks.text.loss import Constants, HeadPlan, TextLoss, counts_of
 from balora_jax.training.adapters import Adapters, adapters_of, check_base
 from balora_jax.training.run import Loaded
@@ -33,7 +33,7 @@ class TextProgram:
     Attributes:
         config: the whole run.
         decoder: the pretrained model's shape.
-        plain: the model without adapters, which is the teacher.
+        plain: the model without adapters, which is the teacher unless that is the start.
         student: the same structure with adapters.
         adapters: what trains, and where it begins.
         objective: weights, terms and schedules.
@@ -64,6 +64,16 @@ class TextProgram:
         return size_of(self.plain.parameters)
 
     @property
+    def taught_by_start(self) -> bool:
+        """Whether the teacher is the model as it starts, and that is another than the base."""
+        return teacher.is_the_start(self.config.regularizers, self.adapters)
+
+    @property
+    def taught(self) -> Structure:
+        """The structure of the teacher."""
+        return self.student if self.taught_by_start else self.plain
+
+    @property
     def needs_factor(self) -> bool:
         """Whether a term reads the factor of the head."""
         fused = self.config.training.head == "fused"
@@ -89,7 +99,7 @@ class TextProgram:
     def step_parts(self, total_steps: int) -> StepParts:
         """The pure functions of a training step."""
         trains_head = self.adapters.trains_head(self.decoder)
-        loss = TextLoss(self.student, self.plain, self.objective, self.head_plan, trains_head)
+        loss = TextLoss(self.student, self.taught, self.objective, self.head_plan, trains_head)
         counts = partial(counts_of, mask_alignment=self.objective.mask_alignment)
         training, dropout = self.config.training, self.config.adapter.dropout > 0.0
         return assemble.parts_of(
@@ -102,7 +112,10 @@ class TextProgram:
         if self.needs_factor:
             weights = loaded.frozen[self.decoder.head_path]
             factor = factor_of(weights, self.mesh, center=self.objective.term_set.centers_factor)
-        return Constants(loaded.frozen, loaded.origin, factor)
+        start = None
+        if self.taught_by_start and self.objective.needs_teacher:
+            start = self.layout.placed(teacher.kept(self.student, loaded.trainable))
+        return Constants(loaded.frozen, loaded.origin, factor, start)
 
 
 def text_program(

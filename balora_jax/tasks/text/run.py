@@ -20,7 +20,7 @@ from balora_jax.evals.benchmark import TextBenchmark
 from balora_jax.parallel import hosts, sharding
 from balora_jax.pretrained.checkpoint import Base, open_base
 from balora_jax.pretrained.load import PretrainedModel, load_decoder
-from balora_jax.tasks import assemble
+from balora_jax.tasks import assemble, teacher
 from balora_jax.tasks.flops import model_flops
 from balora_jax.tasks.settings import benchmark_of
 from balora_jax.tasks.text.loss import Constants
@@ -163,6 +163,8 @@ def check(config: RunConfig) -> TextRun:
     opened = hosts.together(partial(_open, config))
     data = encode_sets(opened.sets, opened.tokenizer, share_out=hosts.share_out)
     opened.base.check_ids(data.examples)
+    terms, program = config.regularizers, opened.program
+    hosts.warn(*teacher.remarks(terms, program.adapters, program.objective, trained_head=False))
     return TextRun(
         **vars(opened.program),
         base=opened.base,
