@@ -22,9 +22,9 @@ from balora_jax.io.peft_reader import (
     MAGNITUDE,
     PREFIX,
     ROWS,
+    is_saved,
 )
 from balora_jax.models.adapters import AdaptedModule
-from balora_jax.models.whole import belongs_to
 
 _ADAPTER_FILES = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, *OF_AN_ADAPTER}
 
@@ -210,7 +210,7 @@ def export_peft(
 
     Raises:
         InputError: nothing to export, a rank below 1, a saved tensor outside
-            ``modules_to_save``, or a folder that may not be written.
+            ``modules_to_save`` that is no table of tokens, or a folder that may not be written.
     """
     _check_export(folder, modules, rank, saved, modules_to_save)
     target = Path(folder)
@@ -260,7 +260,7 @@ def _check_export(
         raise InputError(f"{folder}: expected adapted layers to export, got none. Train some.")
     if rank is not None and rank < 1:
         raise InputError(f"rank: expected at least 1, got {rank}. Choose a rank to recompress to.")
-    strange = [name for name in saved if not belongs_to(name, modules_to_save)]
+    strange = [name for name in saved if not is_saved(name, modules_to_save)]
     if strange:
         raise InputError(
             f"saved: expected tensors of modules_to_save={list(modules_to_save)}, got "

@@ -252,11 +252,11 @@ def _own_tensors(
     """Whole tensors of a merged checkpoint by name, and what its ``config.json`` says of them."""
     config, whole = saved_whole(peft, base.config, _frozen(base), where)
     added = {name: value for name, value in peft.saved.items() if name != TOKEN_ROWS}
-    if not isinstance(base.config, DecoderConfig):
-        return added, {}
     settings: dict[str, Any] = {}
     if config.vocab_size != base.config.vocab_size:
         settings["vocab_size"] = config.vocab_size
+    if not isinstance(base.config, DecoderConfig):
+        return added, settings
     if whole.unties or whole.tokens:
         shape = {EMBEDDING: jax.ShapeDtypeStruct(_frozen(base)[EMBEDDING].shape, np.float32)}
         table = np.array(base.load(shape)[EMBEDDING])

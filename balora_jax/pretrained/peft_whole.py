@@ -1,6 +1,6 @@
 """What an adapter trained whole (PEFT's ``modules_to_save``), on its base."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,14 +37,16 @@ def saved_whole(peft: PeftAdapter, config: Config, frozen: Shapes, where: str) -
     tied = isinstance(config, DecoderConfig) and config.tie_word_embeddings
     rules = (*weight_rules(config), *([HEAD_RULE] if tied else []))
     shapes = {**frozen, HEAD: frozen[EMBEDDING]} if tied else frozen
-    _check_places(peft, rules, family_of(config).head_rules(), shapes, where)
-    tables = [rule for rule in rules if rule.path in (EMBEDDING, HEAD) and rule.name in peft.saved]
+    of_tokens = config.token_table, HEAD
+    _check_places(peft, rules, of_tokens, family_of(config).head_rules(), shapes, where)
+    tables = [rule for rule in rules if rule.path in of_tokens and rule.name in peft.saved]
     unties = tied and any(belongs_to(rule.name, peft.modules_to_save) for rule in tables)
     chosen = [rule for rule in rules if any(n in peft.saved for n in _names(rule, shapes))]
     if tied and not unties and HEAD_RULE in chosen:
         _check_tied(peft, where)
         chosen.remove(HEAD_RULE)
-    vocabulary = _vocabulary(peft, tables, config, unties or not tied, where)
+    apart = isinstance(config, DecoderConfig) and (unties or not tied)
+    vocabulary = _vocabulary(peft, tables, config, apart, where)
     if vocabulary is not None:
         config = replace(config, vocab_size=vocabulary)
     return config, Whole(peft.modules_to_save, tuple(chosen), unties, peft.tokens)
@@ -67,6 +69,7 @@ def _names(rule: WeightRule, shapes: Shapes) -> tuple[str, ...]:
 def _check_places(
     peft: PeftAdapter,
     rules: Sequence[WeightRule],
+    of_tokens: Collection[str],
     head: Sequence[WeightRule],
     shapes: Shapes,
     where: str,
@@ -89,7 +92,7 @@ def _check_places(
         rule, shape = places[name]
         shape = shape[1:] if rule.stacked else shape
         wanted = shape[::-1] if rule.transpose else shape
-        resized = rule.path in (EMBEDDING, HEAD) and value.shape[1:] == wanted[1:]
+        resized = rule.path in of_tokens and value.shape[1:] == wanted[1:]
         if value.shape != wanted and not resized:
             raise InputError(
                 f"{where}: expected {name} of shape {list(wanted)}, got {list(value.shape)}. Name "
@@ -127,7 +130,7 @@ def _vocabulary(
     """Entries of the saved tables where they are others than the base's."""
     counts = {len(peft.saved[rule.name]) for rule in tables}
     own = config.vocab_size
-    if not counts - {own} or not isinstance(config, DecoderConfig):
+    if not counts - {own}:
         return None
     if len(counts) > 1 or (apart and len(tables) < 2):
         raise InputError(
