@@ -1,6 +1,7 @@
 """A finished run to files that other tools read: a PEFT adapter or a merged checkpoint."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +19,7 @@ from balora_jax.io.peft_reader import ADAPTER_CONFIG, PeftAdapter, read_peft
 from balora_jax.io.peft_writer import ExportReport, TokenRows, export_peft
 from balora_jax.models.adapters import AdaptedModule
 from balora_jax.models.decoder_config import EMBEDDING, DecoderConfig
+from balora_jax.models.encoder_config import EncoderConfig
 from balora_jax.models.starts.stacks import given_factors
 from balora_jax.models.structure import structure
 from balora_jax.models.weight_names import HEAD_NAME, WeightRule
@@ -90,8 +92,13 @@ def _table(base: Base | EncoderBase) -> str:
 
 
 def _frozen(base: Base | EncoderBase) -> dict[str, Any]:
-    """Shapes of the frozen weights."""
-    return structure(base.config).frozen
+    """Shapes of the frozen weights; not to be changed."""
+    return _shapes(base.config)
+
+
+@lru_cache(maxsize=1)
+def _shapes(config: DecoderConfig | EncoderConfig) -> dict[str, Any]:
+    return structure(config).frozen
 
 
 def saved_head(

@@ -109,14 +109,16 @@ def plain(row):
 
 
 def read(row, folder):
-    """The base of a folder in transformers, with the row's vocabulary."""
+    """The model of a folder in transformers."""
     auto = AutoModelForSequenceClassification if row.is_encoder else AutoModelForCausalLM
-    model = auto.from_pretrained(folder, attn_implementation="eager").eval()
-    return resized(model) if row.vocabulary.endswith("resized") else model
+    return auto.from_pretrained(folder, attn_implementation="eager").eval()
 
 
-def resized(model):
-    model.resize_token_embeddings(model.config.vocab_size + MORE_TOKENS, mean_resizing=False)
+def widened(row, model):
+    """A base with the row's vocabulary."""
+    if row.vocabulary.endswith("resized"):
+        count = model.config.vocab_size + MORE_TOKENS
+        model.resize_token_embeddings(count, mean_resizing=False)
     return model
 
 
@@ -132,21 +134,32 @@ def moved(model):
 
 
 def make(row, folder):
-    """A base in ``folder/base`` and the adapter that PEFT trained on it in ``folder/run/adapter``."""
+    """A base in ``folder/base`` and the adapter that PEFT trained on it in ``folder/run/adapter``.
+
+    Returns:
+        What PEFT makes of the two files, and from ids to the logits of the base.
+    """
     torch.manual_seed(0)
     plain(row).save_pretrained(folder / "base")
+    base = read(row, folder / "base")  # a resized vocabulary is seen beside the base's own files
     names = NAMES.get(row.family, USUAL)
     config = LoraConfig(
         r=2, lora_alpha=3, target_modules=names.targets, modules_to_save=names.of(row.saved),
         task_type="SEQ_CLS" if row.is_encoder else "CAUSAL_LM",
         fan_in_fan_out=row.family == "gpt2",
     )  # fmt: skip
-    adapted = moved(get_peft_model(read(row, folder / "base"), config))
+    adapted = moved(get_peft_model(widened(row, base), config))
     adapted.save_pretrained(folder / "run" / "adapter")
 
+    def before(given):
+        with adapted.disable_adapter():
+            return logits(adapted, given)
 
-def ids(row, model):
-    """Rows of ids with some of the new tokens in them."""
+    return theirs(row, folder / "base", folder / "run" / "adapter"), before
+
+
+def ids(model):
+    """Rows of ids, the last of the vocabulary among them."""
     count = model.config.vocab_size
     found = np.random.default_rng(1).integers(4, count, (2, 11))
     found[:, 3] = count - 1
@@ -155,12 +168,12 @@ def ids(row, model):
 
 def theirs(row, base, adapter):
     """PEFT's model of an adapter on a base."""
-    return PeftModel.from_pretrained(read(row, base), adapter).eval()
+    return PeftModel.from_pretrained(widened(row, read(row, base)), adapter).eval()
 
 
 def logits(model, given):
     with torch.no_grad():
-        return model(torch.tensor(given)).logits.float().numpy()
+        return model.eval()(torch.tensor(given)).logits.float().numpy()
 
 
 def close(got, want):
