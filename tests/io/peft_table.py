@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from tests.io.torch_side import logits, moved
 from tests.models import tiny_encoders
 from tests.models.tiny_families import FAMILIES as DECODERS
 
@@ -122,17 +123,6 @@ def widened(row, model):
     return model
 
 
-def moved(model):
-    """What trains, away from where it began."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                step = 0.3 * torch.randn(parameter.shape, generator=generator)
-                parameter.add_(step if "lora" not in name else 0.3 * step)
-    return model.eval()
-
-
 def make(row, folder):
     """A base in ``folder/base`` and the adapter that PEFT trained on it in ``folder/run/adapter``.
 
@@ -169,13 +159,3 @@ def ids(model):
 def theirs(row, base, adapter):
     """PEFT's model of an adapter on a base."""
     return PeftModel.from_pretrained(widened(row, read(row, base)), adapter).eval()
-
-
-def logits(model, given):
-    with torch.no_grad():
-        return model.eval()(torch.tensor(given)).logits.float().numpy()
-
-
-def close(got, want):
-    assert got.shape == want.shape
-    assert np.abs(np.asarray(got) - want).max() <= 1e-4 * (want.max() - want.min())

@@ -8,14 +8,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
 
-from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 from balora_jax.io.peft_reader import read_peft
-from balora_jax.pretrained.export import export_run
 from balora_jax.pretrained.load import load_pretrained
-from tests import tiny_run
 from tests.io import peft_table
-from tests.io.peft_table import close, logits
+from tests.io.torch_side import close, exported, logits, moved
 from tests.models import tiny
 
 IDS = np.random.default_rng(1).integers(0, 40, (2, 7))
@@ -30,18 +27,9 @@ def made(folder, tied, **options):
     config = LoraConfig(
         r=2, lora_alpha=3, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options
     )
-    adapted = peft_table.moved(get_peft_model(model, config))
+    adapted = moved(get_peft_model(model, config))
     adapted.save_pretrained(folder / "adapter")
     return logits(adapted, IDS)
-
-
-def exported(folder, form):
-    """Our export of the adapter of ``folder/run``."""
-    tree = tiny_run.config_tree(folder)
-    tree["model"]["name_or_path"] = str(folder / "base")
-    config = parse_config(tree, "test")
-    export_run(config, folder / "run", folder / form, format=form, rank=None)
-    return folder / form
 
 
 def same(one, other):
@@ -63,7 +51,7 @@ def test_an_adapter_of_peft_is_read_and_leaves_as_it_came(tmp_path, case):
     assert ours.config.vocab_size == model.config.vocab_size
     assert np.abs(before(ids) - want).max() > 0.05 * np.ptp(want)
 
-    again = exported(tmp_path, "peft")
+    again = exported(base, tmp_path / "run", tmp_path / "peft", "peft")
     close(logits(peft_table.theirs(row, base, again), ids), want)
     first, second = read_peft(adapter), read_peft(again)
     same(first.saved, second.saved)
@@ -72,7 +60,7 @@ def test_an_adapter_of_peft_is_read_and_leaves_as_it_came(tmp_path, case):
     assert first.scales == second.scales
     assert first.modules_to_save == second.modules_to_save
 
-    merged = exported(tmp_path, "merged")
+    merged = exported(base, tmp_path / "run", tmp_path / "merged", "merged")
     close(logits(peft_table.read(row, merged), ids), want)
     says = json.loads((merged / "config.json").read_text())
     assert says["vocab_size"] == model.config.vocab_size
