@@ -22,9 +22,11 @@ from balora_jax.io.peft_reader import (
     MAGNITUDE,
     PREFIX,
     ROWS,
+    UNDER_ROWS,
     is_saved,
 )
 from balora_jax.models.adapters import AdaptedModule
+from balora_jax.models.weight_names import HEAD_NAME
 
 _ADAPTER_FILES = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, *OF_AN_ADAPTER}
 
@@ -58,11 +60,24 @@ class TokenRows(NamedTuple):
         module: name of the table's module in the checkpoint.
         ids: which rows.
         rows: [n, D] float32.
+        tied: the head is the same table.
     """
 
     module: str
     ids: tuple[int, ...]
     rows: np.ndarray
+    tied: bool
+
+    def placed(self, saved: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """These rows and whole tensors by the names that PEFT gives them.
+
+        A whole table lies below its rows.
+        """
+        head = HEAD_NAME.removesuffix(".weight")
+        tables = (self.module, head) if self.tied else (self.module,)
+        below = {f"{table}.weight": f"{table}.{UNDER_ROWS}" for table in tables}
+        named = {below.get(name, name): value for name, value in saved.items()}
+        return {**named, f"{self.module}.{ROWS}": self.rows}
 
 
 @dataclass(frozen=True)
@@ -237,8 +252,8 @@ def export_peft(
             "init_lora_weights": True,
         }
         (draft / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        rows = {} if tokens is None else {f"{tokens.module}.{ROWS}": tokens.rows}
-        numbers = _save(draft / ADAPTER_WEIGHTS, pairs, {**saved, **rows})
+        whole = saved if tokens is None else tokens.placed(saved)
+        numbers = _save(draft / ADAPTER_WEIGHTS, pairs, whole)
         put_beside(draft, beside)
     return _report(target, pairs, numbers, recompressed=rank is not None)
 

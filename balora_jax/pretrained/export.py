@@ -79,10 +79,19 @@ def write_adapter(
         fan_in_fan_out=base.stores_transposed,
         saved=saved_head(base, trainable) | stored(whole, own),
         modules_to_save=(*base.family.head_modules(), *whole.names),
-        tokens=None if rows is None else TokenRows(_table(base), whole.tokens, rows),
+        tokens=_token_rows(base, whole.tokens, rows),
         beside=beside,
         overwrite=overwrite,
     )
+
+
+def _token_rows(
+    base: Base | EncoderBase, ids: tuple[int, ...], rows: np.ndarray | None
+) -> TokenRows | None:
+    if rows is None:
+        return None
+    tied = isinstance(base.config, DecoderConfig) and base.config.tie_word_embeddings
+    return TokenRows(_table(base), ids, rows, tied)
 
 
 def _table(base: Base | EncoderBase) -> str:
@@ -199,9 +208,7 @@ def export_run(
         fan_in_fan_out=base.stores_transposed,
         saved={name: value for name, value in peft.saved.items() if name != TOKEN_ROWS},
         modules_to_save=peft.modules_to_save,
-        tokens=TokenRows(_table(base), peft.tokens, peft.saved[TOKEN_ROWS])
-        if peft.tokens
-        else None,
+        tokens=_token_rows(base, peft.tokens, peft.saved.get(TOKEN_ROWS)),
         beside=_beside(source, base, rank),
     )
     return {
@@ -266,16 +273,16 @@ def _own_tensors(
         return added, settings
     if whole.unties or whole.tokens:
         shape = {EMBEDDING: jax.ShapeDtypeStruct(_frozen(base)[EMBEDDING].shape, np.float32)}
-        table = np.array(base.load(shape)[EMBEDDING])
+        table = np.asarray(base.load(shape)[EMBEDDING])
     if whole.unties:
         settings["tie_word_embeddings"] = False
         added.setdefault(HEAD_RULE.name, table)
     elif base.config.tie_word_embeddings:
         added.pop(HEAD_RULE.name, None)
     if whole.tokens:
-        table = table.copy()
-        table[list(whole.tokens)] = peft.saved[TOKEN_ROWS]
-        added[f"{_table(base)}.weight"] = table
+        name = f"{_table(base)}.weight"
+        added[name] = np.array(added.get(name, table))
+        added[name][list(whole.tokens)] = peft.saved[TOKEN_ROWS]
     return added, settings
 
 

@@ -80,7 +80,8 @@ def _check_places(
     of_head = {rule.name for rule in head}
     for name, value in peft.saved.items():
         if name == TOKEN_ROWS:
-            _check_rows(peft, value, shapes[EMBEDDING].shape, where)
+            table = next(rule.name for rule in rules if rule.path == EMBEDDING)
+            _check_rows(peft, value, peft.saved.get(table, shapes[EMBEDDING]).shape, where)
             continue
         if name in of_head:
             continue

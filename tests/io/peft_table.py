@@ -22,7 +22,7 @@ ENCODERS = {
     "distilbert": tiny_encoders.distilbert,
     "modernbert": tiny_encoders.modernbert,
 }
-SAVED = ("head", "embeddings", "norms", "all")
+SAVED = ("head", "embeddings", "norms", "all", "tokens")
 VOCABULARIES = ("tied", "untied", "resized", "tied and resized")
 MORE_TOKENS = 6
 
@@ -84,6 +84,8 @@ def absent(row):
     """Why the table has no such row; nothing where it has."""
     if row.is_encoder and row.vocabulary.startswith("tied"):
         return "an encoder that scores classes has no head of its embeddings"
+    if row.is_encoder and row.saved == "tokens":
+        return "rows of tokens train in decoders"
     return ""
 
 
@@ -92,9 +94,9 @@ ROWS = {row.title: row for row in EVERY if not absent(row)}
 
 
 def default():
-    """Two rows of every third family and one of the others: all kinds × vocabularies in order."""
+    """One row of each family; the decoders' meet every kind and every vocabulary."""
     every = [(s, v) for s in SAVED for v in VOCABULARIES]
-    found = [Row(family, *every[(5 * i) % 16]) for i, family in enumerate(DECODERS)]
+    found = [Row(family, *every[9 * i % len(every)]) for i, family in enumerate(DECODERS)]
     found += [Row(f, SAVED[i % 4], VOCABULARIES[1 + i % 2]) for i, f in enumerate(ENCODERS)]
     return {row.title: row for row in found}
 
@@ -131,14 +133,19 @@ def make(row, folder):
     """
     torch.manual_seed(0)
     plain(row).save_pretrained(folder / "base")
-    base = read(row, folder / "base")  # a resized vocabulary is seen beside the base's own files
+    # From its files: beside them PEFT sees that a vocabulary was resized.
+    base = widened(row, read(row, folder / "base"))
     names = NAMES.get(row.family, USUAL)
+    if row.saved == "tokens":
+        whole = {"trainable_token_indices": [5, base.config.vocab_size - 1]}
+    else:
+        whole = {"modules_to_save": names.of(row.saved)}
     config = LoraConfig(
-        r=2, lora_alpha=3, target_modules=names.targets, modules_to_save=names.of(row.saved),
+        r=2, lora_alpha=3, target_modules=names.targets, **whole,
         task_type="SEQ_CLS" if row.is_encoder else "CAUSAL_LM",
         fan_in_fan_out=row.family == "gpt2",
     )  # fmt: skip
-    adapted = moved(get_peft_model(widened(row, base), config))
+    adapted = moved(get_peft_model(base, config))
     adapted.save_pretrained(folder / "run" / "adapter")
 
     def before(given):
@@ -152,7 +159,7 @@ def ids(model):
     """Rows of ids, the last of the vocabulary among them."""
     count = model.config.vocab_size
     found = np.random.default_rng(1).integers(4, count, (2, 11))
-    found[:, 3] = count - 1
+    found[:, 3:5] = count - 1, 5
     return found
 
 
