@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from balora_jax.errors import InputError
@@ -13,6 +14,7 @@ from balora_jax.models.decoder_config import EMBEDDING, HEAD, DecoderConfig
 from balora_jax.models.families.base import family_of, weight_rules
 from balora_jax.models.weight_names import WeightRule
 from balora_jax.models.whole import HEAD_RULE, TOKEN_ROWS, Config, Whole, belongs_to
+from balora_jax.pretrained.peft_start import PeftStart
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -60,6 +62,21 @@ def check_vocabulary(config: Config, base: Config, where: str) -> None:
             f"{config.vocab_size}. Merge it first (balora export --format merged), and name the "
             "new folder as model.name_or_path."
         )
+
+
+def check_tables(start: PeftStart, tables: Sequence[WeightRule], frozen: Mapping[str, Any]) -> None:
+    """Raises InputError where a start brings a table that is not the base's and does not train.
+
+    PEFT saves tables that it did not train with ``save_embedding_layers=True``.
+    """
+    for rule in tables:
+        base, name = frozen[rule.path], rule.name
+        if not jnp.array_equal(jnp.asarray(start.saved[name], base.dtype), base):
+            raise InputError(
+                f"{start.folder}: expected {name} to be the base's, as modules_to_save does not "
+                f"name it, got another. Train it (adapter.modules_to_save: "
+                f"[{name.split('.')[-2]}]), or merge the adapter first."
+            )
 
 
 def _names(rule: WeightRule, shapes: Shapes) -> tuple[str, ...]:

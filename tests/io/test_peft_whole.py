@@ -111,6 +111,10 @@ def test_what_has_no_place_is_refused(tmp_path):
     unnamed = {**others, "base_model.model.model.layers.0.mlp.down_proj.weight": whole[key]}
     assert "expected floating-point lora_A and lora_B weights" in refusal(unnamed)
     assert "expected trainable_token_indices" in refusal(whole, trainable_token_indices=[1])
+    rows = {f"base_model.model.{table}.token_adapter.trainable_tokens_delta": np.full((1, 16), at, np.float32)
+            for at, table in enumerate(("lm_head", "model.embed_tokens"))}  # fmt: skip
+    apart = refusal({**whole, **rows}, trainable_token_indices=[1])
+    assert "got base_model.model.lm_head.token_adapter.trainable_tokens_delta" in apart
 
 
 def test_a_layer_that_is_missing_is_refused_and_strange_keys_are_named(tmp_path, capsys):

@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
-from safetensors.numpy import load_file
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from balora_jax.pretrained.load import load_pretrained
@@ -157,6 +157,32 @@ def test_rows_of_tokens_from_start_to_servers(tmp_path, inputs, tied):
 )
 def test_what_cannot_train_whole(place, overrides, phrases):
     place.refused(*phrases, overrides={f"adapter.{k}": v for k, v in overrides.items()})
+
+
+def test_a_start_with_tables_that_nothing_names(tmp_path, inputs):
+    """As PEFT saves them with ``save_embedding_layers=True``: the base's own, or refused."""
+    base = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    adapter, file = tmp_path / "start", tmp_path / "start" / "adapter_model.safetensors"
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.save_pretrained(adapter, save_embedding_layers=True)
+    tensors = load_file(file)
+    key = "base_model.model.model.embed_tokens.weight"
+    config = write_config(
+        tmp_path / "config.yaml", inputs, adapter={"start": str(adapter)}, training=TRAINING
+    )
+    train(config, tmp_path / "equal", **{"training.max_steps": 1})
+    save_file({**tensors, key: tensors[key] + 1}, file)
+    outcome = invoke("train", config, "--workdir", tmp_path / "other")
+    assert outcome.code == 2
+    assert "expected model.embed_tokens.weight to be the base's" in outcome.err
+    assert "(adapter.modules_to_save: [embed_tokens])" in outcome.err
+    assert not (tmp_path / "other").exists()
+    train(
+        config, tmp_path / "named",
+        **{"training.max_steps": 1, "adapter.modules_to_save": "[embed_tokens]"},
+    )  # fmt: skip
+    found = load_file(tmp_path / "named" / "adapter" / "adapter_model.safetensors")[key]
+    assert np.abs(found - tensors[key] - 1).max() < 0.1
 
 
 def test_a_nuclear_norm_of_a_head_that_trains_wants_the_plain_head(place):
