@@ -31,9 +31,13 @@ _TENSOR = re.compile(
     rf"{re.escape(PREFIX)}(?P<module>.+)\.(lora_(?P<side>[AB])\.weight|{MAGNITUDE})"
 )
 ROWS = "token_adapter.trainable_tokens_delta"
+UNDER_ROWS = "token_adapter.base_layer.weight"
+"""Of the module of a table: its rows that train alone, and the whole table below them."""
+
+_HEAD_ROWS = f"lm_head.{ROWS}"
 _ROWS = re.compile(rf"(.+\.)?(embed_tokens|wte)\.{re.escape(ROWS)}")
 _WRAPPED = re.compile(r"\.(modules_to_save(\.default)?|original_module)(?=\.)")
-_TABLE = re.compile(r"(^|\.)(embed_tokens|wte|lm_head|word_embeddings)\.weight$")
+_TABLE = re.compile(r"(^|\.)(embed_tokens|wte|lm_head|(word|tok)_embeddings)\.weight$")
 _OFF = (None, False, "none", [], {})
 # Settings of PEFT that change what the adapter computes, or on what.
 _UNSUPPORTED = (
@@ -201,10 +205,9 @@ def _read_tensors(file: Path, modules_to_save: Sequence[str]) -> _Found:
             if (usual := _WRAPPED.sub("", name)) != name and usual in names:
                 continue  # PEFT writes some tensors again by the names of its wrappers
             match, plain = _TENSOR.fullmatch(name), name.removeprefix(PREFIX)
-            plain = TOKEN_ROWS if _ROWS.fullmatch(plain) else plain
-            # PEFT saves the tables of a resized vocabulary without naming their modules.
-            kept = plain == TOKEN_ROWS or (
-                plain != name and (belongs_to(plain, modules_to_save) or bool(_TABLE.search(plain)))
+            plain = TOKEN_ROWS if _ROWS.fullmatch(plain) else plain.replace(UNDER_ROWS, "weight")
+            kept = plain in (TOKEN_ROWS, _HEAD_ROWS) or (
+                plain != name and is_saved(plain, modules_to_save)
             )
             if not (match or kept) or handle.get_slice(name).get_dtype() not in FLOAT_DTYPES:
                 strange.append(name)
@@ -215,12 +218,29 @@ def _read_tensors(file: Path, modules_to_save: Sequence[str]) -> _Found:
                 found.parts.setdefault(match["module"], {})[part] = value
             else:
                 found.saved[plain] = value
+    # A tied head has the rows of the embeddings.
+    rows = found.saved.pop(_HEAD_ROWS, None)
+    if rows is not None and not np.array_equal(rows, found.saved.get(TOKEN_ROWS, [])):
+        strange.append(PREFIX + _HEAD_ROWS)
     if strange or not found.parts:
         raise InputError(
             f"{file}: expected floating-point lora_A and lora_B weights of linear layers only, "
             f"got {shortened(strange) or 'no tensors'}. Start from a plain LoRA adapter."
         )
     return found
+
+
+def is_saved(tensor: str, modules_to_save: Sequence[str]) -> bool:
+    """Whether PEFT saves a tensor whole beside the factors, by its name in the checkpoint.
+
+    The tables of a resized vocabulary are saved without a word of their modules.
+
+    >>> is_saved("model.norm.weight", ["norm"]), is_saved("model.norm.weight", [])
+    (True, False)
+    >>> is_saved("lm_head.weight", [])
+    True
+    """
+    return belongs_to(tensor, modules_to_save) or _TABLE.search(tensor) is not None
 
 
 def _token_ids(config: Fields, saved: Mapping[str, np.ndarray]) -> tuple[int, ...]:

@@ -22,9 +22,11 @@ from balora_jax.io.peft_reader import (
     MAGNITUDE,
     PREFIX,
     ROWS,
+    UNDER_ROWS,
+    is_saved,
 )
 from balora_jax.models.adapters import AdaptedModule
-from balora_jax.models.whole import belongs_to
+from balora_jax.models.weight_names import HEAD_NAME
 
 _ADAPTER_FILES = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, *OF_AN_ADAPTER}
 
@@ -58,11 +60,24 @@ class TokenRows(NamedTuple):
         module: name of the table's module in the checkpoint.
         ids: which rows.
         rows: [n, D] float32.
+        tied: the head is the same table.
     """
 
     module: str
     ids: tuple[int, ...]
     rows: np.ndarray
+    tied: bool
+
+    def placed(self, saved: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """These rows and whole tensors by the names that PEFT gives them.
+
+        A whole table lies below its rows.
+        """
+        head = HEAD_NAME.removesuffix(".weight")
+        tables = (self.module, head) if self.tied else (self.module,)
+        below = {f"{table}.weight": f"{table}.{UNDER_ROWS}" for table in tables}
+        named = {below.get(name, name): value for name, value in saved.items()}
+        return {**named, f"{self.module}.{ROWS}": self.rows}
 
 
 @dataclass(frozen=True)
@@ -210,7 +225,7 @@ def export_peft(
 
     Raises:
         InputError: nothing to export, a rank below 1, a saved tensor outside
-            ``modules_to_save``, or a folder that may not be written.
+            ``modules_to_save`` that is no table of tokens, or a folder that may not be written.
     """
     _check_export(folder, modules, rank, saved, modules_to_save)
     target = Path(folder)
@@ -237,8 +252,8 @@ def export_peft(
             "init_lora_weights": True,
         }
         (draft / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        rows = {} if tokens is None else {f"{tokens.module}.{ROWS}": tokens.rows}
-        numbers = _save(draft / ADAPTER_WEIGHTS, pairs, {**saved, **rows})
+        whole = saved if tokens is None else tokens.placed(saved)
+        numbers = _save(draft / ADAPTER_WEIGHTS, pairs, whole)
         put_beside(draft, beside)
     return _report(target, pairs, numbers, recompressed=rank is not None)
 
@@ -260,7 +275,7 @@ def _check_export(
         raise InputError(f"{folder}: expected adapted layers to export, got none. Train some.")
     if rank is not None and rank < 1:
         raise InputError(f"rank: expected at least 1, got {rank}. Choose a rank to recompress to.")
-    strange = [name for name in saved if not belongs_to(name, modules_to_save)]
+    strange = [name for name in saved if not is_saved(name, modules_to_save)]
     if strange:
         raise InputError(
             f"saved: expected tensors of modules_to_save={list(modules_to_save)}, got "

@@ -90,6 +90,11 @@ class DecoderConfig:
     logit_map: LogitMap = LINEAR
 
     @property
+    def token_table(self) -> str:
+        """Path of the embeddings of the tokens."""
+        return EMBEDDING
+
+    @property
     def head_path(self) -> str:
         """Path of the table that scores the vocabulary."""
         return EMBEDDING if self.tie_word_embeddings else HEAD

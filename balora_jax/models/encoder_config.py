@@ -76,6 +76,12 @@ class EncoderConfig:
     modern: ModernConfig | None = None
 
     @property
+    def token_table(self) -> str:
+        """Path of the embeddings of the tokens."""
+        name = "word_embeddings" if self.modern is None else "tok_embeddings"
+        return f"embeddings.{name}.embedding"
+
+    @property
     def absolute_positions(self) -> bool:
         """Whether the embeddings hold a table of absolute positions."""
         if self.modern is not None:

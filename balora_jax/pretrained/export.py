@@ -1,6 +1,7 @@
 """A finished run to files that other tools read: a PEFT adapter or a merged checkpoint."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +19,7 @@ from balora_jax.io.peft_reader import ADAPTER_CONFIG, PeftAdapter, read_peft
 from balora_jax.io.peft_writer import ExportReport, TokenRows, export_peft
 from balora_jax.models.adapters import AdaptedModule
 from balora_jax.models.decoder_config import EMBEDDING, DecoderConfig
+from balora_jax.models.encoder_config import EncoderConfig
 from balora_jax.models.starts.stacks import given_factors
 from balora_jax.models.structure import structure
 from balora_jax.models.weight_names import HEAD_NAME, WeightRule
@@ -77,10 +79,19 @@ def write_adapter(
         fan_in_fan_out=base.stores_transposed,
         saved=saved_head(base, trainable) | stored(whole, own),
         modules_to_save=(*base.family.head_modules(), *whole.names),
-        tokens=None if rows is None else TokenRows(_table(base), whole.tokens, rows),
+        tokens=_token_rows(base, whole.tokens, rows),
         beside=beside,
         overwrite=overwrite,
     )
+
+
+def _token_rows(
+    base: Base | EncoderBase, ids: tuple[int, ...], rows: np.ndarray | None
+) -> TokenRows | None:
+    if rows is None:
+        return None
+    tied = isinstance(base.config, DecoderConfig) and base.config.tie_word_embeddings
+    return TokenRows(_table(base), ids, rows, tied)
 
 
 def _table(base: Base | EncoderBase) -> str:
@@ -90,8 +101,13 @@ def _table(base: Base | EncoderBase) -> str:
 
 
 def _frozen(base: Base | EncoderBase) -> dict[str, Any]:
-    """Shapes of the frozen weights."""
-    return structure(base.config).frozen
+    """Shapes of the frozen weights; not to be changed."""
+    return _shapes(base.config)
+
+
+@lru_cache(maxsize=1)
+def _shapes(config: DecoderConfig | EncoderConfig) -> dict[str, Any]:
+    return structure(config).frozen
 
 
 def saved_head(
@@ -192,9 +208,7 @@ def export_run(
         fan_in_fan_out=base.stores_transposed,
         saved={name: value for name, value in peft.saved.items() if name != TOKEN_ROWS},
         modules_to_save=peft.modules_to_save,
-        tokens=TokenRows(_table(base), peft.tokens, peft.saved[TOKEN_ROWS])
-        if peft.tokens
-        else None,
+        tokens=_token_rows(base, peft.tokens, peft.saved.get(TOKEN_ROWS)),
         beside=_beside(source, base, rank),
     )
     return {
@@ -252,23 +266,23 @@ def _own_tensors(
     """Whole tensors of a merged checkpoint by name, and what its ``config.json`` says of them."""
     config, whole = saved_whole(peft, base.config, _frozen(base), where)
     added = {name: value for name, value in peft.saved.items() if name != TOKEN_ROWS}
-    if not isinstance(base.config, DecoderConfig):
-        return added, {}
     settings: dict[str, Any] = {}
     if config.vocab_size != base.config.vocab_size:
         settings["vocab_size"] = config.vocab_size
+    if not isinstance(base.config, DecoderConfig):
+        return added, settings
     if whole.unties or whole.tokens:
         shape = {EMBEDDING: jax.ShapeDtypeStruct(_frozen(base)[EMBEDDING].shape, np.float32)}
-        table = np.array(base.load(shape)[EMBEDDING])
+        table = np.asarray(base.load(shape)[EMBEDDING])
     if whole.unties:
         settings["tie_word_embeddings"] = False
         added.setdefault(HEAD_RULE.name, table)
     elif base.config.tie_word_embeddings:
         added.pop(HEAD_RULE.name, None)
     if whole.tokens:
-        table = table.copy()
-        table[list(whole.tokens)] = peft.saved[TOKEN_ROWS]
-        added[f"{_table(base)}.weight"] = table
+        name = f"{_table(base)}.weight"
+        added[name] = np.array(added.get(name, table))
+        added[name][list(whole.tokens)] = peft.saved[TOKEN_ROWS]
     return added, settings
 
 

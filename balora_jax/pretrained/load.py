@@ -296,6 +296,7 @@ def load_encoder(
         return PretrainedEncoder(base, plain, [frozen, head])
     adapted = _adapted(peft, base, plain, frozen, str(adapter))
     skeleton = made(adapted.config, adapters=adapted.shapes, whole=adapted.whole)
+    base = replace(base, config=adapted.config)
     return PretrainedEncoder(base, skeleton, [frozen, head, adapted.constants, adapted.trained])
 
 

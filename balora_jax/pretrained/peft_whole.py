@@ -1,10 +1,11 @@
 """What an adapter trained whole (PEFT's ``modules_to_save``), on its base."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from balora_jax.errors import InputError
@@ -13,6 +14,7 @@ from balora_jax.models.decoder_config import EMBEDDING, HEAD, DecoderConfig
 from balora_jax.models.families.base import family_of, weight_rules
 from balora_jax.models.weight_names import WeightRule
 from balora_jax.models.whole import HEAD_RULE, TOKEN_ROWS, Config, Whole, belongs_to
+from balora_jax.pretrained.peft_start import PeftStart
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -37,14 +39,16 @@ def saved_whole(peft: PeftAdapter, config: Config, frozen: Shapes, where: str) -
     tied = isinstance(config, DecoderConfig) and config.tie_word_embeddings
     rules = (*weight_rules(config), *([HEAD_RULE] if tied else []))
     shapes = {**frozen, HEAD: frozen[EMBEDDING]} if tied else frozen
-    _check_places(peft, rules, family_of(config).head_rules(), shapes, where)
-    tables = [rule for rule in rules if rule.path in (EMBEDDING, HEAD) and rule.name in peft.saved]
+    of_tokens = config.token_table, HEAD
+    _check_places(peft, rules, of_tokens, family_of(config).head_rules(), shapes, where)
+    tables = [rule for rule in rules if rule.path in of_tokens and rule.name in peft.saved]
     unties = tied and any(belongs_to(rule.name, peft.modules_to_save) for rule in tables)
     chosen = [rule for rule in rules if any(n in peft.saved for n in _names(rule, shapes))]
     if tied and not unties and HEAD_RULE in chosen:
         _check_tied(peft, where)
         chosen.remove(HEAD_RULE)
-    vocabulary = _vocabulary(peft, tables, config, unties or not tied, where)
+    apart = isinstance(config, DecoderConfig) and (unties or not tied)
+    vocabulary = _vocabulary(peft, tables, config, apart, where)
     if vocabulary is not None:
         config = replace(config, vocab_size=vocabulary)
     return config, Whole(peft.modules_to_save, tuple(chosen), unties, peft.tokens)
@@ -60,6 +64,21 @@ def check_vocabulary(config: Config, base: Config, where: str) -> None:
         )
 
 
+def check_tables(start: PeftStart, tables: Sequence[WeightRule], frozen: Mapping[str, Any]) -> None:
+    """Raises InputError where a start brings a table that is not the base's and does not train.
+
+    PEFT saves tables that it did not train with ``save_embedding_layers=True``.
+    """
+    for rule in tables:
+        base, name = frozen[rule.path], rule.name
+        if not jnp.array_equal(jnp.asarray(start.saved[name], base.dtype), base):
+            raise InputError(
+                f"{start.folder}: expected {name} to be the base's, as modules_to_save does not "
+                f"name it, got another. Train it (adapter.modules_to_save: "
+                f"[{name.split('.')[-2]}]), or merge the adapter first."
+            )
+
+
 def _names(rule: WeightRule, shapes: Shapes) -> tuple[str, ...]:
     return rule.names(shapes[rule.path].shape[0] if rule.stacked else 1)
 
@@ -67,6 +86,7 @@ def _names(rule: WeightRule, shapes: Shapes) -> tuple[str, ...]:
 def _check_places(
     peft: PeftAdapter,
     rules: Sequence[WeightRule],
+    of_tokens: Collection[str],
     head: Sequence[WeightRule],
     shapes: Shapes,
     where: str,
@@ -77,7 +97,8 @@ def _check_places(
     of_head = {rule.name for rule in head}
     for name, value in peft.saved.items():
         if name == TOKEN_ROWS:
-            _check_rows(peft, value, shapes[EMBEDDING].shape, where)
+            table = next(rule.name for rule in rules if rule.path == EMBEDDING)
+            _check_rows(peft, value, peft.saved.get(table, shapes[EMBEDDING]).shape, where)
             continue
         if name in of_head:
             continue
@@ -89,7 +110,7 @@ def _check_places(
         rule, shape = places[name]
         shape = shape[1:] if rule.stacked else shape
         wanted = shape[::-1] if rule.transpose else shape
-        resized = rule.path in (EMBEDDING, HEAD) and value.shape[1:] == wanted[1:]
+        resized = rule.path in of_tokens and value.shape[1:] == wanted[1:]
         if value.shape != wanted and not resized:
             raise InputError(
                 f"{where}: expected {name} of shape {list(wanted)}, got {list(value.shape)}. Name "
@@ -127,7 +148,7 @@ def _vocabulary(
     """Entries of the saved tables where they are others than the base's."""
     counts = {len(peft.saved[rule.name]) for rule in tables}
     own = config.vocab_size
-    if not counts - {own} or not isinstance(config, DecoderConfig):
+    if not counts - {own}:
         return None
     if len(counts) > 1 or (apart and len(tables) < 2):
         raise InputError(

@@ -28,13 +28,13 @@ from balora_jax.models.starts import STARTS
 from balora_jax.models.starts.stacks import Moments, Stacks, start_adapters
 from balora_jax.models.starts.start import Start
 from balora_jax.models.structure import Structure, size_of
-from balora_jax.models.weight_names import linear_shapes
+from balora_jax.models.weight_names import WeightRule, linear_shapes
 from balora_jax.models.whole import NOTHING, Config, Whole, begun, whole_of
 from balora_jax.parallel import hosts
 from balora_jax.parallel.sharding import Layout
 from balora_jax.paths import resolve_path
 from balora_jax.pretrained.peft_start import PeftStart
-from balora_jax.pretrained.peft_whole import check_vocabulary, saved_whole
+from balora_jax.pretrained.peft_whole import check_tables, check_vocabulary, saved_whole
 from balora_jax.progress import progress_bar
 
 Arrays = dict[str, Array]
@@ -65,6 +65,7 @@ class Adapters:
         dropout: on their input.
         use_rslora: the scales are alpha / √rank.
         whole: weights that train whole beside them.
+        beside: tables that the start's folder holds and none of its modules names: the base's own.
     """
 
     method: Method
@@ -73,6 +74,7 @@ class Adapters:
     dropout: float
     use_rslora: bool
     whole: Whole = NOTHING
+    beside: tuple[WeightRule, ...] = ()
 
     @property
     def leaves_base(self) -> bool:
@@ -113,6 +115,9 @@ class Adapters:
             seed: of the start's key.
             moments: of the inputs of the layers, for a start that reads rows.
             report: called after each layer of a named start; a bar where it is not given.
+
+        Raises:
+            InputError: a start that brings a table other than the base's, which nothing trains.
         """
         if self.method.trains_base:
             # Copies even in float32: the step is given these arrays for good.
@@ -120,6 +125,7 @@ class Adapters:
             return layout.placed(copies), {}
         kernels = kernels_of(frozen, model)
         if isinstance(self.start, PeftStart):
+            check_tables(self.start, self.beside, frozen)
             adapters, origin = self.start.begin(self.modules, kernels, layout)
         else:
             with layer_bar(len(self.modules)) as moved:
@@ -165,7 +171,8 @@ def adapters_of(config: AdapterConfig, base: Config, plain: Structure) -> Adapte
         mine = [name for name in saved.names if name not in others]
         whole = whole_of((*names, *mine), start.peft.tokens or tokens, base, rules, frozen)
         method, rslora = start.peft.method, start.use_rslora
-        return Adapters(method, start, modules, config.dropout, rslora, whole)
+        beside = tuple(rule for rule in saved.rules if rule.path not in whole.paths)
+        return Adapters(method, start, modules, config.dropout, rslora, whole, beside)
     whole = whole_of(names, tokens, base, rules, frozen)
     modules = plan_adapters(
         linears,

@@ -5,18 +5,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from balora_jax import load_pretrained
-from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 from balora_jax.io import hf_weights
 from balora_jax.models.structure import structure
 from balora_jax.pretrained.checkpoint import open_base
-from balora_jax.pretrained.export import export_run
 from tests import tiny_run
+from tests.io.torch_side import adapted, close, exported, logits, shaken
 
 IDS = np.random.default_rng(0).integers(3, tiny_run.VOCAB_SIZE, (2, 9))
 SIZES = {
@@ -30,11 +28,7 @@ SIZES = {
 def folders(tmp_path_factory):
     """The same weights by expert, and fused."""
     folder = tmp_path_factory.mktemp("experts")
-    torch.manual_seed(0)
-    model = MixtralForCausalLM(MixtralConfig(**SIZES))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+    model = shaken(lambda: MixtralForCausalLM(MixtralConfig(**SIZES)))
     model.save_pretrained(folder / "apart")
     model.save_pretrained(folder / "fused", save_original_format=False)
     names = set(load_file(folder / "fused" / "model.safetensors"))
@@ -60,11 +54,7 @@ def test_they_are_read_as_those_that_lie_apart(folders, monkeypatch, piece):
 
 
 def test_logits_are_those_of_transformers(folders):
-    model = AutoModelForCausalLM.from_pretrained(folders / "fused").eval()
-    with torch.no_grad():
-        want = model(torch.tensor(IDS)).logits.numpy()
-    got = np.asarray(load_pretrained(str(folders / "fused"))(IDS))
-    assert np.abs(got - want).max() < 1e-4 * np.ptp(want)
+    close(load_pretrained(str(folders / "fused"))(IDS), logits(folders / "fused", IDS))
 
 
 def test_torch_files_and_names_of_the_bare_model(folders, tmp_path):
@@ -78,27 +68,14 @@ def test_torch_files_and_names_of_the_bare_model(folders, tmp_path):
 
 
 def test_a_merged_model_has_them_apart(folders, tmp_path):
-    base = AutoModelForCausalLM.from_pretrained(folders / "fused")
-    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).eval()
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn_like(parameter))
-        want = adapted(torch.tensor(IDS)).logits.numpy()
-    adapted.save_pretrained(tmp_path / "run" / "adapter")
-    tree = tiny_run.config_tree(tmp_path)
-    tree["model"]["name_or_path"] = str(folders / "fused")
-    config = parse_config(tree, "test")
-    export_run(config, tmp_path / "run", tmp_path / "merged", format="merged", rank=None)
+    want = adapted(folders / "fused", tmp_path / "run", IDS)
+    exported(folders / "fused", tmp_path / "run", tmp_path / "merged", "merged")
     apart = load_file(folders / "apart" / "model.safetensors")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert set(merged) == set(apart)
     changed = {name for name in apart if not np.array_equal(apart[name], merged[name])}
     assert changed == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)}
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    with torch.no_grad():
-        got = model(torch.tensor(IDS)).logits.numpy()
-    assert np.abs(got - want).max() < 1e-4 * np.ptp(want)
+    close(logits(tmp_path / "merged", IDS), want)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_model
 from transformers import (
@@ -22,12 +21,12 @@ from transformers import (
 )
 
 from balora_jax import load_pretrained
-from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 from balora_jax.pretrained import tied
 from balora_jax.pretrained.checkpoint import open_base
-from balora_jax.pretrained.export import export_run, write_model
+from balora_jax.pretrained.export import write_model
 from tests import tiny_run
+from tests.io.torch_side import adapted, close, exported, logits, shaken
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -47,16 +46,9 @@ IDS = np.random.default_rng(0).integers(3, tiny_run.VOCAB_SIZE, (2, 12))
 SAID = "is not its embeddings, as tie_word_embeddings in config.json says; the stored head is used"
 
 
-def wanted(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    with torch.no_grad():
-        return model(torch.tensor(IDS)).logits.numpy()
-
-
 def check(folder, want=None):
-    want = wanted(folder) if want is None else want
     got = np.asarray(load_pretrained(str(folder))(IDS))
-    assert np.abs(got - want).max() < 1e-4 * np.ptp(want)
+    close(got, logits(folder, IDS) if want is None else want)
     return got
 
 
@@ -64,12 +56,7 @@ def check(folder, want=None):
 def base(request, tmp_path):
     """A folder with one table, the name of that table, and the tensors by name."""
     make, name = FAMILIES[request.param]
-    torch.manual_seed(0)
-    model = make()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    model.save_pretrained(tmp_path / "base")
+    shaken(make).save_pretrained(tmp_path / "base")
     state = load_file(tmp_path / "base" / "model.safetensors")
     assert HEAD not in state
     return tmp_path / "base", name, state
@@ -150,23 +137,14 @@ def untied(tmp_path):
 
 
 def test_a_merged_model_is_not_tied_either(untied, tmp_path):
-    base = AutoModelForCausalLM.from_pretrained(untied / "model")
-    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).eval()
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn_like(parameter))
-        want = adapted(torch.tensor(IDS)).logits.numpy()
-    adapted.save_pretrained(tmp_path / "run" / "adapter")
+    want = adapted(untied / "model", tmp_path / "run", IDS)
     adapter = str(tmp_path / "run" / "adapter")
-    got = np.asarray(load_pretrained(str(untied / "model"), adapter=adapter)(IDS))
-    assert np.abs(got - want).max() < 1e-4 * np.ptp(want)
-    config = parse_config(tiny_run.config_tree(untied), "test")
-    export_run(config, tmp_path / "run", tmp_path / "merged", format="merged", rank=None)
+    close(load_pretrained(str(untied / "model"), adapter=adapter)(IDS), want)
+    exported(untied / "model", tmp_path / "run", tmp_path / "merged", "merged")
     raw = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert raw["tie_word_embeddings"] is False
     check(tmp_path / "merged", want)
-    assert np.abs(wanted(tmp_path / "merged") - want).max() < 1e-4 * np.ptp(want)
+    close(logits(tmp_path / "merged", IDS), want)
 
 
 def test_a_fully_tuned_model_is_not_tied_either(untied, tmp_path):

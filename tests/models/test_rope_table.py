@@ -83,6 +83,7 @@ OPTIONS = {
     },
     "unknown": {"rope_type": "stretched", "factor": 3.0},
 }  # fmt: skip
+WITH_OPTIONS = ("llama", "phi3", "gemma3_text")
 FAILURES = (KeyError, ValueError, TypeError, RuntimeError, AttributeError)
 THETA = {"rope_theta": 700.0}
 SAVED = {"rope_parameters": {"rope_type": "default", "rope_theta": 3e3}}
@@ -133,16 +134,27 @@ def rows():
     for family in FAMILIES:
         made = gemma3_vintages if family == "gemma3_text" else vintages
         settings = {kind: {"rope_type": kind, **own} for kind, own in KINDS.items()}
-        settings |= OPTIONS if family in ("llama", "phi3", "gemma3_text") else {}
+        settings |= OPTIONS if family in WITH_OPTIONS else {}
         for name, said in settings.items():
             for vintage, raw in made(said).items():
                 yield family, name, vintage, raw
 
 
 ALL = {f"{family}, {name}, {vintage}": (family, raw) for family, name, vintage, raw in rows()}
-# By default each twelfth row: steps of 12 meet every family, kind and vintage.
-DEFAULT = [case for i, case in enumerate(ALL) if i % 12 == 0]
-CASES = ALL if os.environ.get("BALORA_ROPE_TABLE") == "all" else DEFAULT
+
+
+def default():
+    """One row of each family and one of each option; kinds and vintages take turns."""
+    kinds, vintage = list(KINDS), list(vintages({"rope_type": "default"}))
+    pairs = [(family, kinds[(i + 3) % len(kinds)]) for i, family in enumerate(FAMILIES)]
+    pairs += [(WITH_OPTIONS[i % 3], name) for i, name in enumerate(OPTIONS)]
+    for i, (family, name) in enumerate(pairs):
+        written = [f"{family}, {name}, {one}" for one in vintage]
+        there = [case for case in written if case in ALL]
+        yield there[(i + 1) % len(there)]
+
+
+CASES = ALL if os.environ.get("BALORA_ROPE_TABLE") == "all" else list(default())
 IDS = np.random.default_rng(0).integers(1, 32, (1, 30))
 
 

@@ -6,11 +6,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
-from safetensors.numpy import load_file
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from balora_jax.pretrained.load import load_pretrained
+from tests.run import workers
 from tests.run.conftest import invoke, settings
 from tests.tiny_run import (
     FEW,
@@ -158,6 +159,32 @@ def test_what_cannot_train_whole(place, overrides, phrases):
     place.refused(*phrases, overrides={f"adapter.{k}": v for k, v in overrides.items()})
 
 
+def test_a_start_with_tables_that_nothing_names(tmp_path, inputs):
+    """As PEFT saves them with ``save_embedding_layers=True``: the base's own, or refused."""
+    base = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    adapter, file = tmp_path / "start", tmp_path / "start" / "adapter_model.safetensors"
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.save_pretrained(adapter, save_embedding_layers=True)
+    tensors = load_file(file)
+    key = "base_model.model.model.embed_tokens.weight"
+    config = write_config(
+        tmp_path / "config.yaml", inputs, adapter={"start": str(adapter)}, training=TRAINING
+    )
+    train(config, tmp_path / "equal", **{"training.max_steps": 1})
+    save_file({**tensors, key: tensors[key] + 1}, file)
+    outcome = invoke("train", config, "--workdir", tmp_path / "other")
+    assert outcome.code == 2
+    assert "expected model.embed_tokens.weight to be the base's" in outcome.err
+    assert "(adapter.modules_to_save: [embed_tokens])" in outcome.err
+    assert not (tmp_path / "other").exists()
+    train(
+        config, tmp_path / "named",
+        **{"training.max_steps": 1, "adapter.modules_to_save": "[embed_tokens]"},
+    )  # fmt: skip
+    found = load_file(tmp_path / "named" / "adapter" / "adapter_model.safetensors")[key]
+    assert np.abs(found - tensors[key] - 1).max() < 0.1
+
+
 def test_a_nuclear_norm_of_a_head_that_trains_wants_the_plain_head(place):
     place.refused(
         "or the head trains, got nuclear",
@@ -178,3 +205,76 @@ def test_a_full_fine_tuning_trains_the_head_and_keeps_the_teacher(tmp_path, inpu
             assert one[name] == pytest.approx(other[name], rel=2e-5, abs=2e-6), name
     new = load_file(tmp_path / "fused" / "model" / "model.safetensors")["lm_head.weight"]
     assert np.abs(new - random_weights()["lm_head.weight"]).max() > 0.01
+
+
+ONE = {"data": 1, "fsdp": 1, "tensor": 1}
+WIDE = ["fsdp", "sequence"]
+# Whether the base ties; what trains whole; the mesh of four devices.
+ON_MESHES = {
+    "untied": (False, {"modules_to_save": SAVED}, {**ONE, "fsdp": 2, "tensor": 2}),
+    "tied": (True, {"modules_to_save": SAVED}, {**ONE, "data": 2, "tensor": 2}),
+    "tokens": (True, {"trainable_token_indices": [3, 4, 12]}, {**ONE, "fsdp": 2, "tensor": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def on_meshes(tmp_path_factory, inputs, cache_folder):
+    """Three steps of each on one device and on four."""
+    folder = tmp_path_factory.mktemp("whole on meshes")
+    commands = {1: [], 4: []}
+    for name, (tied, adapter, mesh) in ON_MESHES.items():
+        (folder / name).mkdir()
+        config = config_of(folder / name, inputs, tied, **adapter)[1]
+        for devices, sizes in ((1, ONE), (4, mesh)):
+            axes = {f"mesh.{axis}": size for axis, size in sizes.items()}
+            run = ["train", config, "--workdir", str(folder / name / str(devices))]
+            run += settings({**axes, "training.max_steps": 3, "training.checkpoint_every": 0})
+            commands[devices].append((run, str(folder / name / f"{devices}.json")))
+    logs = {devices: folder / f"{devices}.log" for devices in commands}
+    processes = [
+        workers.start(workers.commands, wanted, str(logs[devices]), str(cache_folder), devices)
+        for devices, wanted in commands.items()
+    ]
+    for process, log in zip(processes, logs.values(), strict=True):
+        process.join()
+        assert process.exitcode == 0, log.read_text()
+    return folder
+
+
+@pytest.mark.parametrize("name", ON_MESHES)
+def test_a_mesh_trains_the_same_tables(on_meshes, name):
+    one, four = (on_meshes / name / devices for devices in "14")
+    assert json.loads((on_meshes / name / "4.json").read_text())["code"] == 0
+    rows = metrics_of(one), metrics_of(four)
+    assert [row["step"] for row in rows[1]] == [1, 2, 3]
+    assert rows[0][-1]["consistency"] > 1e-4
+    for kind in ("loss", "task_loss", "consistency", "diversity", "spectral", "grad_norm"):
+        want, got = ([row[kind] for row in each] for each in rows)
+        rtol = 1e-5 if kind == "loss" else 1e-4
+        np.testing.assert_allclose(got, want, rtol=rtol, atol=2e-6, err_msg=kind)
+    want, got = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, four))
+    assert got.keys() == want.keys()
+    assert sum("lora_" not in key for key in want) == (
+        1 if name == "tokens" else 2 + 1 + 2 * LAYERS
+    )
+    for key, value in want.items():
+        assert np.abs(got[key] - value).max() < 2e-4 * np.abs(value).max(), key
+        before = random_weights().get(key.removeprefix("base_model.model."))
+        assert before is None or np.abs(value - before).max() > 0.01, key
+
+
+@pytest.mark.parametrize("name", ["untied", "tied"])
+def test_tables_that_train_are_split_as_frozen_ones(on_meshes, name):
+    layouts = json.loads((on_meshes / name / "4.json").read_text())["layouts"]
+    mesh = ON_MESHES[name][2]
+    part = [VOCAB_SIZE // mesh["tensor"], WIDTH // mesh["fsdp"]]
+    for table in ("embed_tokens.embedding", "lm_head.embedding"):
+        found = {
+            path: leaf
+            for group in ("adapters", "opt_state")
+            for path, leaf in layouts[group].items()
+            if f"['{table}']" in path
+        }
+        assert len(found) == 3  # and its two moments
+        for path, leaf in found.items():
+            assert (leaf["axes"], leaf["local"]) == (["tensor", WIDE], part), path

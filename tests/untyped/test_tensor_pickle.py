@@ -11,10 +11,10 @@ import zipfile
 import pytest
 import torch
 
-from balora_jax.errors import InputError
 from balora_jax.io.torch_files import open_torch
 from balora_jax.untyped import tensor_pickle
 from balora_jax.untyped.tensor_pickle import UnfitError, read_tensors, read_value
+from tests.io.torch_refusal import refused
 
 
 def text(value):
@@ -72,17 +72,6 @@ def torch_zip(file, pickled, **records):
         archive.writestr("archive/data.pkl", pickled)
         for name, content in records.items():
             archive.writestr(f"archive/{name.replace('_', '/')}", content)
-
-
-def refused(file):
-    with pytest.raises(InputError) as caught, open_torch(file):
-        pass
-    said = str(caught.value)
-    assert said.startswith(f"{file}: expected a complete file of tensors by name, as torch saves")
-    assert said.endswith("Download it again, or use safetensors weights of somebody you trust.")
-    assert said.isprintable()
-    assert len(said) < len(str(file)) + 400
-    return said.partition(", got ")[2]
 
 
 @pytest.mark.parametrize("name", makes(""))
