@@ -24,7 +24,7 @@ from balora_jax.io.hf_files import (
     read_json_config,
     shortened,
 )
-from balora_jax.io.peft_writer import delta_pair, magnitude_of
+from balora_jax.io.lora_pairs import delta_pair, magnitude_of
 from balora_jax.io.placed import placed
 from balora_jax.models.adapters import AdaptedModule
 from balora_jax.models.weight_names import WeightRule

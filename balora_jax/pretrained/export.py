@@ -14,8 +14,9 @@ from balora_jax.errors import InputError
 from balora_jax.io.beside import CARD, OF_AN_ADAPTER, Beside, found_beside, tokenizer_of
 from balora_jax.io.hf_export import MergeReport, export_merged, module_deltas
 from balora_jax.io.hf_files import CONFIG_FILE
+from balora_jax.io.lora_pairs import ExportReport
 from balora_jax.io.peft_reader import ADAPTER_CONFIG, PeftAdapter, read_peft
-from balora_jax.io.peft_writer import ExportReport, TokenRows, export_peft
+from balora_jax.io.peft_writer import TokenRows, export_peft
 from balora_jax.models.adapters import AdaptedModule
 from balora_jax.models.decoder_config import EMBEDDING, DecoderConfig
 from balora_jax.models.starts.stacks import given_factors
