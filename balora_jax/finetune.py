@@ -14,7 +14,7 @@ from balora_jax.config import DataConfig, RunConfig
 from balora_jax.config_file import dump_config, parse_config
 from balora_jax.data.template_files import read_template
 from balora_jax.io import drawing, metrics
-from balora_jax.io.beside import CARD, CHAT_TEMPLATE, SETTINGS, tokenizer_of
+from balora_jax.io.beside import CARD, CHAT_TEMPLATE, OF_A_TOKENIZER, SETTINGS, found_beside
 from balora_jax.io.folders import write_atomically
 from balora_jax.parallel import hosts
 from balora_jax.paths import named_folder
@@ -169,7 +169,7 @@ def export_trained(training: Training, template: str | None) -> str:
 
 def beside_adapter(training: Training, template: str | None) -> dict[str, Path | bytes]:
     """What lies beside the trained adapter: tokenizer, chat template, card and settings."""
-    found = tokenizer_of(training.run.base.folder)
+    found = found_beside(training.run.base.folder, OF_A_TOKENIZER)
     if template is not None:
         found[CHAT_TEMPLATE] = template.encode()
     found[CARD] = card_of(training, {}).encode()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from balora_jax.errors import InputError
 from balora_jax.models.adapters import AdaptedModule
 
 
@@ -132,6 +133,12 @@ def recompress(
     small_down = (q_down @ (u[:, :rank] * root)).astype(np.float32)
     small_up = ((root[:, None] * vt[:rank]) @ q_up.T).astype(np.float32)
     return small_down, small_up, _norm(sigma[rank:]), _norm(sigma)
+
+
+def check_rank(rank: int | None) -> None:
+    """Raises InputError for a rank that nothing can be recompressed to."""
+    if rank is not None and rank < 1:
+        raise InputError(f"rank: expected at least 1, got {rank}. Choose a rank to recompress to.")
 
 
 def trained_pair(

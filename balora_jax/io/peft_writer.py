@@ -12,10 +12,10 @@ import numpy as np
 from safetensors.numpy import save
 
 from balora_jax.errors import InputError
-from balora_jax.io.beside import OF_AN_ADAPTER, Beside, put_beside
+from balora_jax.io.beside import OF_AN_ADAPTER, Beside, entries, put_beside
 from balora_jax.io.folders import replaced_folder
 from balora_jax.io.hf_files import shortened
-from balora_jax.io.lora_pairs import ExportReport, Pair, report_of, trained_pair
+from balora_jax.io.lora_pairs import ExportReport, Pair, check_rank, report_of, trained_pair
 from balora_jax.io.peft_reader import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -26,7 +26,7 @@ from balora_jax.io.peft_reader import (
 from balora_jax.models.adapters import AdaptedModule
 from balora_jax.models.whole import belongs_to
 
-_ADAPTER_FILES = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, *OF_AN_ADAPTER}
+_ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 
 
 class TokenRows(NamedTuple):
@@ -151,8 +151,7 @@ def _check_export(
 ) -> None:
     if not modules:
         raise InputError(f"{folder}: expected adapted layers to export, got none. Train some.")
-    if rank is not None and rank < 1:
-        raise InputError(f"rank: expected at least 1, got {rank}. Choose a rank to recompress to.")
+    check_rank(rank)
     strange = [name for name in saved if not belongs_to(name, modules_to_save)]
     if strange:
         raise InputError(
@@ -163,8 +162,10 @@ def _check_export(
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter and nothing that overwriting it would lose."""
-    there = {path.name: path.is_file() for path in folder.iterdir()}
-    return ADAPTER_CONFIG in there and there.keys() <= _ADAPTER_FILES and all(there.values())
+    there = entries(folder)
+    known = (name in _ADAPTER_FILES or OF_AN_ADAPTER.fullmatch(name) for name in there)
+    files = (path.is_file() for path in there.values())
+    return ADAPTER_CONFIG in there and all(known) and all(files)
 
 
 def _save(file: Path, pairs: Sequence[Pair], saved: Mapping[str, np.ndarray]) -> int:
