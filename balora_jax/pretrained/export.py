@@ -26,7 +26,10 @@ from balora_jax.models.starts.stacks import given_factors
 from balora_jax.models.structure import structure
 from balora_jax.models.weight_names import HEAD_NAME, WeightRule
 from balora_jax.models.whole import HEAD_RULE, NOTHING, TOKEN_ROWS, Whole, stored
+from balora_jax.parallel import hosts
 from balora_jax.pretrained.base_name import BaseName, base_name
+from balora_jax.pretrained.card import Subject, card_anew
+from balora_jax.pretrained.card_kinds import GGUF, MERGED, Kind
 from balora_jax.pretrained.checkpoint import (
     Base,
     EncoderBase,
@@ -123,6 +126,7 @@ def write_model(
     trainable: Mapping[str, Array | np.ndarray],
     dtype: str,
     *,
+    beside: Beside = MappingProxyType({}),
     overwrite: bool = False,
 ) -> MergeReport:
     """Write the weights of a full fine-tuning as a checkpoint of the base's layout."""
@@ -145,7 +149,20 @@ def write_model(
         rules=base.rules,
         added=saved_head(base, trainable),
         settings=_settings(base),
+        beside=beside,
         overwrite=overwrite,
+    )
+
+
+def subject_of(config: RunConfig, base: Base | EncoderBase) -> Subject:
+    """What the card of a run is about."""
+    model = config.model
+    return Subject(
+        base_name(base.folder, model.name_or_path, model.revision),
+        base.family.task_type,
+        getattr(base.config, "num_labels", None),
+        {name: getattr(config, name) for name in ("adapter", "regularizers", "training")},
+        config.data,
     )
 
 
@@ -275,7 +292,7 @@ def _to_gguf(out: Path, run: _Finished, rank: int | None, dtype: str) -> ExportR
         base=Served(config, layout, run.named.short, url),
         dtype=dtype,
         rank=rank,
-        beside=found_beside(run.source, OURS),
+        beside=_ours(run, GGUF, rank),
     )
 
 
@@ -283,11 +300,33 @@ def _beside(run: _Finished, rank: int | None) -> dict[str, Path | bytes]:
     """What lies beside the adapter of a run, whose card then says that its rank is another."""
     found = found_beside(run.base.folder, OF_A_TOKENIZER) | found_beside(run.source, OF_AN_ADAPTER)
     if rank is not None and CARD in found:
-        found[CARD] = (run.source / CARD).read_bytes() + (
-            f"\n## Rank\n\nThis copy was recompressed by SVD: its rank is at most {rank}. Scores "
-            "above are those of the whole adapter.\n"
-        ).encode()
+        found[CARD] = (run.source / CARD).read_bytes() + _of_rank(rank)
     return found
+
+
+def _ours(run: _Finished, kind: Kind, rank: int | None = None) -> dict[str, Path | bytes]:
+    """Card and settings of a folder of another kind, as far as the adapter has them.
+
+    A card that somebody else wrote stays there, and that is said.
+    """
+    found = found_beside(run.source, OURS)
+    if CARD not in found:
+        return found
+    card = (run.source / CARD).read_text(encoding="utf-8", errors="replace")
+    text = card_anew(card, subject_of(run.config, run.base), kind)
+    if text is None:
+        hosts.warn(f"note: {run.source / CARD}: not as it was written by the run; no card of it.")
+        del found[CARD]
+        return found
+    found[CARD] = text.encode() + (b"" if rank is None else _of_rank(rank))
+    return found
+
+
+def _of_rank(rank: int) -> bytes:
+    return (
+        f"\n## Rank\n\nThis copy was recompressed by SVD: its rank is at most {rank}. Scores "
+        "above are those of the whole adapter.\n"
+    ).encode()
 
 
 def _merge(out: Path, run: _Finished, dtype: str | None) -> dict[str, Any]:
@@ -303,7 +342,7 @@ def _merge(out: Path, run: _Finished, dtype: str | None) -> dict[str, Any]:
         rules=base.rules,
         added=added,
         settings=_settings(base) | settings,
-        beside=found_beside(run.source, OF_A_TOKENIZER),
+        beside=found_beside(run.source, OF_A_TOKENIZER) | _ours(run, MERGED),
     )
     return {
         "folder": str(out),
