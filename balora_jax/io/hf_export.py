@@ -228,7 +228,8 @@ def _usual(tensors: Mapping[str, StoredTensor]) -> str:
 def is_merged(folder: Path) -> bool:
     """Whether a folder holds a merged export and nothing that overwriting it would lose."""
     there = entries(folder)
-    return CONFIG_FILE in there and all(_OF_A_MERGED.fullmatch(name) for name in there)
+    known = (_OF_A_MERGED.fullmatch(name) and path.is_file() for name, path in there.items())
+    return CONFIG_FILE in there and all(known)
 
 
 def _plan(
