@@ -14,13 +14,13 @@ from balora_jax.config import DataConfig, RunConfig
 from balora_jax.config_file import dump_config, parse_config
 from balora_jax.data.template_files import read_template
 from balora_jax.io import drawing, metrics
-from balora_jax.io.beside import CARD, CHAT_TEMPLATE, SETTINGS, tokenizer_of
+from balora_jax.io.beside import CARD, CHAT_TEMPLATE, OF_A_TOKENIZER, SETTINGS, found_beside
 from balora_jax.io.folders import write_atomically
 from balora_jax.parallel import hosts
 from balora_jax.paths import named_folder
 from balora_jax.pretrained import export
-from balora_jax.pretrained.base_name import base_name
 from balora_jax.pretrained.card import Trained, model_card
+from balora_jax.pretrained.card_kinds import ADAPTER, FULL
 from balora_jax.signals import taken
 from balora_jax.tasks.registry import TASKS
 from balora_jax.training.endings import failures, reading
@@ -146,9 +146,10 @@ def export_trained(training: Training, template: str | None) -> str:
     if not hosts.is_first():
         return ""
     model = run.config.model
+    beside = beside_trained(training, template)
     if run.adapters.method.trains_base:
         found = export.write_model(
-            folder / export.MODEL, run.base, trainable, model.dtype, overwrite=True
+            folder / export.MODEL, run.base, trainable, model.dtype, beside=beside, overwrite=True
         )
         return f"model: {found.folder} ({found.merged} tensors changed)"
     report = export.write_adapter(
@@ -161,15 +162,15 @@ def export_trained(training: Training, template: str | None) -> str:
         revision=model.revision,
         use_rslora=run.adapters.use_rslora,
         whole=run.adapters.whole,
-        beside=beside_adapter(training, template),
+        beside=beside,
         overwrite=True,
     )
     return f"adapter: {report.folder} (PEFT, rank {report.rank}, {report.parameters:,} numbers)"
 
 
-def beside_adapter(training: Training, template: str | None) -> dict[str, Path | bytes]:
-    """What lies beside the trained adapter: tokenizer, chat template, card and settings."""
-    found = tokenizer_of(training.run.base.folder)
+def beside_trained(training: Training, template: str | None) -> dict[str, Path | bytes]:
+    """What lies beside the trained weights: tokenizer, chat template, card and settings."""
+    found = found_beside(training.run.base.folder, OF_A_TOKENIZER)
     if template is not None:
         found[CHAT_TEMPLATE] = template.encode()
     found[CARD] = card_of(training, {}).encode()
@@ -177,22 +178,17 @@ def beside_adapter(training: Training, template: str | None) -> dict[str, Path |
 
 
 def card_of(training: Training, after: dict[str, Any]) -> str:
-    """The card of the trained adapter; ``after`` is empty as long as nothing is scored."""
+    """The card of what was trained; ``after`` is empty as long as nothing is scored."""
     run = training.run
-    config, model = run.config, run.config.model
     trained = Trained(
-        base_name(run.base.folder, model.name_or_path, model.revision),
-        run.base.family.task_type,
-        getattr(run.base.config, "num_labels", None),
-        {name: getattr(config, name) for name in ("adapter", "regularizers", "training")},
-        config.data,
-        str(run.report),
-        int(training.state.step),
-        int(training.state.guard.skipped),
-        training.before,
-        after,
+        **vars(export.subject_of(run.config, run.base)),
+        rows=str(run.report),
+        steps=int(training.state.step),
+        skipped=int(training.state.guard.skipped),
+        before=training.before,
+        after=after,
     )
-    return model_card(trained)
+    return model_card(trained, FULL if run.adapters.method.trains_base else ADAPTER)
 
 
 def summarise(training: Training, after: dict[str, Any], began: float) -> dict[str, Any]:
@@ -212,13 +208,14 @@ def summarise(training: Training, after: dict[str, Any], began: float) -> dict[s
 
 
 def write_card(training: Training, after: dict[str, Any]) -> None:
-    """The adapter's card anew, with the scores after the training.
+    """The card anew, with the scores after the training.
 
     Its draft lies in the run's folder: one that a kill leaves in ``adapter/`` would pass for a
     user's file.
     """
-    if hosts.is_first() and not training.run.adapters.method.trains_base:
-        file = training.folder / export.ADAPTER / CARD
+    if hosts.is_first():
+        whole = training.run.adapters.method.trains_base
+        file = training.folder / (export.MODEL if whole else export.ADAPTER) / CARD
         write_atomically(file, card_of(training, after), drafts=training.folder)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from balora_jax.errors import InputError
-from balora_jax.io.beside import OF_A_MODEL, found_beside, put_beside
+from balora_jax.io.beside import OF_A_MODEL, OURS, Beside, entries, found_beside, put_beside
 from balora_jax.io.folders import replaced_folder
 from balora_jax.io.hf_files import (
     CONFIG_FILE,
@@ -24,7 +25,7 @@ from balora_jax.io.hf_files import (
     read_json_config,
     shortened,
 )
-from balora_jax.io.peft_writer import delta_pair, magnitude_of
+from balora_jax.io.lora_pairs import delta_pair, magnitude_of
 from balora_jax.io.placed import placed
 from balora_jax.models.adapters import AdaptedModule
 from balora_jax.models.weight_names import WeightRule
@@ -34,20 +35,27 @@ MAX_SHARD_BYTES = 4 * 2**30
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _PROGRESS_FROM_BYTES = 200_000_000
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_OF_A_MERGED = re.compile(
+    rf"{re.escape(CONFIG_FILE)}|{re.escape(SINGLE_FILE)}|{re.escape(INDEX_FILE)}|"
+    rf"model-\d{{5}}-of-\d{{5}}\.safetensors|{OURS.pattern}|{OF_A_MODEL.pattern}"
+)
+# What a base says of the form that its weights are stored in, which is not that of the new ones.
+_OF_THE_STORED = ("auto_map", "quantization_config", "compression_config")
+_NAMED = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # From a checkpoint tensor's name and its stored value to the new value, None for no change.
 Deltas = Callable[[str, np.ndarray], np.ndarray | None]
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """Result of a merged export: its folder, files, tensors, changed tensors and bytes."""
+    """Result of a merged export: its folder, files, tensors, changed tensors, bytes and dtype."""
 
     folder: Path
     files: int
     tensors: int
     merged: int
     total_bytes: int
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -151,26 +159,31 @@ def export_merged(
     *,
     source: str | Path,
     deltas: Deltas,
-    dtype: str,
+    dtype: str | None,
     rules: Sequence[WeightRule] = (),
     added: Mapping[str, np.ndarray] = MappingProxyType({}),
     settings: Mapping[str, Any] = MappingProxyType({}),
+    beside: Beside = MappingProxyType({}),
     overwrite: bool = False,
 ) -> MergeReport:
     """Write the source checkpoint with the weights of ``deltas``, as sharded safetensors.
 
-    Tensors are streamed one at a time: read, changed in float32, cast, written. Config (with the
-    new dtype), generation config and tokenizer are copied; code and pickles are not.
+    Tensors are streamed one at a time: read, changed in float32, cast, written. The config says
+    the dtype that they have and no quantisation; generation config, processor, tokenizer and
+    licence are copied; code and pickles are not.
 
     Args:
         folder: new or empty folder; it appears complete or not at all.
         source: folder of the original checkpoint.
         deltas: from a tensor's name and stored value to the new value, None for no change.
-        dtype: of all floating-point tensors: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: of all floating-point tensors: ``float32``, ``bfloat16`` or ``float16``; None for
+            that of each in the source (``float32`` for float64), and for what is added that of
+            most numbers there.
         rules: the weight-name table; with it a tensor is written (and its change looked up) under
             the table's name, whatever older one the source has.
         added: whole tensors by name, in place of those of the source or beside them.
         settings: of the new ``config.json``, in place of the source's.
+        beside: what else the folder gets, by names; a file of the source stands back.
         overwrite: replace a merged export that is already there.
 
     Raises:
@@ -178,7 +191,7 @@ def export_merged(
             be written, or deltas that match no tensor of the source.
         ValueError: a delta or a new value of another shape than its weight.
     """
-    if dtype not in _DTYPES:
+    if dtype not in (None, *_DTYPES):
         raise InputError(
             f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}. Choose one of them."
         )
@@ -186,31 +199,41 @@ def export_merged(
     replaced = replaced_folder(target, may_replace=lambda old: overwrite and is_merged(old))
     with open_tensors(source) as tensors, replaced as draft:
         named = placed(tensors, rules)
+        usual = dtype or _usual(tensors)
         for name, value in added.items():
-            named[name] = StoredTensor(name, source, value.shape, "F32", _Held(value))
-        shards = _plan(source, named, _DTYPES[dtype], MAX_SHARD_BYTES)
-        merged = _write_shards(draft, shards, deltas, np.dtype(dtype))
+            named[name] = StoredTensor(name, source, value.shape, _DTYPES[usual], _Held(value))
+        shards = _plan(source, named, dtype, MAX_SHARD_BYTES)
+        merged = _write_shards(draft, shards, deltas)
         if not merged:
             raise InputError(
                 f"{source}: expected the weights that were adapted, got none of their names. "
                 "Name the checkpoint that was trained."
             )
-        _write_config(draft, source, dtype, settings)
-        put_beside(draft, found_beside(source, OF_A_MODEL))
-    entries = [entry for shard in shards for entry in shard]
-    total = sum(entry.nbytes for entry in entries)
-    return MergeReport(target, len(shards), len(entries), merged, total)
+        _write_config(draft, source, usual, settings)
+        put_beside(draft, {**found_beside(source, OF_A_MODEL), **beside})
+    planned = [entry for shard in shards for entry in shard]
+    total = sum(entry.nbytes for entry in planned)
+    return MergeReport(target, len(shards), len(planned), merged, total, usual)
+
+
+def _usual(tensors: Mapping[str, StoredTensor]) -> str:
+    """The dtype of most numbers of a checkpoint."""
+    counts: Counter[str] = Counter()
+    for tensor in tensors.values():
+        if tensor.dtype in FLOAT_DTYPES:
+            counts[_NAMED[tensor.dtype]] += math.prod(tensor.shape)
+    return counts.most_common(1)[0][0] if counts else "float32"
 
 
 def is_merged(folder: Path) -> bool:
     """Whether a folder holds a merged export and nothing that overwriting it would lose."""
-    names = {path.name for path in folder.iterdir()}
-    known = {CONFIG_FILE, SINGLE_FILE, INDEX_FILE, *OF_A_MODEL}
-    return CONFIG_FILE in names and all(n in known or _SHARD.fullmatch(n) for n in names)
+    there = entries(folder)
+    known = (_OF_A_MERGED.fullmatch(name) and path.is_file() for name, path in there.items())
+    return CONFIG_FILE in there and all(known)
 
 
 def _plan(
-    source: Path, tensors: Mapping[str, StoredTensor], dtype: str, limit: int
+    source: Path, tensors: Mapping[str, StoredTensor], dtype: str | None, limit: int
 ) -> list[list[_Entry]]:
     """Split the tensors into files, in the order of the source."""
     unusable = [
@@ -226,7 +249,9 @@ def _plan(
     shards: list[list[_Entry]] = [[]]
     size = 0
     for name, tensor in tensors.items():
-        code = dtype if tensor.dtype in FLOAT_DTYPES else tensor.dtype
+        code = tensor.dtype
+        if code in FLOAT_DTYPES:
+            code = _DTYPES[dtype or _NAMED[code]]
         itemsize = {"F32": 4, "BF16": 2, "F16": 2}.get(code, tensor.itemsize)
         entry = _Entry(name, tensor, code, itemsize)
         if shards[-1] and size + entry.nbytes > limit:
@@ -237,9 +262,7 @@ def _plan(
     return shards
 
 
-def _write_shards(
-    folder: Path, shards: Sequence[Sequence[_Entry]], deltas: Deltas, dtype: np.dtype
-) -> int:
+def _write_shards(folder: Path, shards: Sequence[Sequence[_Entry]], deltas: Deltas) -> int:
     """Write all weight files and their index; returns how many tensors a delta changed."""
     count = len(shards)
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
@@ -257,7 +280,7 @@ def _write_shards(
                 )
                 _write_header(stream, ordered)
                 for entry in ordered:
-                    merged += _write_tensor(stream, entry, deltas, dtype)
+                    merged += _write_tensor(stream, entry, deltas)
                     bar.update(entry.nbytes)
     if count > 1:
         where = {e.name: n for n, s in zip(names, shards, strict=True) for e in s}
@@ -286,7 +309,7 @@ def _write_header(stream: BinaryIO, entries: Sequence[_Entry]) -> None:
     stream.write(text)
 
 
-def _write_tensor(stream: BinaryIO, entry: _Entry, deltas: Deltas, dtype: np.dtype) -> bool:
+def _write_tensor(stream: BinaryIO, entry: _Entry, deltas: Deltas) -> bool:
     """Append one tensor; returns whether a delta changed it."""
     name = entry.name
     value = entry.source.value()
@@ -296,16 +319,19 @@ def _write_tensor(stream: BinaryIO, entry: _Entry, deltas: Deltas, dtype: np.dty
             raise ValueError(f"{name}: new value is {changed.shape}, weight is {value.shape}")
         value = changed
     if entry.source.dtype in FLOAT_DTYPES:
-        value = value.astype(dtype, copy=False)
+        value = value.astype(_NAMED[entry.dtype], copy=False)
     stream.write(value.tobytes())
     return changed is not None
 
 
 def _write_config(folder: Path, source: Path, dtype: str, settings: Mapping[str, Any]) -> None:
+    """The source's config, as it is true of the new weights; so its sections, of text or images."""
     config = {**read_json_config(source), **settings}
-    config.pop("auto_map", None)  # names code files, which are not copied
-    if "torch_dtype" in config:  # the name before transformers 4.56
-        config["torch_dtype"] = dtype
-    if "dtype" in config or "torch_dtype" not in config:
+    if "torch_dtype" not in config:  # the name before transformers 4.56
         config["dtype"] = dtype
+    inner = [config[key] for key in config if key.endswith("_config")]
+    for section in (config, *(part for part in inner if isinstance(part, dict))):
+        for key in _OF_THE_STORED:
+            section.pop(key, None)
+        section |= {key: dtype for key in ("dtype", "torch_dtype") if key in section}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -37,7 +37,7 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_HUB_FILES = (SINGLE_FILE, "*.json", "*.model", "*.txt", "*.jinja")
+_HUB_FILES = (SINGLE_FILE, "*.json", "*.model", "*.model.v*", "*.txt", "*.jinja")
 # As transformers looks for them: the first that is there is read.
 _WEIGHTS = ((SINGLE_FILE, INDEX_FILE), (TORCH_FILE, TORCH_INDEX))
 _OTHER_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".h5", ".msgpack", ".gguf")

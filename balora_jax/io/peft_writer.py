@@ -1,10 +1,9 @@
 """Trained adapters as a PEFT folder."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -13,9 +12,10 @@ import numpy as np
 from safetensors.numpy import save
 
 from balora_jax.errors import InputError
-from balora_jax.io.beside import OF_AN_ADAPTER, Beside, put_beside
+from balora_jax.io.beside import OF_AN_ADAPTER, Beside, entries, put_beside
 from balora_jax.io.folders import replaced_folder
 from balora_jax.io.hf_files import shortened
+from balora_jax.io.lora_pairs import ExportReport, Pair, check_rank, report_of, trained_pair
 from balora_jax.io.peft_reader import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -28,29 +28,7 @@ from balora_jax.io.peft_reader import (
 from balora_jax.models.adapters import AdaptedModule
 from balora_jax.models.weight_names import HEAD_NAME
 
-_ADAPTER_FILES = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, *OF_AN_ADAPTER}
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """Result of an export.
-
-    Attributes:
-        folder: the adapter folder.
-        modules: adapted linear layers in it.
-        parameters: numbers in its tensors.
-        rank: largest rank in it (twice the trained rank where the start is not zero and A trains).
-        errors: relative Frobenius error of each recompressed module's delta, by checkpoint name;
-            empty where nothing was recompressed.
-        error: the same over all modules together.
-    """
-
-    folder: Path
-    modules: int
-    parameters: int
-    rank: int
-    errors: dict[str, float] = field(default_factory=dict)
-    error: float = 0.0
+_ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 
 
 class TokenRows(NamedTuple):
@@ -78,100 +56,6 @@ class TokenRows(NamedTuple):
         below = {f"{table}.weight": f"{table}.{UNDER_ROWS}" for table in tables}
         named = {below.get(name, name): value for name, value in saved.items()}
         return {**named, f"{self.module}.{ROWS}": self.rows}
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """One module ready to be written: delta = scale · down @ up, and DoRA's magnitude."""
-
-    module: AdaptedModule
-    down: np.ndarray
-    up: np.ndarray
-    scale: float
-    magnitude: np.ndarray | None = None
-    lost: float = 0.0
-    whole: float = 0.0
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[1]
-
-    def alpha(self, use_rslora: bool) -> float:
-        """Numerator from which PEFT computes this module's scale."""
-        divisor = math.sqrt(self.rank) if use_rslora else self.rank
-        exact = self.module.alpha / divisor  # keep the user's alpha where it is already right
-        same = math.isclose(exact, self.scale, rel_tol=1e-9)
-        return float(self.module.alpha if same else self.scale * divisor)
-
-
-def delta_pair(
-    module: AdaptedModule, adapters: Mapping[str, Any], origin: Mapping[str, Any]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Low-rank factors (down [in, r], up [r, out]) with ``delta = scale · down @ up``, float32.
-
-    Without an origin these are A and B cut to the module's true rank. With an origin the rank
-    doubles: ``A B − A₀ B₀ = [A − A₀, A₀] [B; B − B₀]``. Where A is frozen (in ``origin`` itself)
-    it stays: ``A (B − B₀)``.
-
-    Source: PiSSA (arXiv 2404.02948) converts with ``[A, A₀] [B; −B₀]``; the same sum, but there two
-    large products cancel, here every product is as small as the update.
-    """
-    down = _layer(module, adapters, origin, "lora_a")[:, : module.rank]
-    up = _layer(module, adapters, origin, "lora_b")[: module.rank]
-    if f"{module.path}.origin_b" not in origin:
-        return down, up
-    moved = up - _layer(module, adapters, origin, "origin_b")[: module.rank]
-    if f"{module.path}.origin_a" not in origin:
-        return down, moved
-    down0 = _layer(module, adapters, origin, "origin_a")[:, : module.rank]
-    return np.concatenate([down - down0, down0], 1), np.concatenate([up, moved], 0)
-
-
-def magnitude_of(module: AdaptedModule, adapters: Mapping[str, Any]) -> np.ndarray | None:
-    """DoRA's length of every output's weights, [out] float32; None for other methods."""
-    if "lora_magnitude" not in module.method.parts(origin=False):
-        return None
-    return _layer(module, adapters, {}, "lora_magnitude")
-
-
-def _layer(
-    module: AdaptedModule, adapters: Mapping[str, Any], origin: Mapping[str, Any], key: str
-) -> np.ndarray:
-    """A module's own part of a stack, wherever the stack lies, float32."""
-    path = f"{module.path}.{key}"
-    stack = adapters[path] if path in adapters else origin[path]
-    return np.asarray(stack[module.layer], np.float32)
-
-
-def recompress(
-    down: np.ndarray, up: np.ndarray, rank: int
-) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Best factors of a smaller rank for ``down @ up``, without forming that product.
-
-    Args:
-        down: [in, r].
-        up: [r, out].
-        rank: rank wanted, at most r.
-
-    Returns:
-        down [in, rank] and up [rank, out] in float32, and the Frobenius norms of what is lost and
-        of the whole. Source: Eckart-Young, through the QR factors of both sides in float64.
-
-    >>> down, up, lost, whole = recompress(np.eye(3, 2), np.array([[4.0, 0], [0, 3]]), 1)
-    >>> np.abs(down @ up).round(6).tolist(), round(lost, 6), round(whole, 6)
-    ([[4.0, 0.0], [0.0, 0.0], [0.0, 0.0]], 3.0, 5.0)
-    """
-    q_down, r_down = np.linalg.qr(down.astype(np.float64))
-    q_up, r_up = np.linalg.qr(up.astype(np.float64).T)
-    u, sigma, vt = np.linalg.svd(r_down @ r_up.T, full_matrices=False)
-    root = np.sqrt(sigma[:rank])
-    small_down = (q_down @ (u[:, :rank] * root)).astype(np.float32)
-    small_up = ((root[:, None] * vt[:rank]) @ q_up.T).astype(np.float32)
-    return small_down, small_up, _norm(sigma[rank:]), _norm(sigma)
-
-
-def _norm(values: np.ndarray) -> float:
-    return float(np.sqrt(np.sum(np.square(values))))
 
 
 def export_peft(
@@ -230,32 +114,41 @@ def export_peft(
     _check_export(folder, modules, rank, saved, modules_to_save)
     target = Path(folder)
     with replaced_folder(target, may_replace=lambda old: overwrite and is_adapter(old)) as draft:
-        pairs = _under_one_scale([_pair(module, adapters, origin, rank) for module in modules])
+        pairs = _under_one_scale(
+            [trained_pair(module, adapters, origin, rank) for module in modules]
+        )
         heights = {m.path: len(adapters[f"{m.path}.lora_b"]) for m in modules}
         # A rank that was asked for is written plainly, whichever modules it changed.
         kept = rank is None and all(pair.rank == pair.module.rank for pair in pairs)
         config = {
-            "peft_type": "LORA",
+            **_config(pairs, use_rslora and kept),
             "task_type": task_type,
             "base_model_name_or_path": base_name,
             "revision": revision,
-            "inference_mode": True,
             "target_modules": _target_modules(modules, heights, base_modules),
-            **_ranks_and_alphas(pairs, use_rslora and kept),
-            "use_rslora": use_rslora and kept,
-            "use_dora": any(pair.magnitude is not None for pair in pairs),
-            "lora_dropout": 0.0,
-            "bias": "none",
             "fan_in_fan_out": fan_in_fan_out,
             "modules_to_save": list(modules_to_save) or None,
             **_of_tokens(tokens),
-            "init_lora_weights": True,
         }
         (draft / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         whole = saved if tokens is None else tokens.placed(saved)
         numbers = _save(draft / ADAPTER_WEIGHTS, pairs, whole)
         put_beside(draft, beside)
-    return _report(target, pairs, numbers, recompressed=rank is not None)
+    return report_of(target, pairs, numbers, recompressed=rank is not None)
+
+
+def _config(pairs: Sequence[Pair], use_rslora: bool) -> dict[str, Any]:
+    """What an ``adapter_config.json`` says of the pairs alone."""
+    return {
+        "peft_type": "LORA",
+        "inference_mode": True,
+        **_ranks_and_alphas(pairs, use_rslora),
+        "use_rslora": use_rslora,
+        "use_dora": any(pair.magnitude is not None for pair in pairs),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "init_lora_weights": True,
+    }
 
 
 def _of_tokens(tokens: TokenRows | None) -> dict[str, Any]:
@@ -273,8 +166,7 @@ def _check_export(
 ) -> None:
     if not modules:
         raise InputError(f"{folder}: expected adapted layers to export, got none. Train some.")
-    if rank is not None and rank < 1:
-        raise InputError(f"rank: expected at least 1, got {rank}. Choose a rank to recompress to.")
+    check_rank(rank)
     strange = [name for name in saved if not is_saved(name, modules_to_save)]
     if strange:
         raise InputError(
@@ -285,42 +177,13 @@ def _check_export(
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter and nothing that overwriting it would lose."""
-    there = {path.name: path.is_file() for path in folder.iterdir()}
-    return ADAPTER_CONFIG in there and there.keys() <= _ADAPTER_FILES and all(there.values())
+    there = entries(folder)
+    known = (name in _ADAPTER_FILES or OF_AN_ADAPTER.fullmatch(name) for name in there)
+    files = (path.is_file() for path in there.values())
+    return ADAPTER_CONFIG in there and all(known) and all(files)
 
 
-def _pair(
-    module: AdaptedModule,
-    adapters: Mapping[str, Any],
-    origin: Mapping[str, Any],
-    rank: int | None,
-) -> _Pair:
-    down, up = delta_pair(module, adapters, origin)
-    magnitude = magnitude_of(module, adapters)
-    if rank is None:
-        return _Pair(module, down, up, module.scale, magnitude)
-    small_down, small_up, lost, whole = recompress(down, up, rank)
-    lost, whole = lost * module.scale, whole * module.scale
-    if down.shape[1] <= rank:
-        return _Pair(module, down, up, module.scale, magnitude, 0.0, whole)
-    return _Pair(module, small_down, small_up, module.scale, magnitude, lost, whole)
-
-
-def _report(folder: Path, pairs: Sequence[_Pair], numbers: int, recompressed: bool) -> ExportReport:
-    whole = _norm(np.array([pair.whole for pair in pairs]))
-    lost = _norm(np.array([pair.lost for pair in pairs]))
-    errors = {p.module.name: p.lost / p.whole if p.whole else 0.0 for p in pairs}
-    return ExportReport(
-        folder=folder,
-        modules=len(pairs),
-        parameters=numbers,
-        rank=max(pair.rank for pair in pairs),
-        errors=errors if recompressed else {},
-        error=lost / whole if whole else 0.0,
-    )
-
-
-def _save(file: Path, pairs: Sequence[_Pair], saved: Mapping[str, np.ndarray]) -> int:
+def _save(file: Path, pairs: Sequence[Pair], saved: Mapping[str, np.ndarray]) -> int:
     """Write all tensors, float32; returns how many numbers they hold."""
     tensors = {f"{PREFIX}{name}": np.asarray(value) for name, value in saved.items()}
     for pair in pairs:
@@ -337,7 +200,7 @@ def _save(file: Path, pairs: Sequence[_Pair], saved: Mapping[str, np.ndarray]) -
     return sum(value.size for value in written.values())
 
 
-def _under_one_scale(pairs: Sequence[_Pair]) -> list[_Pair]:
+def _under_one_scale(pairs: Sequence[Pair]) -> list[Pair]:
     """The same deltas with one factor for all modules, that of most; B takes what is left.
 
     Servers such as vLLM read one factor, ``lora_alpha / r``, and no patterns.
@@ -351,7 +214,7 @@ def _under_one_scale(pairs: Sequence[_Pair]) -> list[_Pair]:
     ]
 
 
-def _ranks_and_alphas(pairs: Sequence[_Pair], use_rslora: bool) -> dict[str, Any]:
+def _ranks_and_alphas(pairs: Sequence[Pair], use_rslora: bool) -> dict[str, Any]:
     """The largest rank and its alpha, and the exact names of the modules with a smaller rank.
 
     Alpha over rank (or over its root) is one factor everywhere, for PEFT by its patterns, for a

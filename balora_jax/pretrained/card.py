@@ -1,4 +1,4 @@
-"""The model card of an adapter: what it is, of which data and settings, its scores, its use."""
+"""The model card of a folder: what it holds, of which data and settings, its scores, its use."""
 
 import json
 import re
@@ -19,16 +19,18 @@ from balora_jax.io.checkpoint import FREE_KEYS
 from balora_jax.models.starts import STARTS
 from balora_jax.numerics.terms import TERMS
 from balora_jax.pretrained.base_name import BaseName
+from balora_jax.pretrained.card_kinds import ADAPTER, Kind, Loaded
 from balora_jax.untyped.shown import one_line
 
+_DATA, _USE = "## Data\n\n", "## Use\n\n"
 _MOST = 300  # characters of a value
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
 _CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What a card says of a run.
+class Subject:
+    """What a card is about.
 
     Attributes:
         base: name of the base.
@@ -36,9 +38,6 @@ class Trained:
         outputs: of the head of an encoder; None for a decoder.
         sections: ``adapter``, ``regularizers`` and ``training`` of the config, by name.
         data: its section ``data``.
-        rows: what became of the training rows.
-        steps, skipped: optimizer steps, and how many updates of them were skipped.
-        before, after: figures of the held-out rows; empty where there are none, or not yet.
     """
 
     base: BaseName
@@ -46,6 +45,18 @@ class Trained:
     outputs: int | None
     sections: Mapping[str, Section]
     data: DataConfig
+
+
+@dataclass(frozen=True)
+class Trained(Subject):
+    """What a card says of a run.
+
+    Attributes:
+        rows: what became of the training rows.
+        steps, skipped: optimizer steps, and how many updates of them were skipped.
+        before, after: figures of the held-out rows; empty where there are none, or not yet.
+    """
+
     rows: str
     steps: int
     skipped: int
@@ -53,23 +64,42 @@ class Trained:
     after: Mapping[str, Any] = field(default_factory=dict)
 
 
-def model_card(run: Trained) -> str:
+def model_card(run: Trained, kind: Kind = ADAPTER) -> str:
     """The card in Markdown, with the front matter that the hub reads.
 
     Nothing in it depends on the clock, the machine's folders or the folder of the run, so that a
     run which was interrupted writes the same.
     """
     parts = [
-        f"---\n{_front(run)}\n---",
-        f"# LoRA adapter for {code(run.base.short)}",
-        _what(run),
-        f"## Data\n\n{_data(run)}",
+        f"{_DATA}{_data(run)}",
         f"## Settings\n\n{_settings(run.sections)}",
         *([f"## Scores\n\n{_scores(run)}"] if run.before or run.after else []),
         f"## The run\n\n{_the_run(run)}",
-        f"## Use\n\n{_use(run)}",
     ]
-    return "\n\n".join(parts) + "\n"
+    return _card(run, kind, "\n\n".join(parts))
+
+
+def card_anew(card: str, subject: Subject, kind: Kind) -> str | None:
+    """The card of a folder that was exported from an adapter.
+
+    Args:
+        card: the adapter's, from which data, settings, scores and run are taken as they stand.
+        subject: what both are about.
+        kind: the new folder.
+
+    Returns:
+        The card; None where the adapter's is not one that :func:`model_card` wrote.
+    """
+    _, data, rest = card.partition(_DATA)
+    middle, use, _ = rest.rpartition(f"\n\n{_USE}")
+    return _card(subject, kind, data + middle) if data and use else None
+
+
+def _card(subject: Subject, kind: Kind, middle: str) -> str:
+    again = [] if kind.again is None else [_again(kind.again)]
+    title = kind.title.format(code(subject.base.short))
+    head = [f"---\n{_front(subject, kind)}\n---", f"# {title}", _what(subject, kind)]
+    return "\n\n".join([*head, middle, *again, f"{_USE}{_use(subject, kind)}"]) + "\n"
 
 
 def code(text: str) -> str:
@@ -89,28 +119,25 @@ def _block(language: str, text: str) -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def _front(run: Trained) -> str:
+def _front(run: Subject, kind: Kind) -> str:
     named = [hub_set(source) for source in _sources(run.data)]
     return ModelCardData(
         base_model=run.base.name if run.base.on_hub else None,
         datasets=list(dict.fromkeys(name for name in named if name)) or None,
-        library_name="peft",
+        library_name=kind.library,
         pipeline_tag=_PIPELINES[run.task_type],
-        tags=["lora", *(["ba-lora"] if _terms(run) else [])],
+        tags=[*kind.tags, *(["ba-lora"] if _terms(run) else [])] or None,
     ).to_yaml()
 
 
-def _terms(run: Trained) -> list[str]:
+def _terms(run: Subject) -> list[str]:
     """The terms that the loss had."""
     return [name for name in TERMS if getattr(run.sections["regularizers"], name) > 0]
 
 
-def _what(run: Trained) -> str:
+def _what(run: Subject, kind: Kind) -> str:
     revision = f" at revision {code(run.base.revision)}" if run.base.revision else ""
-    lines = [
-        f"This folder holds a LoRA adapter for {code(run.base.short)}{revision}, in PEFT's format. "
-        "It needs that base, unchanged; the weights of the base are not in it."
-    ]
+    lines = [kind.holds.format(f"{code(run.base.short)}{revision}")]
     if terms := _terms(run):
         lines.append(
             "It was trained with BA-LoRA: beside the loss of the task, terms on the outputs keep "
@@ -190,20 +217,19 @@ def _the_run(run: Trained) -> str:
     )
 
 
-def _use(run: Trained) -> str:
-    name, options = _CLASSES[run.task_type], ""
+def _again(command: str) -> str:
+    return "And this folder from that run:\n\n" + _block(
+        "bash", command.replace("SETTINGS", SETTINGS)
+    )
+
+
+def _use(run: Subject, kind: Kind) -> str:
+    options = ""
     if run.base.on_hub and run.base.revision:
         options += f", revision={json.dumps(run.base.revision)}"
     if run.outputs is not None:
         options += f", num_labels={run.outputs}"
-    base = json.dumps(one_line(run.base.short), ensure_ascii=False)
-    where = "" if run.base.on_hub else "  # the folder of the base"
-    return _block(
-        "python",
-        "from peft import PeftModel\n"
-        f"from transformers import {name}, AutoTokenizer\n\n"
-        'adapter = "."  # this folder, or its name on the hub\n'
-        f"base = {name}.from_pretrained({base}{options}){where}\n"
-        "model = PeftModel.from_pretrained(base, adapter)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(adapter)",
-    )
+    remark = "" if run.base.on_hub else "  # the folder of the base"
+    loaded = Loaded(_CLASSES[run.task_type], one_line(run.base.short), options, remark)
+    language, text = kind.code
+    return _block(language, loaded.filled(text))

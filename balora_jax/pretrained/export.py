@@ -1,6 +1,7 @@
-"""A finished run to files that other tools read: a PEFT adapter or a merged checkpoint."""
+"""A finished run to files that other tools read: an adapter for PEFT or llama.cpp, a checkpoint."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -12,19 +13,25 @@ import numpy as np
 from balora_jax.array_types import Array
 from balora_jax.config import ModelConfig, RunConfig
 from balora_jax.errors import InputError
-from balora_jax.io.beside import CARD, OF_AN_ADAPTER, Beside, found_beside, tokenizer_of
+from balora_jax.io.beside import CARD, OF_A_TOKENIZER, OF_AN_ADAPTER, OURS, Beside, found_beside
+from balora_jax.io.gguf_writer import ADAPTER_FILE, MERGE_INSTEAD, Served, export_gguf
 from balora_jax.io.hf_export import MergeReport, export_merged, module_deltas
-from balora_jax.io.hf_files import CONFIG_FILE
+from balora_jax.io.hf_files import CONFIG_FILE, shortened
+from balora_jax.io.lora_pairs import ExportReport
 from balora_jax.io.peft_reader import ADAPTER_CONFIG, PeftAdapter, read_peft
-from balora_jax.io.peft_writer import ExportReport, TokenRows, export_peft
+from balora_jax.io.peft_writer import TokenRows, export_peft
 from balora_jax.models.adapters import AdaptedModule
 from balora_jax.models.decoder_config import EMBEDDING, DecoderConfig
 from balora_jax.models.encoder_config import EncoderConfig
+from balora_jax.models.families.base import FAMILIES
 from balora_jax.models.starts.stacks import given_factors
 from balora_jax.models.structure import structure
 from balora_jax.models.weight_names import HEAD_NAME, WeightRule
 from balora_jax.models.whole import HEAD_RULE, NOTHING, TOKEN_ROWS, Whole, stored
-from balora_jax.pretrained.base_name import base_name
+from balora_jax.parallel import hosts
+from balora_jax.pretrained.base_name import BaseName, base_name
+from balora_jax.pretrained.card import Subject, card_anew
+from balora_jax.pretrained.card_kinds import GGUF, MERGED, Kind
 from balora_jax.pretrained.checkpoint import (
     Base,
     EncoderBase,
@@ -40,7 +47,7 @@ from balora_jax.pretrained.peft_whole import saved_whole
 ADAPTER, MODEL = "adapter", "model"
 """Folders of a run: its PEFT adapter, or the checkpoint of a full fine-tuning."""
 
-MARKERS = {"peft": ADAPTER_CONFIG, "merged": CONFIG_FILE}
+MARKERS = {"peft": ADAPTER_CONFIG, "merged": CONFIG_FILE, "gguf": ADAPTER_FILE}
 """From the formats of an export to the file by which each is known."""
 
 
@@ -135,6 +142,7 @@ def write_model(
     trainable: Mapping[str, Array | np.ndarray],
     dtype: str,
     *,
+    beside: Beside = MappingProxyType({}),
     overwrite: bool = False,
 ) -> MergeReport:
     """Write the weights of a full fine-tuning as a checkpoint of the base's layout."""
@@ -157,12 +165,48 @@ def write_model(
         rules=base.rules,
         added=saved_head(base, trainable),
         settings=_settings(base),
+        beside=beside,
         overwrite=overwrite,
     )
 
 
+def subject_of(config: RunConfig, base: Base | EncoderBase) -> Subject:
+    """What the card of a run is about."""
+    model = config.model
+    return Subject(
+        base_name(base.folder, model.name_or_path, model.revision),
+        base.family.task_type,
+        getattr(base.config, "num_labels", None),
+        {name: getattr(config, name) for name in ("adapter", "regularizers", "training")},
+        config.data,
+    )
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """The adapter of a finished run on its base, with the config that names the base."""
+
+    source: Path
+    config: RunConfig
+    base: Base | EncoderBase
+    peft: PeftAdapter
+    modules: tuple[AdaptedModule, ...]
+    adapters: dict[str, np.ndarray]
+
+    @property
+    def named(self) -> BaseName:
+        model = self.config.model
+        return base_name(self.base.folder, model.name_or_path, model.revision)
+
+
 def export_run(
-    config: RunConfig, workdir: Path, out: Path, *, format: str, rank: int | None
+    config: RunConfig,
+    workdir: Path,
+    out: Path,
+    *,
+    format: str,
+    rank: int | None,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Export the adapter of a finished run; returns figures for the report.
 
@@ -170,11 +214,14 @@ def export_run(
         config: of the run; names the base.
         workdir: its folder.
         out: new folder.
-        format: ``peft`` or ``merged``.
-        rank: recompress every adapter to this rank by SVD (``peft`` only).
+        format: ``peft``, ``merged`` or ``gguf``.
+        rank: recompress every adapter to this rank by SVD (not ``merged``).
+        dtype: of the tensors (not ``peft``, which is float32): by default that of the base for
+            ``merged``, and float32 for ``gguf``.
 
     Raises:
-        InputError: no finished adapter there, or an output folder that cannot be written.
+        InputError: no finished adapter there, one that the format cannot hold, or an output folder
+            that cannot be written.
     """
     source = workdir / ADAPTER
     if not source.is_dir():
@@ -183,21 +230,42 @@ def export_run(
             "Finish the run (balora train … --resume), or name its --workdir."
         )
     if rank is not None and format == "merged":
-        raise InputError("--rank: expected --format peft, got merged. Leave one of them out.")
+        raise InputError(
+            "--rank: expected --format peft or gguf, got merged. Leave one of them out."
+        )
+    if dtype is not None and format == "peft":
+        raise InputError(
+            "--dtype: expected --format merged or gguf, got peft. Leave one of them out."
+        )
     peft = read_peft(source)
     base = _base_of(config.model, peft)
     modules = peft_modules(peft, base.linears(_frozen(base)), str(source))
     adapters = host_copy(given_factors(modules, _frozen(base), peft.tensors, peft.magnitudes))
+    finished = _Finished(source, config, base, peft, modules, adapters)
     if format == "merged":
-        return _merge(config.model.dtype, out, base, modules, adapters, peft)
-    named = base_name(base.folder, config.model.name_or_path, config.model.revision)
-    report = export_peft(
+        return _merge(out, finished, dtype)
+    write = _to_gguf if format == "gguf" else _to_peft
+    report = write(out, finished, rank, dtype or "float32")
+    return {
+        "folder": str(out),
+        "format": format,
+        "rank": report.rank,
+        "parameters": report.parameters,
+        "relative_error": report.error,
+    }
+
+
+def _to_peft(out: Path, run: _Finished, rank: int | None, dtype: str) -> ExportReport:
+    """Write a PEFT folder, whose tensors are float32 whatever the dtype."""
+    del dtype
+    base, peft = run.base, run.peft
+    return export_peft(
         out,
-        modules=modules,
-        adapters=adapters,
+        modules=run.modules,
+        adapters=run.adapters,
         origin={},
-        base_name=named.name,
-        revision=named.revision,
+        base_name=run.named.name,
+        revision=run.named.revision,
         rank=rank,
         task_type=str(peft.config.get("task_type") or "CAUSAL_LM"),
         use_rslora=bool(peft.config.get("use_rslora")),
@@ -209,52 +277,92 @@ def export_run(
         saved={name: value for name, value in peft.saved.items() if name != TOKEN_ROWS},
         modules_to_save=peft.modules_to_save,
         tokens=_token_rows(base, peft.tokens, peft.saved.get(TOKEN_ROWS)),
-        beside=_beside(source, base, rank),
+        beside=_beside(run, rank),
     )
-    return {
-        "folder": str(out),
-        "format": format,
-        "rank": report.rank,
-        "parameters": report.parameters,
-        "relative_error": report.error,
-    }
 
 
-def _beside(source: Path, base: Base | EncoderBase, rank: int | None) -> dict[str, Path | bytes]:
+def _to_gguf(out: Path, run: _Finished, rank: int | None, dtype: str) -> ExportReport:
+    """Write a folder with a GGUF file.
+
+    Raises:
+        InputError: a family that llama.cpp is not known to serve, or anything that trained whole.
+    """
+    config, layout = run.base.config, run.base.family.gguf
+    if layout is None or not isinstance(config, DecoderConfig):
+        known = [family.name for family in FAMILIES.values() if family.gguf is not None]
+        raise InputError(
+            f"{run.base.folder}: expected a family that llama.cpp is known to serve "
+            f"({', '.join(known)}), got {config.model_type}. Use the PEFT adapter."
+        )
+    if run.peft.saved:
+        raise InputError(
+            f"{run.source}: expected an adapter of linear layers alone, got "
+            f"{shortened(sorted(run.peft.saved))}, which trained whole. {MERGE_INSTEAD}"
+        )
+    url = f"https://huggingface.co/{run.named.name}" if run.named.on_hub else None
+    return export_gguf(
+        out,
+        modules=run.modules,
+        adapters=run.adapters,
+        base=Served(config, layout, run.named.short, url),
+        dtype=dtype,
+        rank=rank,
+        beside=_ours(run, GGUF, rank),
+    )
+
+
+def _beside(run: _Finished, rank: int | None) -> dict[str, Path | bytes]:
     """What lies beside the adapter of a run, whose card then says that its rank is another."""
-    found = tokenizer_of(base.folder) | found_beside(source, OF_AN_ADAPTER)
+    found = found_beside(run.base.folder, OF_A_TOKENIZER) | found_beside(run.source, OF_AN_ADAPTER)
     if rank is not None and CARD in found:
-        found[CARD] = (source / CARD).read_bytes() + (
-            f"\n## Rank\n\nThis copy was recompressed by SVD: its rank is at most {rank}. Scores "
-            "above are those of the whole adapter.\n"
-        ).encode()
+        found[CARD] = (run.source / CARD).read_bytes() + _of_rank(rank)
     return found
 
 
-def _merge(
-    dtype: str,
-    out: Path,
-    base: Base | EncoderBase,
-    modules: tuple[AdaptedModule, ...],
-    adapters: dict[str, np.ndarray],
-    peft: PeftAdapter,
-) -> dict[str, Any]:
+def _ours(run: _Finished, kind: Kind, rank: int | None = None) -> dict[str, Path | bytes]:
+    """Card and settings of a folder of another kind, as far as the adapter has them.
+
+    A card that somebody else wrote stays there, and that is said.
+    """
+    found = found_beside(run.source, OURS)
+    if CARD not in found:
+        return found
+    card = (run.source / CARD).read_text(encoding="utf-8", errors="replace")
+    text = card_anew(card, subject_of(run.config, run.base), kind)
+    if text is None:
+        hosts.warn(f"note: {run.source / CARD}: not as it was written by the run; no card of it.")
+        del found[CARD]
+        return found
+    found[CARD] = text.encode() + (b"" if rank is None else _of_rank(rank))
+    return found
+
+
+def _of_rank(rank: int) -> bytes:
+    return (
+        f"\n## Rank\n\nThis copy was recompressed by SVD: its rank is at most {rank}. Scores "
+        "above are those of the whole adapter.\n"
+    ).encode()
+
+
+def _merge(out: Path, run: _Finished, dtype: str | None) -> dict[str, Any]:
     """Write the merged checkpoint; returns figures for the report."""
-    transposed = {module.name for module in modules} if base.stores_transposed else ()
-    added, settings = _own_tensors(base, peft, str(out))
+    base = run.base
+    transposed = {module.name for module in run.modules} if base.stores_transposed else ()
+    added, settings = _own_tensors(base, run.peft, str(out))
     merged = export_merged(
         out,
         source=base.folder,
-        deltas=module_deltas(modules, adapters, {}, transposed=transposed),
+        deltas=module_deltas(run.modules, run.adapters, {}, transposed=transposed),
         dtype=dtype,
         rules=base.rules,
         added=added,
         settings=_settings(base) | settings,
+        beside=found_beside(run.source, OF_A_TOKENIZER) | _ours(run, MERGED),
     )
     return {
         "folder": str(out),
         "format": "merged",
-        "dtype": dtype,
+        "dtype": merged.dtype,
         "files": merged.files,
         "merged_weights": merged.merged,
     }

@@ -13,9 +13,14 @@ if TYPE_CHECKING:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The run, the format and the new folder."""
     parser.add_argument("--workdir", required=True, help="folder of the run")
-    parser.add_argument("--format", choices=("peft", "merged"), default="peft")
+    parser.add_argument("--format", choices=("peft", "merged", "gguf"), default="peft")
     parser.add_argument("--out", required=True, help="new folder")
-    parser.add_argument("--rank", type=int, help="recompress to this rank (peft only)")
+    parser.add_argument("--rank", type=int, help="recompress to this rank (peft, gguf)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the tensors (merged: that of the base; gguf: float32)",
+    )
     parser.add_argument(
         "--push-to-hub", metavar="OWNER/NAME", help="send the new folder to this repository as well"
     )
@@ -36,7 +41,9 @@ def run(config: "RunConfig", options: argparse.Namespace) -> None:
         raise InputError("--private: expected --push-to-hub with it, got none. Name a repository.")
     out = named_folder(options.out, "--out")
     workdir = named_folder(options.workdir, "--workdir")
-    figures = export_run(config, workdir, out, format=options.format, rank=options.rank)
+    figures = export_run(
+        config, workdir, out, format=options.format, rank=options.rank, dtype=options.dtype
+    )
     if name is not None:
         marker = MARKERS[options.format]
         figures["pushed"] = push(out, name, marker=marker, private=options.private)

@@ -151,9 +151,16 @@ def test_transformers_loads_the_merged_model(finished, tmp_path):
 
 
 def test_merged_in_bfloat16(pissa, tmp_path):
+    """The base's float32 stays, whatever the run computed in, unless another is asked for."""
     tree = tiny_run.config_tree(pissa.inputs, model={"dtype": "bfloat16"})
-    out = tmp_path / "merged"
-    figures = export_run(parse_config(tree, "test"), pissa.workdir, out, format="merged", rank=None)
+    config, out = parse_config(tree, "test"), tmp_path / "merged"
+    given = {"format": "merged", "rank": None}
+    kept = export_run(config, pissa.workdir, tmp_path / "kept", **given)
+    assert kept["dtype"] == "float32"
+    assert (
+        error(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "kept")), pissa.logits) < 1e-5
+    )
+    figures = export_run(config, pissa.workdir, out, **given, dtype="bfloat16")
     assert figures["dtype"] == "bfloat16"
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.bfloat16
@@ -207,7 +214,7 @@ def test_rank_and_merged_exclude_each_other(pissa, tmp_path):
     with pytest.raises(InputError) as caught:
         export_run(pissa.config, pissa.workdir, tmp_path / "out", format="merged", rank=2)
     assert str(caught.value) == (
-        "--rank: expected --format peft, got merged. Leave one of them out."
+        "--rank: expected --format peft or gguf, got merged. Leave one of them out."
     )
     assert not (tmp_path / "out").exists()
 

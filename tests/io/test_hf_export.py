@@ -129,6 +129,66 @@ def test_code_and_pickles_stay_behind_and_integers_stay_whole(llama_folder, tmp_
     assert "auto_map" not in config
 
 
+KEPT = (
+    "tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v7m1", "tekken.json", "spm.model",
+    "sentencepiece.bpe.model", "chat_template.jinja", "additional_chat_templates/tool_use.jinja",
+    "chat_templates/a.jinja", "added_tokens.json", "preprocessor_config.json", "LICENSE", "NOTICE.txt",
+)  # fmt: skip
+LEFT = (
+    "tokenizer.model.py", "tokenizer.model.v3.py", "tokenization_x.py", "additional_chat_templates/x.py",
+    "additional_chat_templates/deep/x.jinja", "README.md", "training_args.bin", "optimizer.pt",
+)  # fmt: skip
+
+
+def test_all_of_a_tokenizer_is_kept_and_nothing_else(llama_folder, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(llama_folder, source)
+    for name in KEPT + LEFT:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    options = {"source": source, "deltas": deltas_of(random_adapters()), "dtype": None}
+    beside = {"chat_template.jinja": b"the run's"}
+    for _ in range(2):  # a second time over its own
+        export_merged(tmp_path / "m", **options, beside=beside, overwrite=True)
+    found = {str(f.relative_to(tmp_path / "m")) for f in (tmp_path / "m").rglob("*") if f.is_file()}
+    own = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert found == {*KEPT, *own}
+    assert (tmp_path / "m" / "additional_chat_templates" / "tool_use.jinja").read_text() == KEPT[7]
+    assert (tmp_path / "m" / "chat_template.jinja").read_text() == "the run's"
+    (tmp_path / "m" / "additional_chat_templates" / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="got one with other files in it"):
+        export_merged(tmp_path / "m", **options, overwrite=True)
+
+
+def test_each_tensor_keeps_the_dtype_of_the_base_and_the_config_says_it(llama_folder, tmp_path):
+    """A base in bfloat16 with norms in float32, whose config says something else."""
+    source = tmp_path / "source"
+    shutil.copytree(llama_folder, source)
+    state = load_file(source / "model.safetensors")
+    stored = {n: v if "norm" in n else v.astype(ml_dtypes.bfloat16) for n, v in state.items()}
+    stored["model.norm.weight"] = stored["model.norm.weight"].astype(np.float64)
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    inner = {"dtype": "float32", "torch_dtype": "float32", "quantization_config": quantized}
+    config |= {"dtype": "float16", "quantization_config": quantized, "text_config": inner}
+    (source / "config.json").write_text(json.dumps(config))
+    head = np.full(state["lm_head.weight"].shape, 1 / 3, np.float32)
+    report = export_merged(
+        tmp_path / "m", source=source, deltas=deltas_of(random_adapters()), dtype=None,
+        added={"lm_head.weight": head},
+    )  # fmt: skip
+    written = load_file(tmp_path / "m" / "model.safetensors")
+    for name, value in written.items():
+        assert value.dtype == (np.float32 if "norm" in name else ml_dtypes.bfloat16), name
+    assert (written["lm_head.weight"] == head.astype(ml_dtypes.bfloat16)).all()
+    assert report.dtype == "bfloat16"
+    said = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert said["dtype"] == "bfloat16"
+    assert said["text_config"] == {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    assert "quantization_config" not in said
+
+
 def test_merged_delta_is_the_definition():
     adapted = random_adapters(origin=True, rank_of=lambda name, layer: 2 if layer == 1 else 4)
     for module in adapted.modules[:3]:

@@ -9,7 +9,8 @@ from huggingface_hub import ModelCard
 
 from balora_jax.config_file import parse_config
 from balora_jax.pretrained.base_name import BaseName, base_name
-from balora_jax.pretrained.card import Trained, model_card
+from balora_jax.pretrained.card import Subject, Trained, card_anew, model_card
+from balora_jax.pretrained.card_kinds import GGUF, MERGED
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 HUB = BaseName("org/base", COMMIT, True)
@@ -159,6 +160,34 @@ def test_values_stay_what_they_are(word):
     assert shown.strip() in [one.strip() for one in found]
     assert set(kinds) == {"text", "code_inline", "link_open", "link_close"}
     assert kinds.count("link_open") == 1  # to the settings
+
+
+@pytest.mark.parametrize("word", HOSTILE)
+@pytest.mark.parametrize("kind", [GGUF, MERGED])
+def test_the_card_of_an_export_says_of_the_run_what_the_adapters_does(kind, word):
+    run = trained(adapter={"target_modules": [word]}, data={"train": f"./{word}.jsonl"})
+    whole, about = Trained(**vars(run)), ("base", "task_type", "outputs", "sections", "data")
+    subject = Subject(**{name: getattr(run, name) for name in about})
+    text = card_anew(model_card(whole), subject, kind)
+    middle = model_card(whole).split("\n## Data\n")[1].split("\n## Use\n")[0]
+    assert middle in text
+    after = text.split(middle)[1]
+    name = {GGUF: "gguf", MERGED: "merged"}[kind]
+    command = (
+        f"balora export balora_config.yaml --workdir runs/again --format {name} --out {name}\n"
+    )
+    assert command in after
+    assert "PeftModel" not in after
+    assert front(text) | {"library_name": "peft"} == front(model_card(whole))
+    assert front(text)["library_name"] == {GGUF: "gguf", MERGED: "transformers"}[kind]
+    assert f"`org/base` at revision `{COMMIT}`" in text.split(middle)[0]
+    assert card_anew("# Mine\n", subject, kind) is None
+
+
+def test_no_name_is_taken_for_a_place_in_the_example():
+    base = BaseName("org/MODEL", "REMARK-BASE", True)
+    text = card(trained(base=base))
+    assert '.from_pretrained("org/MODEL", revision="REMARK-BASE")\n' in text
 
 
 def test_the_name_of_a_base(tmp_path):

@@ -16,8 +16,9 @@ from tiny_llama import (
 )
 
 from balora_jax.errors import InputError
+from balora_jax.io.lora_pairs import delta_pair
 from balora_jax.io.peft_reader import read_peft
-from balora_jax.io.peft_writer import delta_pair, export_peft
+from balora_jax.io.peft_writer import export_peft
 
 CASES = {
     "plain": {},

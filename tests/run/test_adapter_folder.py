@@ -165,6 +165,33 @@ def test_an_export_has_all_of_it(finished, tmp_path):
     assert "its rank is at most 1." in card
 
 
+def test_exports_of_other_kinds_have_cards_of_their_own(finished, tmp_path, capsys):
+    pytest.importorskip("gguf")
+    run = tmp_path / "run"
+    shutil.copytree(finished.workdir / "adapter", run / "adapter")
+    (run / "adapter" / "chat_template.jinja").write_text(TEMPLATE)
+    kinds = {
+        "gguf": {"adapter.gguf", "README.md", "balora_config.yaml"},
+        "merged": {"config.json", "model.safetensors", "chat_template.jinja", *NAMES}
+        - {"adapter_config.json", "adapter_model.safetensors"},
+    }
+    for kind, names in kinds.items():
+        export = ("export", finished.config, "--workdir", run, "--format", kind, "--out")
+        (run / "adapter" / "README.md").write_bytes(
+            (finished.workdir / "adapter" / "README.md").read_bytes()
+        )
+        assert invoke(*export, tmp_path / kind).code == 0
+        assert {path.name for path in (tmp_path / kind).iterdir()} == names
+        card = ModelCard.load(tmp_path / kind / "README.md")
+        assert card.data.library_name == {"gguf": "gguf", "merged": "transformers"}[kind]
+        assert "4 optimizer steps, 0 updates skipped." in card.text
+        (run / "adapter" / "README.md").write_text("# Mine\n")
+        outcome = invoke(*export, tmp_path / f"{kind}-mine")
+        assert "README.md: not as it was written by the run; no card of it." in outcome.err
+        assert not (tmp_path / f"{kind}-mine" / "README.md").exists()
+        assert (tmp_path / f"{kind}-mine" / "balora_config.yaml").exists()
+
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 

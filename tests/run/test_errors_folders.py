@@ -101,10 +101,15 @@ def test_export_without_an_adapter(place, format):
     ("more", "phrase"),
     [
         (["--rank", "0"], "rank: expected at least 1, got 0"),
-        (["--rank", "1", "--format", "merged"], "--rank: expected --format peft, got merged"),
+        (
+            ["--rank", "1", "--format", "merged"],
+            "--rank: expected --format peft or gguf, got merged",
+        ),
+        (["--dtype", "float16"], "--dtype: expected --format merged or gguf, got peft"),
+        (["--format", "gguf", "--dtype", "bfloat16"], "--dtype: expected float32 or float16 with"),
     ],
 )
-def test_export_with_a_bad_rank(place, finished, more, phrase):
+def test_export_with_options_that_do_not_fit(place, finished, more, phrase):
     arguments = ["export", finished.config, "--workdir", finished.workdir]
     place.refused(phrase, arguments=[*arguments, "--out", place.folder / "new", *more])
 

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from balora_jax import finetune
+from balora_jax import finetune, load_config
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 from balora_jax.tasks.labels import run as labels_run
@@ -81,6 +82,15 @@ def test_a_language_model(tmp_path, monkeypatch, text_inputs):
     assert old.keys() == new.keys()
     assert all(not np.array_equal(old[name], new[name]) for name in old)
     assert json.loads((folder / "tokenizer.json").read_text())
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.to_dict() == {
+        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["ba-lora"],
+    }  # fmt: skip
+    assert card.text.startswith(
+        "\n# `model`, fine-tuned\n\nThis folder holds `model`, fine-tuned in "
+    )
+    assert "AutoModelForCausalLM.from_pretrained(folder)" in card.text
+    assert load_config(folder / "balora_config.yaml") == parse_config(tree, "test")
 
 
 def test_a_tied_head_that_is_stored_as_well_stays_tied(tmp_path, monkeypatch, text_inputs):
@@ -118,10 +128,14 @@ def test_an_encoder(tmp_path, monkeypatch, label_inputs):
     assert all(not np.array_equal(stored[name], new[name]) for name in stored)
     written = json.loads((folder / "config.json").read_text())
     assert written["architectures"] == ["BertForSequenceClassification"]
+    card = (folder / "README.md").read_text()
+    assert f", {summary['after']['accuracy']:.4f} after\n" in card
+    assert "AutoModelForSequenceClassification.from_pretrained(folder)" in card
     # A finished run may be resumed: its own model is written anew.
     finetune.fit(parse_config(tree, "config"), workdir=tmp_path / "run", resume=True)
     again = load_file(folder / "model.safetensors")
     assert all(np.array_equal(again[name], new[name]) for name in new)
+    assert (folder / "README.md").read_text() == card
 
 
 def test_updates_below_the_resolution_of_bfloat16_add_up(tmp_path, monkeypatch, label_inputs):

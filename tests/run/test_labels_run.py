@@ -247,6 +247,11 @@ def test_a_regression(tmp_path, inputs):
         "--format", "merged",
     )  # fmt: skip
     assert exported.code == 0, exported.err
+    for_llama = ("export", config, "--workdir", tmp_path / "run", "--out", tmp_path / "g")
+    refused = invoke(*for_llama, "--format", "gguf")
+    assert refused.code == 2
+    assert "llama.cpp is known to serve (gemma, " in refused.err
+    assert "), got bert. Use the PEFT adapter." in refused.err
     merged = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert merged["problem_type"] == "regression"
     assert merged["id2label"] == {"0": "LABEL_0"}

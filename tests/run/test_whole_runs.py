@@ -131,6 +131,10 @@ def test_rows_of_tokens_from_start_to_servers(tmp_path, inputs, tied):
         out = tmp_path / kind
         found = invoke("export", config, "--workdir", run, "--format", kind, "--out", out)
         assert found.code == 0, found.err
+    found = invoke("export", config, "--workdir", run, "--format", "gguf", "--out", tmp_path / "g")
+    assert found.code == 2
+    assert "expected an adapter of linear layers alone, got " in found.err
+    assert not (tmp_path / "g").exists()
     close(ours, torch_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")))
     again = np.asarray(load_pretrained(str(model), adapter=str(tmp_path / "peft"))(IDS))
     close(again, ours)

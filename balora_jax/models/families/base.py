@@ -6,7 +6,7 @@ A user's own file may register more.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from flax import nnx
 
@@ -26,6 +26,19 @@ Config = DecoderConfig | EncoderConfig
 Rules = tuple[WeightRule, ...]
 
 
+class GgufLayout(NamedTuple):
+    """A family in the files of llama.cpp.
+
+    Attributes:
+        arch: its name there, as the package ``gguf`` has it.
+        meta_rows: whether the rows of q and k lie there in Meta's order, those that rotate together
+            side by side, and not half a head apart as in a checkpoint.
+    """
+
+    arch: str
+    meta_rows: bool = False
+
+
 @runtime_checkable
 class Family(Protocol):
     """Questions of the package to a family; the two classes below answer them."""
@@ -37,6 +50,11 @@ class Family(Protocol):
     @property
     def name(self) -> str:
         """``model_type`` in Hugging Face configs."""
+        ...
+
+    @property
+    def gguf(self) -> GgufLayout | None:
+        """Its layout in llama.cpp; None where no adapter of it is served there."""
         ...
 
     @property
@@ -86,6 +104,7 @@ class DecoderFamily:
         layer: the stack of its layers.
         leftovers: patterns of names that carry no weight, or none of the language model.
         other_linears: names that end as those of linear layers beside the language model's do.
+        gguf: its layout in llama.cpp, where that has the family.
     """
 
     name: str
@@ -94,6 +113,7 @@ class DecoderFamily:
     layer: Callable[[DecoderConfig, Options], Any] = DecoderLayer
     leftovers: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
     other_linears: tuple[str, ...] = ()
+    gguf: GgufLayout | None = None
     kind: ClassVar[Kind] = "decoder"
     task_type: ClassVar[str] = "CAUSAL_LM"
 
@@ -136,7 +156,7 @@ class EncoderFamily:
         head: checkpoint names of the head's two layers.
         architecture: the class of ``transformers`` with such a head.
         leftovers: patterns of other heads' names, and of buffers in old checkpoints.
-        other_linears: as of a decoder.
+        other_linears, gguf: as of a decoder.
     """
 
     name: str
@@ -149,6 +169,7 @@ class EncoderFamily:
     names: Callable[[EncoderConfig, str], Rules] = bert_names.weight_rules
     head_table: Rules = ()
     module: Callable[[EncoderConfig, Options], nnx.Module] = Encoder
+    gguf: GgufLayout | None = None
     kind: ClassVar[Kind] = "encoder"
     task_type: ClassVar[str] = "SEQ_CLS"
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from balora_jax.models.decoder_config import DecoderConfig
-from balora_jax.models.families.base import FAMILIES, DecoderFamily
+from balora_jax.models.families.base import FAMILIES, DecoderFamily, GgufLayout
 from balora_jax.models.families.read_llama import (
     attention_bias,
     read_decoder,
@@ -58,4 +58,4 @@ def soft_cap(raw: Fields, key: str, default: float | None) -> float | None:
     return raw.number(key, default or 0.0, least=1e-6)
 
 
-GEMMA = FAMILIES.register(DecoderFamily("gemma", read))
+GEMMA = FAMILIES.register(DecoderFamily("gemma", read, gguf=GgufLayout("gemma")))

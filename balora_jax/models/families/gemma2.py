@@ -1,7 +1,7 @@
 """Gemma 2: soft caps of scores and logits, and a window in every other layer."""
 
 from balora_jax.models.decoder_config import DecoderConfig
-from balora_jax.models.families.base import FAMILIES, DecoderFamily
+from balora_jax.models.families.base import FAMILIES, DecoderFamily, GgufLayout
 from balora_jax.models.families.gemma import later_attention, read_gemma, soft_cap
 from balora_jax.numerics.head_types import LogitMap
 from balora_jax.untyped.fields import Fields
@@ -18,4 +18,4 @@ def read(raw: Fields) -> DecoderConfig:
     )
 
 
-GEMMA2 = FAMILIES.register(DecoderFamily("gemma2", read))
+GEMMA2 = FAMILIES.register(DecoderFamily("gemma2", read, gguf=GgufLayout("gemma2")))

@@ -5,7 +5,7 @@ import functools
 from balora_jax.errors import InputError
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.families import gemma3_text
-from balora_jax.models.families.base import FAMILIES, DecoderFamily
+from balora_jax.models.families.base import FAMILIES, DecoderFamily, GgufLayout
 from balora_jax.models.families.llama_names import weight_rules
 from balora_jax.untyped.fields import Fields
 
@@ -46,5 +46,6 @@ GEMMA3 = FAMILIES.register(
         functools.partial(weight_rules, prefix="model.language_model"),
         leftovers=(r"(model\.)?(vision_tower|multi_modal_projector)\..*",),
         other_linears=tuple(f"model.vision_tower.{name}" for name in VISION),
+        gguf=GgufLayout("gemma3"),
     )
 )

@@ -1,7 +1,7 @@
 """Gemma 3's text models: norms of q and k, and other positions in the layers with a window."""
 
 from balora_jax.models.decoder_config import DecoderConfig
-from balora_jax.models.families.base import FAMILIES, DecoderFamily
+from balora_jax.models.families.base import FAMILIES, DecoderFamily, GgufLayout
 from balora_jax.models.families.gemma import later_attention, read_gemma, soft_cap
 from balora_jax.models.rope_settings import rope_by_layer
 from balora_jax.models.sizes import LAYERS
@@ -25,4 +25,4 @@ def read(raw: Fields) -> DecoderConfig:
     )
 
 
-GEMMA3_TEXT = FAMILIES.register(DecoderFamily("gemma3_text", read))
+GEMMA3_TEXT = FAMILIES.register(DecoderFamily("gemma3_text", read, gguf=GgufLayout("gemma3")))

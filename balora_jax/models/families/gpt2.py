@@ -2,7 +2,7 @@
 
 from balora_jax.errors import InputError
 from balora_jax.models.decoder_config import DecoderConfig
-from balora_jax.models.families.base import FAMILIES, DecoderFamily
+from balora_jax.models.families.base import FAMILIES, DecoderFamily, GgufLayout
 from balora_jax.models.gpt2 import LINEARS, Gpt2Layer
 from balora_jax.models.layers import ACTIVATIONS
 from balora_jax.models.sizes import HEADS, LAYERS, POSITIONS, VOCABULARY, WIDTH
@@ -64,5 +64,12 @@ def weight_rules(config: DecoderConfig) -> tuple[WeightRule, ...]:
 
 # Old conversions stored the triangle of the mask.
 GPT2 = FAMILIES.register(
-    DecoderFamily("gpt2", read, weight_rules, Gpt2Layer, (r".*\.attn\.(masked_)?bias",))
+    DecoderFamily(
+        "gpt2",
+        read,
+        weight_rules,
+        Gpt2Layer,
+        (r".*\.attn\.(masked_)?bias",),
+        gguf=GgufLayout("gpt2"),
+    )
 )

@@ -1,7 +1,7 @@
 """Granite: Llama with factors of embeddings, scores, residuals and logits."""
 
 from balora_jax.models.decoder_config import DecoderConfig
-from balora_jax.models.families.base import FAMILIES, DecoderFamily
+from balora_jax.models.families.base import FAMILIES, DecoderFamily, GgufLayout
 from balora_jax.models.families.read_llama import attention_bias, read_decoder
 from balora_jax.numerics.head_types import LogitMap
 from balora_jax.untyped.fields import Fields
@@ -22,4 +22,6 @@ def read(raw: Fields) -> DecoderConfig:
     )
 
 
-GRANITE = FAMILIES.register(DecoderFamily("granite", read))
+GRANITE = FAMILIES.register(
+    DecoderFamily("granite", read, gguf=GgufLayout("granite", meta_rows=True))
+)

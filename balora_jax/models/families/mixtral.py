@@ -2,7 +2,7 @@
 
 from balora_jax.errors import InputError
 from balora_jax.models.decoder_config import DecoderConfig
-from balora_jax.models.families.base import FAMILIES, DecoderFamily
+from balora_jax.models.families.base import FAMILIES, DecoderFamily, GgufLayout
 from balora_jax.models.families.read_llama import read_decoder, window_size
 from balora_jax.models.rope_settings import rope_config
 from balora_jax.untyped.fields import Fields
@@ -44,4 +44,6 @@ def read_experts(raw: Fields, key: str, default: int, *, taken: int) -> dict[str
     return {"experts": experts, "experts_per_token": taken}
 
 
-MIXTRAL = FAMILIES.register(DecoderFamily("mixtral", read))
+MIXTRAL = FAMILIES.register(
+    DecoderFamily("mixtral", read, gguf=GgufLayout("llama", meta_rows=True))
+)

@@ -1,7 +1,7 @@
 """OLMo-2: norms behind attention and MLP, and norms over the whole of q and of k."""
 
 from balora_jax.models.decoder_config import DecoderConfig
-from balora_jax.models.families.base import FAMILIES, DecoderFamily
+from balora_jax.models.families.base import FAMILIES, DecoderFamily, GgufLayout
 from balora_jax.models.families.read_llama import attention_bias, read_decoder
 from balora_jax.untyped.fields import Fields
 
@@ -18,4 +18,4 @@ def read(raw: Fields) -> DecoderConfig:
     )
 
 
-OLMO2 = FAMILIES.register(DecoderFamily("olmo2", read))
+OLMO2 = FAMILIES.register(DecoderFamily("olmo2", read, gguf=GgufLayout("olmo2")))

@@ -2,7 +2,7 @@
 
 from balora_jax.errors import InputError
 from balora_jax.models.decoder_config import DecoderConfig
-from balora_jax.models.families.base import FAMILIES, DecoderFamily
+from balora_jax.models.families.base import FAMILIES, DecoderFamily, GgufLayout
 from balora_jax.models.families.read_llama import read_decoder, window_size
 from balora_jax.models.rope_settings import rope_config
 from balora_jax.models.rotary import RopeConfig
@@ -35,4 +35,4 @@ def _rope(raw: Fields) -> RopeConfig:
     return rope
 
 
-PHI3 = FAMILIES.register(DecoderFamily("phi3", read))
+PHI3 = FAMILIES.register(DecoderFamily("phi3", read, gguf=GgufLayout("phi3")))

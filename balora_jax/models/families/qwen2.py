@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from balora_jax.models.decoder_config import DecoderConfig
-from balora_jax.models.families.base import FAMILIES, DecoderFamily
+from balora_jax.models.families.base import FAMILIES, DecoderFamily, GgufLayout
 from balora_jax.models.families.read_llama import read_decoder, window_size, windows_by_layer
 from balora_jax.models.sizes import LAYERS
 from balora_jax.untyped.fields import Fields
@@ -25,4 +25,4 @@ def upper_windows(raw: Fields) -> Mapping[str, Any]:
     return windows_by_layer(raw, window, tuple(i >= first for i in range(layers)))
 
 
-QWEN2 = FAMILIES.register(DecoderFamily("qwen2", read))
+QWEN2 = FAMILIES.register(DecoderFamily("qwen2", read, gguf=GgufLayout("qwen2")))

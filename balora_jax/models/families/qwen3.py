@@ -1,7 +1,7 @@
 """Qwen3: norms over every head of q and k; windows as in Qwen2."""
 
 from balora_jax.models.decoder_config import DecoderConfig
-from balora_jax.models.families.base import FAMILIES, DecoderFamily
+from balora_jax.models.families.base import FAMILIES, DecoderFamily, GgufLayout
 from balora_jax.models.families.qwen2 import upper_windows
 from balora_jax.models.families.read_llama import attention_bias, read_decoder
 from balora_jax.untyped.fields import Fields
@@ -19,4 +19,4 @@ def read(raw: Fields) -> DecoderConfig:
     )
 
 
-QWEN3 = FAMILIES.register(DecoderFamily("qwen3", read))
+QWEN3 = FAMILIES.register(DecoderFamily("qwen3", read, gguf=GgufLayout("qwen3")))

@@ -4,7 +4,7 @@ import functools
 
 from balora_jax.errors import InputError
 from balora_jax.models.decoder_config import DecoderConfig
-from balora_jax.models.families.base import FAMILIES, DecoderFamily
+from balora_jax.models.families.base import FAMILIES, DecoderFamily, GgufLayout
 from balora_jax.models.families.llama_names import ExpertNames, weight_rules
 from balora_jax.models.families.mixtral import read_experts
 from balora_jax.models.families.read_llama import attention_bias, read_decoder, window_size
@@ -37,5 +37,10 @@ def read(raw: Fields) -> DecoderConfig:
 
 NAMES = ExpertNames("mlp", "gate_proj", "down_proj", "up_proj")
 QWEN3_MOE = FAMILIES.register(
-    DecoderFamily("qwen3_moe", read, functools.partial(weight_rules, experts=NAMES))
+    DecoderFamily(
+        "qwen3_moe",
+        read,
+        functools.partial(weight_rules, experts=NAMES),
+        gguf=GgufLayout("qwen3moe"),
+    )
 )

@@ -5,7 +5,7 @@ from typing import Any
 
 from balora_jax.errors import InputError
 from balora_jax.models.decoder_config import DecoderConfig
-from balora_jax.models.families.base import FAMILIES, DecoderFamily
+from balora_jax.models.families.base import FAMILIES, DecoderFamily, GgufLayout
 from balora_jax.models.families.read_llama import (
     attention_bias,
     read_decoder,
@@ -56,4 +56,6 @@ def _windows(raw: Fields, rotates: tuple[bool, ...]) -> Mapping[str, Any]:
     return windows_by_layer(raw, window, tuple(not turns for turns in rotates))
 
 
-SMOLLM3 = FAMILIES.register(DecoderFamily("smollm3", read))
+SMOLLM3 = FAMILIES.register(
+    DecoderFamily("smollm3", read, gguf=GgufLayout("smollm3", meta_rows=True))
+)
