@@ -102,7 +102,9 @@ class Checkpoint(Generic[Config]):
         """The frozen weights as a structure holds them, quantised one stack after another."""
         layout = None if mesh is None else Layout(structure.axes, mesh)
         if mesh is not None and isinstance(self.config, DecoderConfig):
-            self = replace(self, config=replace(self.config, expert_groups=mesh.shape[EXPERTS]))
+            config = replace(self.config, expert_groups=mesh.shape[EXPERTS])
+            if config != self.config:
+                return replace(self, config=config).load_for(structure, mesh)
         if structure.quantization == "none":
             return self.load(structure.frozen, layout)
         held: dict[str, Array] = {}
