@@ -112,7 +112,10 @@ class Linear(nnx.Module):
         product: Callable[[Array, Array], Array],
         by_row: Callable[[Array], Array],
     ) -> Float[Array, "... D_out"]:
-        """From ``y = x W``, and x with dropout, to the layer's output; see ``AdaptedCall`` for the last two."""
+        """From ``y = x W``, and x with dropout, to the layer's output.
+
+        ``AdaptedCall`` says what the last two are.
+        """
         bias = None if self.bias is None else self.bias[...]
         if self.adapter is None:
             return y if bias is None else y + as_last(bias, y)

@@ -122,7 +122,10 @@ def run(title, folder, mesh):
             path: by_layer(path, np.asarray(value, np.float64) - before[path], parts)
             for path, value in state.adapters.items()
         },
-        {path: by_layer(path, np.asarray(value), parts) for path, value in constants.frozen.items()},
+        {
+            path: by_layer(path, np.asarray(value), parts)
+            for path, value in constants.frozen.items()
+        },
         {
             path: value
             for path, value in held.items()
@@ -146,7 +149,9 @@ def main():
                 devices = jax.devices()[: int(np.prod(list(sizes.values())))]
                 mesh = sharding.make_mesh(MeshConfig(**sizes), devices)
                 share, spread = run(title, folder, mesh)
-                results[f"{title} / {name}"] = mesh_program.compared(alone, spread) | {"share": share}
+                results[f"{title} / {name}"] = mesh_program.compared(alone, spread) | {
+                    "share": share
+                }
     print(json.dumps(results))
 
 

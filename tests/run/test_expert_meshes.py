@@ -67,7 +67,7 @@ def runs(tmp_path_factory, cache_folder):
     config = write_config(
         folder / "config.yaml",
         inputs,
-        adapter={"target_modules": ["v_proj", "w1", "w2"], "rank_pattern": {"3.w1": 1}, "start": "lora"},
+        adapter={"target_modules": ["w1", "w2"], "rank_pattern": {"3.w1": 1}, "start": "lora"},
         regularizers=TERMS,
         training={"max_steps": 4, "batch_size": 4, "checkpoint_every": 0},
         eval={"task": "none"},
@@ -112,9 +112,10 @@ def test_losses_and_exports_are_those_of_whole_stacks(runs):
 
 def test_a_model_without_experts_has_none_to_spread(runs):
     found = json.loads((runs / "no experts.json").read_text())
-    assert "mesh.expert: expected 1 for a model without experts, got 2. Set it to 1." in str(
-        found
-    ) + (runs / "2.log").read_text()
+    assert (
+        "mesh.expert: expected 1 for a model without experts, got 2. Set it to 1."
+        in str(found) + (runs / "2.log").read_text()
+    )
     assert not (runs / "no experts").exists()
 
 
@@ -128,7 +129,7 @@ def program(tmp_path, sizes, quantization="none"):
     (tmp_path / "config.json").write_text(json.dumps(MODEL | MIXTRAL | {"vocab_size": 48}))
     tree = {
         "model": {"name_or_path": str(tmp_path), "quantization": quantization},
-        "adapter": {"rank": 2},
+        "adapter": {"rank": 2, "start": "lora", "target_modules": "all-linear"},
         "data": {"train": "unread", "max_length": 16},
         "training": {"max_steps": 4, "batch_size": 12},
     }
