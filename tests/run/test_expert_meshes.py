@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from balora_jax.errors import InputError
 from balora_jax.models.weight_names import WeightRule
 from balora_jax.parallel import sharding
 from balora_jax.plan import arguments, compiled, search
+from balora_jax.plan.targets import parse_target
 from balora_jax.tasks.text.program import text_program
 from tests.run import expert_program, workers
 from tests.run.conftest import settings
@@ -178,3 +180,25 @@ def test_a_step_equals_that_of_one_device(steps, case, mesh):
 @pytest.fixture(scope="module")
 def steps():
     return expert_program.found()
+
+
+def test_the_search_spreads_experts_where_they_divide(tmp_path):
+    """And each device then holds less; a model without experts has no such layout."""
+    made = program(tmp_path, {})
+    space = search.Space(made.config, made.decoder, parse_target("cpu:4"))
+    found = {layout.settings["mesh.expert"] for layout in space.layouts}
+    assert found == {1, 2, 4}
+    by_size = {}
+    for layout in space.layouts:
+        sizes = dict(zip(sharding.AXES, layout.sizes, strict=True))
+        assert np.prod(layout.sizes) == 4
+        if sizes["fsdp"] == sizes["tensor"] == sizes["sequence"] == 1 == layout.accumulation:
+            by_size[sizes["expert"], layout.remat] = layout.memory
+    assert by_size[4, "none"] < by_size[2, "none"] < by_size[1, "none"]
+    assert {layout.sizes[2] for layout in _without_experts(made).layouts} == {1}
+
+
+def _without_experts(made):
+    decoder = replace(made.decoder, model_type="llama", experts=0, experts_per_token=0)
+    tree = made.config.model_dump(mode="json")
+    return search.Space(parse_config(tree, "here"), decoder, parse_target("cpu:4"))
