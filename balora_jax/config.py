@@ -242,24 +242,27 @@ class MeshConfig(Section):
     """Number of devices along each axis; -1 once for all that are left.
 
     Attributes:
-        data: copies of the model; rows of the batch are split over data and fsdp.
+        data: copies of the model; rows of the batch are split over data, fsdp and expert.
         fsdp: parts of every weight matrix, gathered for use.
+        expert: parts of the experts of every layer, in models that have experts.
         tensor: parts of heads, inner width and vocabulary.
         sequence: parts of every row's tokens; keys and values of a row are gathered.
     """
 
     data: int = -1
     fsdp: int = 1
+    expert: int = 1
     tensor: int = 1
     sequence: int = 1
 
     @model_validator(mode="after")
     def _sizes(self) -> "MeshConfig":
-        sizes = (self.data, self.fsdp, self.tensor, self.sequence)
+        sizes = (self.data, self.fsdp, self.expert, self.tensor, self.sequence)
         if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
             raise ValueError(
                 f"mesh: expected positive sizes with at most one -1, got data={self.data}, "
-                f"fsdp={self.fsdp}, tensor={self.tensor}, sequence={self.sequence}. Correct them."
+                f"fsdp={self.fsdp}, expert={self.expert}, tensor={self.tensor}, "
+                f"sequence={self.sequence}. Correct them."
             )
         return self
 

@@ -252,11 +252,11 @@ class Decoder(nnx.Module):
         column: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Scan over the stack; keys and values are returned only where there is a cache."""
-        count = self.config.num_layers
+        count, groups = self.config.num_layers, self.config.expert_groups
         graph, stack = nnx.split(self.layers)
         # Experts lie on the leading axis too: [L·E, …] becomes [L, E, …].
         stack = jax.tree.map(
-            lambda leaf: leaf if leaf.shape[0] == count else _by_layer(leaf, count), stack
+            lambda leaf: leaf if leaf.shape[0] == count else _by_layer(leaf, count, groups), stack
         )
         keys = None if dropout_key is None else jax.random.split(dropout_key, count)
         each = self.config.layer_kinds
@@ -275,8 +275,12 @@ class Decoder(nnx.Module):
         return jax.lax.scan(checkpointed(body, self.remat), x, (stack, keys, cached, which))
 
 
-def _by_layer(leaf: Array, layers: int) -> Array:
-    return leaf.reshape(layers, -1, *leaf.shape[1:])
+def _by_layer(leaf: Array, layers: int, groups: int) -> Array:
+    """A stack of experts as [L, E, …]; moves nothing where each device holds one group."""
+    inner = leaf.shape[1:]
+    if groups > 1:
+        leaf = leaf.reshape(groups, layers, -1, *inner).swapaxes(0, 1)
+    return leaf.reshape(layers, -1, *inner)
 
 
 def checkpointed(body, remat: Remat):

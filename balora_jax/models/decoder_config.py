@@ -52,6 +52,8 @@ class DecoderConfig:
         attention_soft_cap: largest size of an attention score (Gemma 2).
         experts: MLPs of a layer, of which a router takes some; 0 for one that always runs.
         experts_per_token: how many it takes (Mixtral).
+        expert_groups: devices over which the experts of a layer are spread. A stack of experts has
+            the axes [groups, L, E / groups, …], the first three in one; of one group that is L·E.
         shares_sum_to_one: whether the shares of those taken are divided by their sum.
         logit_map: from ``hidden · head`` to logits: a soft cap, a factor.
     """
@@ -86,6 +88,7 @@ class DecoderConfig:
     attention_soft_cap: float | None = None
     experts: int = 0
     experts_per_token: int = 0
+    expert_groups: int = 1
     shares_sum_to_one: bool = True
     logit_map: LogitMap = LINEAR
 

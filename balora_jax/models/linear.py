@@ -33,7 +33,7 @@ class Linear(nnx.Module):
 
     Parameters are stacked on a leading axis [L, …]; the forward sees one layer at a time (inside
     the decoder's ``lax.scan``), so the call works on ``kernel`` [D_in, D_out]. ``axes`` are the
-    logical axes of these two; those of all other arrays follow from them.
+    logical axes of these two and ``stack`` of the leading one; those of all other arrays follow.
 
     Source: delta form of this project. The start is subtracted from the *factors* in float32,
     ``s·(x [A − A₀, A₀]) [B; B − B₀]``, before they are cast to the activations' dtype: it is the
@@ -55,6 +55,7 @@ class Linear(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         quantization: Quantization = "none",
         name: str = "kernel",
+        stack: str = "layers",
     ):
         self.quantization: Quantization = quantization
         kernel, (d_in, d_out) = (
@@ -62,23 +63,28 @@ class Linear(nnx.Module):
             axes,
         )
         stored = quantized_shapes(kernel, quantization, name=name)
-        self.kernel = declared(jnp.zeros_like(stored["kernel"]), "layers", d_in, d_out)
+        self.kernel = declared(jnp.zeros_like(stored["kernel"]), stack, d_in, d_out)
         if quantization != "none":
             scale = jnp.zeros_like(stored["kernel_scale"])
-            self.kernel_scale = declared(scale, "layers", prefixed("blocks", d_in), d_out)
+            self.kernel_scale = declared(scale, stack, prefixed("blocks", d_in), d_out)
         # A vector over the model's width is small, and lies whole on every device.
         across, bias = None if d_out == "width" else d_out, jnp.zeros((layers, out_features), dtype)
-        self.bias = declared(bias, "layers", across) if use_bias else None
+        self.bias = declared(bias, stack, across) if use_bias else None
         self.adapter = adapter
         if adapter is not None:
-            self._adapt(adapter, kernel, axes)
+            self._adapt(adapter, kernel, (stack, *axes))
 
-    def _adapt(self, adapter: AdapterShape, kernel: jax.ShapeDtypeStruct, axes: Ends) -> None:
+    def _adapt(
+        self,
+        adapter: AdapterShape,
+        kernel: jax.ShapeDtypeStruct,
+        axes: tuple[str | None, str | None, str | None],
+    ) -> None:
         """The adapter's arrays; a factor's long axis has a name of its own: it is split further."""
-        (layers, d_in, d_out), (across_in, across_out) = kernel.shape, axes
+        (layers, d_in, d_out), (stack, across_in, across_out) = kernel.shape, axes
         long_in, long_out = prefixed("adapter", across_in), prefixed("adapter", across_out)
         sizes: dict[Dimension, tuple[int, str | None]] = {
-            "layers": (layers, "layers"),
+            "layers": (layers, stack),
             "in": (d_in, long_in),
             "in_whole": (d_in, None),
             "out": (d_out, long_out),
@@ -95,22 +101,25 @@ class Linear(nnx.Module):
         self, x: Float[Array, "... D_in"], dropout_key: PRNGKeyArray | None = None
     ) -> Float[Array, "... D_out"]:
         """Apply the layer; ``dropout_key`` switches LoRA dropout on (training only)."""
-        return self._adapted(x, self._frozen(x), dropout_key, matmul, lambda value: value)
+        return self._adapted(
+            self._dropped(x, dropout_key), self._frozen(x), matmul, lambda value: value
+        )
 
     def _adapted(
         self,
         x: Float[Array, "... D_in"],
         y: Float[Array, "... D_out"],
-        dropout_key: PRNGKeyArray | None,
         product: Callable[[Array, Array], Array],
         by_row: Callable[[Array], Array],
     ) -> Float[Array, "... D_out"]:
-        """From ``y = x W`` to the layer's output; see ``AdaptedCall`` for the last two."""
+        """From ``y = x W``, and x with dropout, to the layer's output.
+
+        ``AdaptedCall`` says what the last two are.
+        """
         bias = None if self.bias is None else self.bias[...]
         if self.adapter is None:
             return y if bias is None else y + as_last(bias, y)
         values = {name: getattr(self, name)[...] for name in self.adapter.parts}
-        x = self._dropped(x, dropout_key)
         call = AdaptedCall(x, y, bias, values, self._kernel, product, by_row)
         return self.adapter.method.output(call)
 
@@ -124,8 +133,7 @@ class Linear(nnx.Module):
         return {"kernel": self.kernel[...], "kernel_scale": self.kernel_scale[...]}
 
     def _dropped(self, x: Array, key: PRNGKeyArray | None) -> Array:
-        assert self.adapter is not None
-        if key is None or self.adapter.dropout == 0.0:
+        if key is None or self.adapter is None or self.adapter.dropout == 0.0:
             return x
         keep = 1.0 - self.adapter.dropout
         kept = jax.random.bernoulli(key, keep, x.shape)

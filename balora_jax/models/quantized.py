@@ -61,6 +61,7 @@ def quantize_kernel(
     kind: Kind,
     *,
     name: str = CODES,
+    groups: int = 1,
 ) -> dict[str, Array]:
     """Codes and scales of a stack of kernels, computed in float32 one layer after another.
 
@@ -70,6 +71,8 @@ def quantize_kernel(
         kernel: frozen weights, any floating dtype, wherever they lie.
         kind: ``int8`` or ``nf4``.
         name: the kernel's dotted path, for the error message.
+        groups: of equally many layers one after another, each on devices of its own: one layer of
+            every group at a time.
 
     Returns:
         ``kernel`` and ``kernel_scale`` as the table of this module has them.
@@ -84,12 +87,18 @@ def quantize_kernel(
     """
     check_rows(kernel.shape[-2], kind, name)
     _qwix()
-    return _quantize_stack(kernel, kind)
+    return _quantize_stack(kernel, kind, groups)
 
 
-@functools.partial(jax.jit, static_argnames="kind")
-def _quantize_stack(kernel: Array, kind: Kind) -> dict[str, Array]:
-    return jax.lax.map(lambda layer: _quantize_layer(layer, kind), kernel)
+@functools.partial(jax.jit, static_argnames=("kind", "groups"))
+def _quantize_stack(kernel: Array, kind: Kind, groups: int) -> dict[str, Array]:
+    def quantize(layers: Array) -> dict[str, Array]:
+        return jax.lax.map(lambda layer: _quantize_layer(layer, kind), layers)
+
+    if groups == 1:
+        return quantize(kernel)
+    found = jax.vmap(quantize)(kernel.reshape(groups, -1, *kernel.shape[1:]))
+    return jax.tree.map(lambda value: value.reshape(-1, *value.shape[2:]), found)
 
 
 def _quantize_layer(kernel: Float[Array, "D F"], kind: Kind) -> dict[str, Array]:

@@ -1,5 +1,6 @@
 """Names of arrays in a Hugging Face checkpoint, and what follows from a table of them."""
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class WeightRule:
         transpose: whether the checkpoint stores [out, in] where we hold [in, out].
         experts: tensors of one layer.
         first: the layer of the first one.
+        groups: of experts, see ``DecoderConfig.expert_groups``.
     """
 
     path: str
@@ -31,6 +33,7 @@ class WeightRule:
     transpose: bool
     experts: int = 1
     first: int = 0
+    groups: int = 1
 
     @property
     def stacked(self) -> bool:
@@ -41,8 +44,11 @@ class WeightRule:
         """Names of the checkpoint's tensors, in the order of our array's leading axis."""
         if not self.stacked:
             return (self.name,)
-        pairs = (divmod(j, self.experts) for j in range(count))
-        return tuple(self.name.format(i=i + self.first, e=e) for i, e in pairs)
+        layers, own = count // self.experts, self.experts // self.groups
+        places = itertools.product(range(self.groups), range(layers), range(own))
+        return tuple(
+            self.name.format(i=i + self.first, e=group * own + e) for group, i, e in places
+        )
 
     @property
     def pattern(self) -> str:

@@ -1,13 +1,16 @@
 """The one table of the mesh axes that rows, tokens and weights are split over."""
 
-AXES = ("data", "fsdp", "sequence", "tensor")
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 """Axes of every mesh. Devices side by side on the last one exchange most."""
 
-ROWS = ("data", "fsdp")
+ROWS = ("data", "fsdp", "expert")
 """Over which the rows of a batch are split."""
 
 TOKENS = "sequence"
 """Over which the tokens of a row are split."""
+
+EXPERTS = "expert"
+"""Over which the experts of every layer are split."""
 
 VOCABULARY = "tensor"
 """Over which the entries of the head are split."""
@@ -17,6 +20,7 @@ WEIGHTS = ("fsdp", TOKENS)
 
 MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,  # scanned over, so every device needs every layer
+    "experts": EXPERTS,  # of all layers, in the order of ``DecoderConfig.expert_groups``
     "vocabulary": VOCABULARY,
     "heads": "tensor",
     "inner": "tensor",

@@ -15,7 +15,7 @@ from balora_jax.errors import InputError
 from balora_jax.numerics.head import unwrapped
 from balora_jax.numerics.head_types import HeadAxes
 from balora_jax.parallel import hosts
-from balora_jax.parallel.axes import AXES, MESH_AXES, ROWS, TOKENS, VOCABULARY
+from balora_jax.parallel.axes import AXES, EXPERTS, MESH_AXES, ROWS, TOKENS, VOCABULARY
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -217,6 +217,20 @@ def check_batch(rows: int, mesh: AnyMesh) -> None:
         raise InputError(
             f"training.batch_size: expected batch_size / accumulation to be a multiple of "
             f"{axes} = {parts}, got {rows}. Change the batch or the mesh."
+        )
+
+
+def check_experts(experts: int, mesh: AnyMesh) -> None:
+    """Raises InputError unless the experts of a layer, 0 for none, divide over the mesh."""
+    parts = mesh.shape[EXPERTS]
+    if parts > 1 and experts == 0:
+        raise InputError(
+            f"mesh.{EXPERTS}: expected 1 for a model without experts, got {parts}. Set it to 1."
+        )
+    if experts % parts:
+        raise InputError(
+            f"mesh.{EXPERTS}: expected a divisor of the {experts} experts of a layer, got {parts}. "
+            "Choose another size."
         )
 
 

@@ -6,7 +6,7 @@ cannot fit, and an estimate of its speed, which orders the rest.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,7 +17,6 @@ from balora_jax.config import RunConfig
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 from balora_jax.models.decoder_config import DecoderConfig
-from balora_jax.models.structure import size_of
 from balora_jax.numerics import head
 from balora_jax.parallel import sharding
 from balora_jax.plan import arguments, compiled
@@ -141,13 +140,16 @@ class Space:
     def _meshes(self) -> Iterator[tuple[int, ...]]:
         """Sizes whose product is the number of devices.
 
-        ``tensor`` cuts between heads. Rows are cut into ``sequence`` only where the batch has fewer
-        rows than data and fsdp would take.
+        ``tensor`` cuts between heads, ``expert`` between experts. Rows are cut into ``sequence``
+        only where the batch has fewer rows than data, fsdp and expert would take.
         """
         decoder, devices = self.program.decoder, self.target.devices
         for sizes in _factorizations(devices, len(sharding.AXES)):
             named: dict[str, int] = dict(zip(sharding.AXES, sizes, strict=True))
             if math.gcd(decoder.num_heads, decoder.num_kv_heads) % named.get("tensor", 1):
+                continue
+            experts = named.get("expert", 1)
+            if experts > 1 and (decoder.experts == 0 or decoder.experts % experts):
                 continue
             sequence = named.get("sequence", 1)
             scarce = self.config.training.batch_size < devices // named.get("tensor", 1)
@@ -229,13 +231,21 @@ class Estimate:
     @property
     def rows(self) -> int:
         """Rows of a micro-batch on one device."""
-        split = self.size("data") * self.size("fsdp")
-        return self.config.training.batch_size // self.accumulation // split
+        rows = self.config.training.batch_size // self.accumulation
+        return rows // sharding.row_parts(self.program.mesh)
 
     @property
     def tokens(self) -> int:
         """Tokens of a micro-batch on one device."""
         return self.rows * self.config.data.max_length // self.size("sequence")
+
+    def spread(self, shapes: Mapping[str, jax.ShapeDtypeStruct], *paths: str) -> float:
+        """Numbers of arrays that a device has where only experts are spread."""
+        sizes = (
+            shapes[path].size / (self.size("expert") if ".experts." in path else 1)
+            for path in paths
+        )
+        return sum(sizes)
 
     @property
     def saved_bytes(self) -> float:
@@ -254,7 +264,7 @@ class Estimate:
         """Least temporaries: what is saved, gradients, and the larger of a layer and the head."""
         tensor, gathered = self.size("tensor"), self.size("fsdp") > 1
         frozen = self.program.plain.frozen
-        stacks = (leaf.size for path, leaf in frozen.items() if path.startswith("layers."))
+        stacks = (self.spread(frozen, path) for path in frozen if path.startswith("layers."))
         layer = max(stacks) / self.program.decoder.num_layers / tensor * self.item
         table = self.program.decoder.vocab_size / tensor
         fused = self.config.training.head == "fused"
@@ -286,14 +296,16 @@ class Estimate:
         return 2 + self.program.objective.needs_teacher
 
     def _traffic(self) -> float:
-        weights = size_of(self.program.plain.parameters) * self.item / self.size("tensor")
+        plain = self.program.plain.parameters
+        weights = self.spread(plain, *plain) * self.item / self.size("tensor")
         passes = self._passes + (self.remat == "full")
         return self.accumulation * (passes * weights + 2 * self.saved_bytes)
 
     def _link_bytes(self) -> float:
         """Gathered weights, keys and values, summed activations and summed gradients."""
         decoder, fsdp, tensor = self.program.decoder, self.size("fsdp"), self.size("tensor")
-        weights = size_of(self.program.plain.parameters) * self.item / tensor
+        plain, experts = self.program.plain.parameters, self.size("expert")
+        weights = self.spread(plain, *plain) * self.item / tensor
         passes = self._passes + (self.remat == "full")
         gathered = passes * weights * (fsdp - 1) / fsdp
         width = decoder.num_layers * self.tokens * decoder.hidden_size * self.item
@@ -302,7 +314,10 @@ class Estimate:
         heads = 2 * decoder.num_kv_heads * decoder.head_dim / tensor
         layers = decoder.num_layers * self.tokens * self.item
         gathered += passes * heads * layers * (sequence - 1)
-        copies = self.size("data") * fsdp * sequence
+        if experts > 1:
+            # Rows of all gathered, and what experts add to them summed, both in float32.
+            gathered += 3 * passes * width / self.item * 4 * (experts - 1)
+        copies = self.size("data") * fsdp * sequence * experts
         gradients = 4 * self.program.trainable / tensor * 2 * (copies - 1) / copies
         return self.accumulation * (gathered + summed + gradients)
 

@@ -33,6 +33,7 @@ from balora_jax.models.quantized import quantize_kernel
 from balora_jax.models.structure import Structure
 from balora_jax.models.weight_names import HEAD_NAME, WeightRule
 from balora_jax.parallel import hosts
+from balora_jax.parallel.axes import EXPERTS
 from balora_jax.parallel.sharding import Layout
 from balora_jax.paths import resolve_path
 from balora_jax.pretrained.tied import head_of_its_own
@@ -86,7 +87,10 @@ class Checkpoint(Generic[Config]):
     def load(
         self, shapes: Mapping[str, jax.ShapeDtypeStruct], layout: Layout | None = None
     ) -> dict[str, Array]:
-        """The frozen weights; each device reads its own slices, or the first one all of them."""
+        """The frozen weights; each device reads its own slices, or the first one all of them.
+
+        Experts come in the order of this config's ``expert_groups``.
+        """
         targets = dict(shapes) if layout is None else layout.attached(shapes)
         # What is not asked for here is asked for elsewhere; a name that no rule has is an error.
         named = (*self.rules, *self.head_rules)
@@ -97,19 +101,28 @@ class Checkpoint(Generic[Config]):
     def load_for(self, structure: Structure, mesh: Mesh | None = None) -> dict[str, Array]:
         """The frozen weights as a structure holds them, quantised one stack after another."""
         layout = None if mesh is None else Layout(structure.axes, mesh)
+        if mesh is not None and isinstance(self.config, DecoderConfig):
+            config = replace(self.config, expert_groups=mesh.shape[EXPERTS])
+            if config != self.config:
+                return replace(self, config=config).load_for(structure, mesh)
         if structure.quantization == "none":
             return self.load(structure.frozen, layout)
         held: dict[str, Array] = {}
         for path, shape in structure.parameters.items():
             value = self.load({path: shape}, layout)[path]
             if f"{path}_scale" in structure.frozen:
-                found = quantize_kernel(value, structure.quantization, name=path)
+                groups = self.groups_of(path)
+                found = quantize_kernel(value, structure.quantization, name=path, groups=groups)
                 stem = path.removesuffix("kernel")
                 found = {f"{stem}{leaf}": value for leaf, value in found.items()}
                 held |= found if layout is None else layout.placed(found)
             else:
                 held[path] = value
         return held
+
+    def groups_of(self, path: str) -> int:
+        """Groups of devices that the layers of a stack are spread over."""
+        return next(rule.groups for rule in self.rules if rule.path == path)
 
     def linears(self, frozen: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[LinearShape, ...]:
         """The stacked linear layers that may be adapted."""

@@ -19,7 +19,7 @@ from balora_jax.io.folders import write_atomically
 from balora_jax.parallel import hosts
 from balora_jax.progress import Bar
 from balora_jax.signals import Signals
-from balora_jax.training import steps
+from balora_jax.training import expert_order, steps
 from balora_jax.training.profiling import Profile
 from balora_jax.training.reporting import Reporter, divergence, progress
 from balora_jax.training.run import Loaded, Run
@@ -108,8 +108,9 @@ class Training:
         alike = checkpoint.scored_alike(saved, identity_of(self.run).config)
         again = {} if alike else self.score("before")
         found = self.store.restore(step, self.saved_tree())
-        self.constants = self.constants._replace(origin=found.state["origin"])
-        self.state = steps.TrainState(**found.state["train"])
+        held = expert_order.as_held(found.state, self.run.base.config)
+        self.constants = self.constants._replace(origin=held["origin"])
+        self.state = steps.TrainState(**held["train"])
         self.batches.set_state(found.data["batches"])
         self.before, self.saved = found.data["before"] if alike else again, step
         hosts.say(f"resumed at step {step} from {self.store.path_of(step)}")
@@ -184,7 +185,8 @@ class Training:
                 f"{self.good_before(step)}. Lower training.learning_rate and start again."
             )
         data = {"batches": self.batches.get_state(), "before": self.before}
-        self.store.save(step, self.saved_tree(), data, identity_of(self.run))
+        tree = expert_order.as_stored(self.saved_tree(), self.run.base.config)
+        self.store.save(step, tree, data, identity_of(self.run))
         self.saved = step
 
     def check_row(self, row: dict[str, float] | None) -> None:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from balora_jax.models.experts import quantized_grouped_matmul
+from balora_jax.models.experts import Groups, quantized_grouped_matmul
 from balora_jax.models.families.base import read_config
 from balora_jax.models.quantized import quantize_kernel
 from balora_jax.models.structure import structure
@@ -45,7 +45,7 @@ def test_products_and_their_gradient_are_those_of_the_rounded_kernels(kind):
     want = rounded(kernels.astype(np.float64), kind)[np.repeat(np.arange(E), SIZES)]
 
     def total(x):
-        y = quantized_grouped_matmul(x, values, jnp.asarray(SIZES, jnp.int32), kind)
+        y = quantized_grouped_matmul(x, values, Groups(jnp.asarray(SIZES, jnp.int32)), kind)
         return jnp.sum(y * weight), y
 
     gradient, got = jax.jit(jax.grad(total, has_aux=True))(jnp.asarray(x, jnp.float32))
@@ -74,3 +74,12 @@ def test_a_model_in_codes_is_the_model_of_the_rounded_weights(family):
     got, want = tiny.logits(coded, held, ids), tiny.logits(plain, dequantised, ids)
     assert tiny.relative_error(got, want) < 1e-5
     assert tiny.relative_error(tiny.logits(plain, weights, ids), want) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_groups_of_layers_have_the_codes_of_one_after_another(kind):
+    kernels = jax.random.normal(jax.random.key(0), (6, 64, 4))
+    plain, grouped = (quantize_kernel(kernels, kind, groups=groups) for groups in (1, 3))
+    assert plain.keys() == grouped.keys()
+    for name, value in plain.items():
+        np.testing.assert_array_equal(grouped[name], value)

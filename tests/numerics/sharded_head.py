@@ -106,7 +106,9 @@ def main():
     for name, (spec, logit_map) in CASES.items():
         values, gradient = run(rows, embedding, spec, logit_map, None)
         for title, sizes in MESHES.items():
-            mesh = sharding.make_mesh(MeshConfig(**dict(zip(sharding.AXES, sizes, strict=True))))
+            mesh = sharding.make_mesh(
+                MeshConfig(**dict(zip(("data", "fsdp", "sequence", "tensor"), sizes, strict=True)))
+            )
             with jax.set_mesh(mesh):
                 other_values, other = run(rows, embedding, spec, logit_map, mesh)
             found[f"{name} / {title}"] = {

@@ -350,7 +350,9 @@ def main():
         for case in available():
             alone = run(case, folder, one)
             for title in [mesh for name, mesh in PAIRS if name == case]:
-                sizes = dict(zip(sharding.AXES, MESHES[title], strict=True))
+                sizes = dict(
+                    zip(("data", "fsdp", "sequence", "tensor"), MESHES[title], strict=True)
+                )
                 mesh = sharding.make_mesh(MeshConfig(**sizes))
                 found[f"{case} / {title}"] = compared(alone, run(case, folder, mesh))
     print(json.dumps(found))

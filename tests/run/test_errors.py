@@ -67,7 +67,10 @@ ROOT = Path(__file__).parents[2]
         ({"data.template": "alpca"}, ["template: expected alpaca", "Did you mean 'alpaca'?"]),
         (
             {"mesh.data": 1000},
-            ["mesh: expected data x fsdp x sequence x tensor to be the", "got 1000 x 1 x 1 x 1"],
+            [
+                "mesh: expected data x fsdp x expert x sequence x tensor to be the",
+                "got 1000 x 1 x 1 x 1 x 1",
+            ],
         ),
         ({"mesh.data": 0}, ["mesh: expected positive sizes with at most one -1, got data=0"]),
     ],

@@ -135,15 +135,16 @@ def test_every_array_lies_where_it_lay_before_axes_stood_with_shapes(family, met
         assert {d_in, d_out} == {"tensor", width}, layer
         frozen_a = method == "lora_fa"
         assert f"{layer}.lora_a" in (made.origin if frozen_a else made.adapters)
+        stack = "expert" if ".experts." in layer else None
         expected = {
-            "lora_a": (None, whole[d_in], None),
-            "lora_b": (None, None, whole[d_out]),
-            "origin_a": (None, whole[d_in], None),
-            "origin_b": (None, None, whole[d_out]),
-            "lora_magnitude": (None, whole[d_out]),
-            "origin_norm": (None, whole[d_out]),
-            "lora_scale": (None,),
-            "kernel_scale": (None, d_in, d_out),
+            "lora_a": (stack, whole[d_in], None),
+            "lora_b": (stack, None, whole[d_out]),
+            "origin_a": (stack, whole[d_in], None),
+            "origin_b": (stack, None, whole[d_out]),
+            "lora_magnitude": (stack, whole[d_out]),
+            "origin_norm": (stack, whole[d_out]),
+            "lora_scale": (stack,),
+            "kernel_scale": (stack, d_in, d_out),
         }
         leaves = {path.rpartition(".")[2] for path in arrays if path.startswith(f"{layer}.")}
         assert {"lora_b", "origin_b", "lora_scale"} <= leaves

@@ -188,7 +188,7 @@ def test_a_device_holds_its_part_and_no_more(runs, name):
         (
             "odd batch",
             "balora: training.batch_size: expected batch_size / accumulation to be a multiple of "
-            "mesh.data x mesh.fsdp = 8, got 4.",
+            "mesh.data x mesh.fsdp x mesh.expert = 8, got 4.",
         ),
         (
             "odd row",

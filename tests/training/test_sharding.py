@@ -14,8 +14,12 @@ from balora_jax.tasks.text import loss as text_loss
 from balora_jax.tasks.text.program import check_rows_whole
 
 
-def mesh(data=1, fsdp=1, sequence=1, tensor=1):
-    return AbstractMesh((data, fsdp, sequence, tensor), ("data", "fsdp", "sequence", "tensor"))
+def mesh(data=1, fsdp=1, sequence=1, tensor=1, expert=1):
+    names = ("data", "fsdp", "expert", "sequence", "tensor")
+    return AbstractMesh((data, fsdp, expert, sequence, tensor), names)
+
+
+ROWS = ("data", "fsdp", "expert")
 
 
 def config(**model):
@@ -31,9 +35,9 @@ def config(**model):
 
 
 def test_batches_split_rows_and_tokens():
-    assert sharding.batch_sharding(mesh(sequence=2)).spec == P(None, ("data", "fsdp"), "sequence")
+    assert sharding.batch_sharding(mesh(sequence=2)).spec == P(None, ROWS, "sequence")
     # Without, so that labels [micro-batches, B] may be placed by it too.
-    assert sharding.batch_sharding(mesh(fsdp=2)).spec == P(None, ("data", "fsdp"))
+    assert sharding.batch_sharding(mesh(fsdp=2)).spec == P(None, ROWS)
     assert sharding.head_axes(mesh(fsdp=2, sequence=2)).rows == ("fsdp", "sequence")
     assert sharding.head_axes(mesh(fsdp=2, tensor=2)).rows == ("fsdp",)
 

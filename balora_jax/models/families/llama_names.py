@@ -63,7 +63,8 @@ def _expert_rules(config: DecoderConfig, layer: str, called: ExpertNames) -> lis
     """Ours are Mixtral's names."""
     block, source = f"layers.{MIXTRAL_EXPERTS.block}", f"{layer}.{called.block}"
     rules = [WeightRule(f"{block}.gate.weight", f"{source}.gate.weight", True)]
+    many = config.experts, 0, config.expert_groups
     for name, its in zip(MIXTRAL_EXPERTS[1:], called[1:], strict=True):
         stored = f"{source}.experts.{{e}}.{its}.weight"
-        rules.append(WeightRule(f"{block}.experts.{name}.kernel", stored, True, config.experts))
+        rules.append(WeightRule(f"{block}.experts.{name}.kernel", stored, True, *many))
     return rules

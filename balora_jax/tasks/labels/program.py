@@ -108,6 +108,7 @@ def labels_program(config: RunConfig, base: EncoderBase) -> LabelsProgram:
     outputs = base.config.num_labels
     objective = labels_objective(config.regularizers, outputs)
     mesh = sharding.make_mesh(config.mesh)
+    sharding.check_experts(0, mesh)
     assemble.check_mesh(config.model, config.training, mesh)
     check_base(config.adapter, config.model)
     options: Any = {

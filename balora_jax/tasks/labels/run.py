@@ -286,6 +286,7 @@ def evaluate(config: RunConfig, *, adapter: str | None) -> dict[str, Any]:
             "data.validation=FILE."
         )
     mesh = sharding.make_mesh(config.mesh)
+    sharding.check_experts(0, mesh)
     scorer = LabelsScorer(
         logits_forward(model.bind),
         validation,

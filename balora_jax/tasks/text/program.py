@@ -1,6 +1,6 @@
 """The computation of a step of a decoder on text, from a config and the model's shape alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -18,7 +18,7 @@ from balora_jax.models.whole import NOTHING, Whole
 from balora_jax.numerics import head, linalg
 from balora_jax.numerics.objective import Objective
 from balora_jax.parallel import hosts, sharding
-from balora_jax.parallel.axes import TOKENS, VOCABULARY
+from balora_jax.parallel.axes import EXPERTS, TOKENS, VOCABULARY
 from balora_jax.tasks import assemble, teacher
 from balora_jax.tasks.text.loss import Constants, HeadPlan, TextLoss, counts_of
 from balora_jax.training.adapters import Adapters, adapters_of, check_base
@@ -32,7 +32,7 @@ class TextProgram:
 
     Attributes:
         config: the whole run.
-        decoder: the pretrained model's shape.
+        decoder: the pretrained model's shape, with its experts in groups as the mesh has them.
         plain: the model without adapters, which is the teacher unless that is the start.
         student: the same structure with adapters.
         adapters: what trains, and where it begins.
@@ -133,6 +133,8 @@ def text_program(
     """
     objective = assemble.objective_of(config.regularizers)
     mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
+    sharding.check_experts(decoder.experts, mesh)
+    decoder = replace(decoder, expert_groups=mesh.shape[EXPERTS])
     plain = model_structure(decoder, config.model, mesh, {})
     adapters = adapters_of(config.adapter, decoder, plain)
     assemble.check_mesh(config.model, config.training, mesh)

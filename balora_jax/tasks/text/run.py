@@ -1,7 +1,7 @@
 """A checked run of a decoder on text, and what ``balora eval`` and ``generate`` do with one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -180,6 +180,7 @@ def _open(config: RunConfig) -> _Opened:
     asked = asked_of(config.data, config.eval, benchmark_of(config.task, config.eval.task))
     base = open_base(config.model.name_or_path, config.model.revision)
     program = text_program(config, base.config)
+    base = replace(base, config=program.decoder)
     tokenizer = base.tokenizer()
     sets = load_sets(training_sets(config.data))
     exam = exam_of(tokenizer, config.data, config.eval, asked)
