@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -73,6 +74,11 @@ def _ended(arguments: list[str], caught: signals.Signals) -> int:
     except KeyboardInterrupt:
         caught.end()
         sentence, code = caught.sentence(), RunStoppedError.exit_code
+    except (RuntimeError, AssertionError) as error:
+        if not _is_of_backends(error):
+            raise
+        caught.end()
+        sentence, code = _not_started(error), InputError.exit_code
     caught.say(sentence)
     return code
 
@@ -90,7 +96,34 @@ def _refused_by_system(error: OSError) -> tuple[str, int]:
     )
 
 
+def _is_of_backends(error: Exception) -> bool:
+    """Whether JAX found no devices: of a platform without a plugin it says nothing."""
+    frames = traceback.extract_tb(error.__traceback__)
+    silent = bool(frames) and frames[-1].name == "backends" and "jax" in frames[-1].filename
+    return silent or "nable to initialize backend" in str(error)
+
+
+def _not_started(error: Exception) -> str:
+    """The sentence for a JAX that does not start, or not on the devices that are asked for."""
+    said = " ".join(str(error).split()).rstrip(".") or "no such device"
+    read = {name: text for name, text in sorted(os.environ.items()) if name.startswith("JAX_")}
+    listed = ", ".join(f"{name}={text!r}" for name, text in read.items())
+    return (
+        f"JAX: expected it to start here, got: {said}. Correct the environment variables that it "
+        f"reads ({listed or 'no JAX_… is set'}), or install the JAX of this device."
+    )
+
+
+def _import_jax() -> None:
+    """Raises InputError for an environment variable that JAX cannot read."""
+    try:
+        import jax  # noqa: F401
+    except (ValueError, TypeError) as error:
+        raise InputError(_not_started(error)) from error
+
+
 def _run(options: argparse.Namespace) -> int:
+    _import_jax()
     from balora_jax.config_file import load_config
 
     check_paths(options)

@@ -121,7 +121,7 @@ def read_peft(folder: str | Path) -> PeftAdapter:
     alphas_of = _Settings(config, "lora_alpha", "alpha_pattern", whole=False)
     use_dora, use_rslora = (config.flag(key, default=False) for key in ("use_dora", "use_rslora"))
     found = _read_tensors(folder / ADAPTER_WEIGHTS, config.texts("modules_to_save"))
-    tokens = _token_ids(config, found.saved)
+    tokens = _token_ids(config, found)
     pairs, magnitudes = _pairs(folder / ADAPTER_WEIGHTS, found.parts, use_dora)
     ranks = {name: down.shape[1] for name, (down, _) in pairs.items()}
     for name, rank in ranks.items():
@@ -188,12 +188,16 @@ def _check_settings(config: Fields) -> None:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Found:
-    """Tensors of a file: by module and part, and those of ``modules_to_save`` by name."""
+    """Tensors of a file: by module and part, and those of ``modules_to_save`` by name.
+
+    ``rows_of`` is the module whose rows train alone.
+    """
 
     parts: dict[str, dict[str, np.ndarray]]
     saved: dict[str, np.ndarray]
+    rows_of: str = ""
 
 
 def _read_tensors(file: Path, modules_to_save: Sequence[str]) -> _Found:
@@ -205,7 +209,9 @@ def _read_tensors(file: Path, modules_to_save: Sequence[str]) -> _Found:
             if (usual := _WRAPPED.sub("", name)) != name and usual in names:
                 continue  # PEFT writes some tensors again by the names of its wrappers
             match, plain = _TENSOR.fullmatch(name), name.removeprefix(PREFIX)
-            plain = TOKEN_ROWS if _ROWS.fullmatch(plain) else plain.replace(UNDER_ROWS, "weight")
+            if _ROWS.fullmatch(plain):
+                found.rows_of, plain = plain.removesuffix(f".{ROWS}"), TOKEN_ROWS
+            plain = plain.replace(UNDER_ROWS, "weight")
             kept = plain in (TOKEN_ROWS, _HEAD_ROWS) or (
                 plain != name and is_saved(plain, modules_to_save)
             )
@@ -213,6 +219,11 @@ def _read_tensors(file: Path, modules_to_save: Sequence[str]) -> _Found:
                 strange.append(name)
                 continue
             value = handle.get_tensor(name).astype(np.float32)
+            if not np.isfinite(value).all():
+                raise InputError(
+                    f"{file}: expected finite numbers, got {name} with NaN or infinity. Use an "
+                    "adapter whose training did not diverge."
+                )
             if match:
                 part = match["side"] or MAGNITUDE
                 found.parts.setdefault(match["module"], {})[part] = value
@@ -243,21 +254,29 @@ def is_saved(tensor: str, modules_to_save: Sequence[str]) -> bool:
     return belongs_to(tensor, modules_to_save) or _TABLE.search(tensor) is not None
 
 
-def _token_ids(config: Fields, saved: Mapping[str, np.ndarray]) -> tuple[int, ...]:
+def _token_ids(config: Fields, found: _Found) -> tuple[int, ...]:
     """Ids of the rows of the token embeddings that trained alone."""
     given = config.values.get("trainable_token_indices")
+    ids, of_table = given or [], True
     if isinstance(given, dict) and len(given) == 1:
-        given = next(iter(given.values()))
-    ids = given or []
-    rows = saved.get(TOKEN_ROWS)
+        ((table, ids),) = given.items()
+        of_table = f".{found.rows_of}".endswith(f".{table}")
+    rows = found.saved.get(TOKEN_ROWS)
     fits = isinstance(ids, list) and all(type(one) is int and 0 <= one < LARGEST for one in ids)
-    if not fits or len(set(ids)) < len(ids) or (rows is None) != (not ids):
+    if not fits or len(set(ids)) < len(ids) or (rows is None) != (not ids) or not of_table:
         fits = False
     if not fits or (rows is not None and (rows.ndim != 2 or len(rows) != len(ids))):
         raise InputError(
             f"{config.where}: expected trainable_token_indices of one table, different ids with a "
-            f"row each in {ADAPTER_WEIGHTS}, got {shown(config.values['trainable_token_indices'])}."
-            " Use the two files that were saved together."
+            f"row each in {ADAPTER_WEIGHTS}, got {shown(given)} and "
+            f"{'no rows' if rows is None else f'rows of {found.rows_of}'}. Use the two files that "
+            "were saved together."
+        )
+    if rows is not None and belongs_to(f"{found.rows_of}.weight", config.texts("modules_to_save")):
+        raise InputError(
+            f"{config.where}: expected {found.rows_of} to train whole or by rows, got it in "
+            "modules_to_save and in trainable_token_indices. Leave one of them out when the "
+            "adapter is trained."
         )
     return tuple(ids)
 

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from balora_jax.errors import InputError
+from balora_jax.io.hf_files import shortened
 from balora_jax.io.peft_reader import PeftAdapter
 from balora_jax.models.decoder_config import EMBEDDING, HEAD, DecoderConfig
 from balora_jax.models.families.base import family_of, weight_rules
 from balora_jax.models.weight_names import WeightRule
 from balora_jax.models.whole import HEAD_RULE, TOKEN_ROWS, Config, Whole, belongs_to
 from balora_jax.pretrained.peft_start import PeftStart
+from balora_jax.untyped.shown import shown
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -33,14 +35,17 @@ def saved_whole(peft: PeftAdapter, config: Config, frozen: Shapes, where: str) -
         that otherwise stay frozen. An encoder's head is not among them.
 
     Raises:
-        InputError: a saved tensor that is of no weight of the base, or has another shape; tables
-            of different vocabularies; a tied head that is not the embedding table.
+        InputError: a saved tensor that is of no weight of the base, or has another shape; one that
+            is missing; tables of different vocabularies; a tied head that is not the embedding
+            table.
     """
     tied = isinstance(config, DecoderConfig) and config.tie_word_embeddings
     rules = (*weight_rules(config), *([HEAD_RULE] if tied else []))
     shapes = {**frozen, HEAD: frozen[EMBEDDING]} if tied else frozen
     of_tokens = config.token_table, HEAD
-    _check_places(peft, rules, of_tokens, family_of(config).head_rules(), shapes, where)
+    head = family_of(config).head_rules()
+    _check_places(peft, rules, of_tokens, head, shapes, where)
+    _check_complete(peft, [n for rule in rules for n in _names(rule, shapes)], head, tied, where)
     tables = [rule for rule in rules if rule.path in of_tokens and rule.name in peft.saved]
     unties = tied and any(belongs_to(rule.name, peft.modules_to_save) for rule in tables)
     chosen = [rule for rule in rules if any(n in peft.saved for n in _names(rule, shapes))]
@@ -116,6 +121,24 @@ def _check_places(
                 f"{where}: expected {name} of shape {list(wanted)}, got {list(value.shape)}. Name "
                 "the base the adapter was trained on."
             )
+
+
+def _check_complete(
+    peft: PeftAdapter, names: Sequence[str], head: Sequence[WeightRule], tied: bool, where: str
+) -> None:
+    """Raises InputError where what ``modules_to_save`` names is not in the file as a whole."""
+    known = [*names, *(rule.name for rule in head)]
+    if tied and peft.config.get("ensure_weight_tying"):
+        known.remove(HEAD_RULE.name)  # one tensor for both
+    missing = [
+        name for name in known if belongs_to(name, peft.modules_to_save) and name not in peft.saved
+    ]
+    if missing:
+        raise InputError(
+            f"{where}: expected the tensors of every module in modules_to_save "
+            f"({', '.join(map(shown, peft.modules_to_save))}), got none of {shortened(missing)}. "
+            "Use the two files that were saved together."
+        )
 
 
 def _check_rows(peft: PeftAdapter, rows: np.ndarray, table: tuple[int, ...], where: str) -> None:

@@ -214,7 +214,8 @@ def _tensor(arguments: tuple[Any, ...]) -> TensorView:
         raise UnfitError("a tensor whose description is broken")
     if not all(map(_is_size, (offset, *shape, *strides))):
         raise UnfitError("a tensor with an offset, a size or a stride that is no count")
-    view = TensorView(storage, offset, shape, strides)
+    steps = tuple(by if count > 1 else 0 for by, count in zip(strides, shape, strict=True))
+    view = TensorView(storage, offset, shape, steps)
     _check_inside(view)
     return view
 

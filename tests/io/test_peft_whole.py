@@ -115,6 +115,21 @@ def test_what_has_no_place_is_refused(tmp_path):
             for at, table in enumerate(("lm_head", "model.embed_tokens"))}  # fmt: skip
     apart = refusal({**whole, **rows}, trainable_token_indices=[1])
     assert "got base_model.model.lm_head.token_adapter.trainable_tokens_delta" in apart
+    assert "in modules_to_save ('lm_head'), got none of lm_head.weight. Use" in refusal(others)
+    infinite = {**whole, key: np.full_like(whole[key], np.inf)}
+    assert f"finite numbers, got {key} with NaN or infinity" in refusal(infinite)
+
+    del rows["base_model.model.lm_head.token_adapter.trainable_tokens_delta"]
+    alone, table = {**whole, **rows}, "rows of model.embed_tokens"
+    assert f"of one table, different ids with a row each in {file.name}, got None and {table}" in (
+        refusal(alone)
+    )
+    assert f'got {{'foo': [1]}} and {table}' in refusal(alone, trainable_token_indices={"foo": [1]})
+    embedding = {"base_model.model.model.embed_tokens.weight": whole[key]}
+    both = {"modules_to_save": ["embed_tokens", "lm_head"], "trainable_token_indices": [1]}
+    assert "expected model.embed_tokens to train whole or by rows" in (
+        refusal({**alone, **embedding}, **both)
+    )
 
 
 def test_a_layer_that_is_missing_is_refused_and_strange_keys_are_named(tmp_path, capsys):

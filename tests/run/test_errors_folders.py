@@ -242,3 +242,17 @@ def test_a_process_of_its_own_says_one_line(place, process_environment):
     assert len(found.stderr.splitlines()) == 1, found.stderr
     assert found.stderr.startswith("balora: row 1: expected a column 'anser'")
     assert not place.workdir.exists()
+
+
+@pytest.mark.parametrize("variable", ["JAX_ENABLE_X64=maybe", "JAX_PLATFORMS=rocm"])
+def test_a_jax_that_does_not_start(place, process_environment, variable):
+    name, text = variable.split("=")
+    found = subprocess.run(
+        [sys.executable, ROOT / "train.py", place.config(), "--workdir", place.workdir],
+        env={**process_environment, name: text}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("balora: JAX: expected it to start here, got: ")
+    assert len(found.stderr.splitlines()) == 1
+    assert f"{name}={text!r}" in found.stderr
+    assert not place.workdir.exists()
