@@ -19,6 +19,11 @@ BOS, EOS, UNKNOWN = "<s>", "</s>", "<unk>"
 CHARACTERS = "0123456789+-*=#:. abcdefghijklmnopqrstuvw"
 VOCABULARY = [UNKNOWN, BOS, EOS, *CHARACTERS]
 FEW = {"target_modules": ["q_proj", "down_proj"]}  # adapters that compile quickly
+# Settings of a run whose step is no matter: one pass over the layers, and nothing to decompose.
+PLAIN = {
+    "adapter": {**FEW, "start": "lora"},
+    "regularizers": {"consistency": 0.0, "diversity": 0.0, "spectral": 0.0},
+}
 LAYERS, WIDTH, INNER, HEADS, KV_HEADS, VOCAB_SIZE, POSITIONS = 2, 16, 32, 4, 2, 48, 64
 HEAD_WIDTH = WIDTH // HEADS
 

@@ -11,7 +11,7 @@ from balora_jax import signals
 from balora_jax.cli import main
 from balora_jax.io import drawing
 from tests import compiler
-from tests.tiny_run import tree_digest, write_config, write_inputs, write_model
+from tests.tiny_run import PLAIN, tree_digest, write_config, write_inputs, write_model
 
 # Files of a user, which register when they are loaded: the search for doctests would load them.
 collect_ignore = ["outside_terms.py", "aware_start.py"]
@@ -79,19 +79,25 @@ class FinishedRun(NamedTuple):
     err: str
 
 
-@pytest.fixture(scope="package")
-def finished(tmp_path_factory, inputs):
-    """Four steps with every term, scored before and after."""
-    folder = tmp_path_factory.mktemp("finished")
-    config = write_config(
-        folder / "config.yaml",
-        inputs,
-        training={"log_gradient_share_every": 2},
-        eval={"task": "exact_match"},
-    )
+def finish(folder, inputs, **settings):
+    """A run of four steps, scored before and after."""
+    config = write_config(folder / "config.yaml", inputs, eval={"task": "exact_match"}, **settings)
     code, out, err = invoke("train", config, "--workdir", folder / "run")
     assert code == 0, err
     return FinishedRun(config, folder / "run", out, err)
+
+
+@pytest.fixture(scope="package")
+def finished(tmp_path_factory, inputs):
+    """Four steps with every term."""
+    folder = tmp_path_factory.mktemp("finished")
+    return finish(folder, inputs, training={"log_gradient_share_every": 2})
+
+
+@pytest.fixture(scope="package")
+def finished_plain(tmp_path_factory, inputs):
+    """Four steps of LoRA without a term, for tests of what a run writes and reads."""
+    return finish(tmp_path_factory.mktemp("finished_plain"), inputs, **PLAIN)
 
 
 class Place:

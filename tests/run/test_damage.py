@@ -21,6 +21,11 @@ from tests.tiny_run import adapter_bytes, checkpoint_steps, metrics_of, tree_dig
 pytestmark = pytest.mark.usefixtures("no_curves")
 
 
+@pytest.fixture(scope="module")
+def finished(finished_plain):
+    return finished_plain
+
+
 def files_of(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 

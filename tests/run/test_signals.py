@@ -23,7 +23,7 @@ from balora_jax.training import loop, steps
 from tests.run import workers
 from tests.run.conftest import invoke
 from tests.tiny_run import (
-    FEW,
+    PLAIN,
     adapter_bytes,
     checkpoint_steps,
     metrics_of,
@@ -32,7 +32,7 @@ from tests.tiny_run import (
 )
 
 ROOT = Path(__file__).parents[2]
-STEPS = 40
+STEPS, EVERY = 40, 10
 PATIENCE = 300.0
 
 
@@ -43,8 +43,8 @@ def straight(tmp_path_factory, inputs):
     config = write_config(
         folder / "config.yaml",
         inputs,
-        adapter=FEW,
-        training={"max_steps": STEPS, "checkpoint_every": 5, "keep_checkpoints": 2},
+        **PLAIN,
+        training={"max_steps": STEPS, "checkpoint_every": EVERY, "keep_checkpoints": 2},
     )
     outcome = invoke("train", config, "--workdir", folder / "run")
     assert outcome.code == 0, outcome.err
@@ -96,7 +96,7 @@ def test_sigterm_saves_and_ends(straight, tmp_path, process_environment):
 
 
 @pytest.mark.parametrize(
-    ("name", "at"), [("SIGTERM", 2), ("SIGTERM", 5), ("SIGINT", 7), ("SIGTERM", STEPS)]
+    ("name", "at"), [("SIGTERM", 2), ("SIGTERM", EVERY), ("SIGINT", 7), ("SIGTERM", STEPS)]
 )
 def test_a_signal_during_a_step(straight, tmp_path, monkeypatch, no_curves, name, at):
     """The step under way is finished, logged and saved, wherever the signal falls."""
@@ -130,7 +130,7 @@ def test_a_second_signal_ends_at_once_and_names_the_newest_checkpoint(
 
     def place_batch(batch, mesh):
         calls.append(None)
-        if len(calls) == 12:  # 5 is sealed before 10 is begun
+        if len(calls) == 2 * EVERY + 2:  # the first is sealed before the second is begun
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
         return place(batch, mesh)
@@ -141,7 +141,7 @@ def test_a_second_signal_ends_at_once_and_names_the_newest_checkpoint(
     code, _, err = invoke("train", config, "--workdir", workdir)
     assert code == 3
     newest = checkpoint_folder.sealed_steps(workdir / "checkpoints")[-1]
-    assert newest in (5, 10)
+    assert newest in (EVERY, 2 * EVERY)
     assert err.splitlines()[-1] == (
         f"balora: interrupted by SIGINT; {workdir / 'checkpoints' / str(newest)} is the newest "
         "whole checkpoint. Go on with --resume."

@@ -19,6 +19,11 @@ from tests.tiny_run import adapter_bytes, sums, tree_digest, write_rows
 pytestmark = pytest.mark.usefixtures("no_curves")
 
 
+@pytest.fixture(scope="module")
+def finished(finished_plain):
+    return finished_plain
+
+
 @pytest.fixture
 def workdir(finished, tmp_path):
     """A copy of a finished run."""
