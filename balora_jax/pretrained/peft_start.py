@@ -1,6 +1,7 @@
 """A PEFT adapter as the start of new ones: its layers and its factors."""
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -112,22 +113,43 @@ def peft_modules(
 
 
 def _check_whole(peft: PeftAdapter, linears: Sequence[LinearShape], where: str) -> None:
-    """Raises InputError where the adapter's file lacks a layer that its config names."""
+    """Raises InputError where the adapter's file has other layers than its config names."""
     targets = _names(peft, "target_modules", where)
     without = _names(peft, "exclude_modules", where)
-    if not targets or peft.config.get("layers_to_transform") is not None:
+    if not targets or peft.config.get("layers_pattern"):
         return
-    whole = peft.modules_to_save
-    missing = [
-        name
-        for name in meant(linears, targets, without)
-        if name not in peft.tensors and not belongs_to(f"{name}.weight", whole)
-    ]
-    if missing:
+    # PEFT numbers layers where it is given a list of modules.
+    layers = None if isinstance(targets, str) else _layers(peft, where)
+    wanted = {name for name in meant(linears, targets, without) if _is_in(name, layers)}
+    found, whole = peft.tensors.keys(), peft.modules_to_save
+    missing = [name for name in wanted - found if not belongs_to(f"{name}.weight", whole)]
+    for wrong, what in ((missing, "none"), (found - wanted, "some")):
+        if wrong:
+            raise InputError(
+                f"{where}: expected tensors of every layer that target_modules names"
+                f"{'' if layers is None else ' and layers_to_transform numbers'}, and of no other, "
+                f"got {what} of {shortened(sorted(wrong))}. Copy the adapter again."
+            )
+
+
+def _layers(peft: PeftAdapter, where: str) -> Sequence[int] | None:
+    """Numbers of the layers that the adapter is on; None for all."""
+    value = peft.config.get("layers_to_transform")
+    listed = [value] if type(value) is int else value
+    if listed is None or listed == []:
+        return None
+    if not isinstance(listed, list) or not all(type(one) is int for one in listed):
         raise InputError(
-            f"{where}: expected tensors of every layer that target_modules names, got none of "
-            f"{shortened(missing)}. Copy the adapter again."
+            f"{where}: expected layers_to_transform to be a number or a list of numbers, got "
+            f"{shown(value)}. Correct the adapter's config."
         )
+    return listed
+
+
+def _is_in(name: str, layers: Sequence[int] | None) -> bool:
+    """Whether PEFT takes a module as one of these layers: by the first number in its name."""
+    number = re.search(r"\.(\d+)\.", name)
+    return layers is None or (number is not None and int(number[1]) in layers)
 
 
 def _names(peft: PeftAdapter, key: str, where: str) -> Sequence[str] | str:

@@ -146,7 +146,20 @@ def test_a_layer_that_is_missing_is_refused_and_strange_keys_are_named(tmp_path,
         f"note: {config}: keys that this version does not know are not read: 'new_thing'.\n"
     )
     assert found.out == ""
-    tensors = {k: v for k, v in load_file(file).items() if "layers.1.self_attn.v_proj" not in k}
-    save_file(tensors, file)
-    with pytest.raises(InputError, match=r"got none of model.layers.1.self_attn.v_proj. Copy"):
-        load_pretrained(str(tmp_path / "base"), adapter=str(tmp_path / "adapter"))
+    whole, kept = load_file(file), json.loads(config.read_text())
+
+    def refused(sentence, **settings):
+        config.write_text(json.dumps(kept | settings))
+        with pytest.raises(InputError, match=sentence):
+            load_pretrained(str(tmp_path / "base"), adapter=str(tmp_path / "adapter"))
+
+    refused("got some of model.layers.1.self_attn.q_proj, model", layers_to_transform=[0])
+    refused("got some of model.layers.0.self_attn.v_proj, model", target_modules=["q_proj"])
+    refused("got none of model.layers.0.self_attn.o_proj, model",
+            target_modules=["q_proj", "v_proj", "o_proj"])  # fmt: skip
+    refused("layers_to_transform to be a number or a list of", layers_to_transform=["0"])
+    save_file({k: v for k, v in whole.items() if "layers.1.self_attn.v_proj" not in k}, file)
+    refused("got none of model.layers.1.self_attn.v_proj. Copy")
+    save_file({k: v for k, v in whole.items() if "layers.1." not in k}, file)
+    config.write_text(json.dumps(kept | {"layers_to_transform": 0}))
+    load_pretrained(str(tmp_path / "base"), adapter=str(tmp_path / "adapter"))
