@@ -215,11 +215,16 @@ def test_a_hostile_or_broken_pickle_is_one_sentence(tmp_path, name, monkeypatch)
 
 def test_the_pieces_of_these_pickles_are_good(tmp_path):
     """What is refused above is refused for its fault alone."""
-    good = state(tensor(), tensor(strides=(1, 2)), tensor(offset=5, shape=(), strides=()))
+    good = state(
+        tensor(), tensor(strides=(1, 2)), tensor(offset=5, shape=(), strides=()),
+        tensor(shape=(1, 2), strides=(2**61, 1)),
+    )  # fmt: skip
     torch_zip(tmp_path / "a.bin", good, data_0=struct.pack("<6f", *range(6)), version=b"3\n")
     with open_torch(tmp_path / "a.bin") as handle:
-        got = {name: handle.get_tensor(name).tolist() for name in ("w0", "w1", "w2")}
-    assert got == {"w0": [[0, 1, 2], [3, 4, 5]], "w1": [[0, 2, 4], [1, 3, 5]], "w2": 5}
+        got = {name: handle.get_tensor(name).tolist() for name in ("w0", "w1", "w2", "w3")}
+    assert got == {
+        "w0": [[0, 1, 2], [3, 4, 5]], "w1": [[0, 2, 4], [1, 3, 5]], "w2": 5, "w3": [[0, 1]]
+    }  # fmt: skip
     loaded = torch.load(tmp_path / "a.bin", weights_only=True)
     assert {name: value.tolist() for name, value in loaded.items()} == got
 
