@@ -141,7 +141,7 @@ def test_every_setting_is_read_by_a_task_or_refused(task, tmp_path, monkeypatch)
 
     monkeypatch.setattr(schema.Section, "__getattribute__", remembered(names), raising=False)
     # The card writes down what was set, whoever reads it.
-    monkeypatch.setattr(finetune, "model_card", lambda trained: "card\n")
+    monkeypatch.setattr(finetune, "model_card", lambda trained, kind: "card\n")
     # The terms get their section as a whole.
     given = config.regularizers.of_the_terms()
     seen |= {f"regularizers.{name}" for name in given}
