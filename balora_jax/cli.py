@@ -50,7 +50,7 @@ def command(arguments: Sequence[str] | None = None) -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     with signals.taken(for_good=True):
-        sys.exit(main(arguments))
+        signals.leave(main(arguments))
 
 
 def _ended(arguments: list[str], caught: signals.Signals) -> int:

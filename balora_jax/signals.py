@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from balora_jax.errors import RunStoppedError
 from balora_jax.parallel import child
@@ -203,6 +203,21 @@ def taken(*, for_good: bool = False) -> Iterator[Signals]:
         undo.callback(_CURRENT.remove, signals)
         undo.callback(signals.settle)
         yield signals
+
+
+def leave(code: int) -> NoReturn:
+    """End this process, which is all that there is left to do.
+
+    Python waits for the threads of libraries, some of which wait for what does not come any more
+    where a run did not end by itself.
+    """
+    if code:
+        with suppress(AttributeError, OSError, ValueError):  # none, a full disk, a closed file
+            sys.stdout.flush()
+        timer = threading.Timer(PATIENCE, os._exit, (code,))
+        timer.daemon = True
+        timer.start()
+    sys.exit(code)
 
 
 @contextmanager

@@ -317,6 +317,36 @@ def test_nothing_but_the_sentence_is_said_of_a_signal(straight, tmp_path):
     assert (done.returncode, done.stderr) == (3, f"balora: interrupted by SIGTERM; {NOTHING}\n")
 
 
+WAITING = """
+import os, signal, threading, time
+from balora_jax import signals
+from balora_jax.tasks.text.run import TextRun
+
+signals.PATIENCE = 0.5
+
+def load(self):
+    print("loading")
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+TextRun.load = load
+"""
+
+
+def test_a_thread_of_a_library_that_waits_for_ever_is_left_behind(straight, tmp_path):
+    (tmp_path / "waiting.py").write_text(WAITING)
+    (tmp_path / "config.yaml").write_text(
+        "extensions: [waiting.py]\n" + Path(straight[0]).read_text()
+    )
+    command = [sys.executable, ROOT / "train.py", tmp_path / "config.yaml", "--workdir", "run"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert (done.returncode, done.stderr) == (3, f"balora: interrupted by SIGTERM; {NOTHING}\n")
+    assert done.stdout.endswith("loading\n")  # all that was printed is there
+
+
 def test_the_sentence_stands_below_the_bar_of_a_terminal(straight, tmp_path):
     """The bar's own end is not shown any more."""
     (tmp_path / "noisy.py").write_text(NOISY)

@@ -53,7 +53,7 @@ def command(arguments, log, cache, workdir, phases, report, moment):
         code = cli.main(arguments)
     if report is not None:
         watch.write(report)
-    sys.exit(code)
+    signals.leave(code)
 
 
 class Watch:
