@@ -80,15 +80,19 @@ def batches_of(run, padded):
     return batches
 
 
-def trained(run, loaded, batches, count):
-    """Metrics of each step, adapters after them, and the shapes of the batches."""
-    with jax.set_mesh(run.mesh):
-        parts = run.step_parts(count)
-        constants = run.constants(loaded)
+def trainer(run, count):
+    """A function of batches: metrics of each step, adapters after them, shapes of the batches."""
+    loaded, parts = run.load(), run.step_parts(count)
+    constants = run.constants(loaded)
+
+    def begin():
         adapters = jax.tree.map(jnp.copy, loaded.trainable)
-        state = steps.initial_state(adapters, parts.optimizer, run.mesh)
-        step = steps.compile_step(parts, state, run.mesh)
-        rows, shapes = [], []
+        return steps.initial_state(adapters, parts.optimizer, run.mesh)
+
+    step = steps.compile_step(parts, begin(), run.mesh)
+
+    def train(batches):
+        state, rows, shapes = begin(), [], []
         for _ in range(count):
             batch = next(batches)
             shapes.append(batch["input_ids"].shape)
@@ -98,17 +102,22 @@ def trained(run, loaded, batches, count):
             rows.append({name: float(value) for name, value in values.items()})
         return rows, jax.device_get(state.adapters), shapes
 
+    return train, jax.device_get(loaded.trainable)
 
-def compared(case, count):
-    """The largest differences of a case; updates as a share of each array's largest."""
+
+def compared(case, count, *, shapes=None):
+    """The largest differences of a case; updates as a share of each array's largest.
+
+    With ``shapes`` only so many of the run's, the largest, so that less is compiled.
+    """
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(Path(folder), case, count)
         run = TASKS[config.task].check(config)
-        loaded = run.load()
-        start = jax.device_get(loaded.trainable)
-        padded, packed = (
-            trained(run, loaded, batches_of(run, one), count) for one in (True, False)
-        )
+        ours = batches_of(run, padded=False)
+        ours.shapes = ours.shapes[-(shapes or 0) :]
+        with jax.set_mesh(run.mesh):
+            train, start = trainer(run, count)
+            padded, packed = train(batches_of(run, padded=True)), train(ours)
     names = [name for name in padded[0][0] if name != "spectral_residual"]
     values = {
         name: max(
