@@ -175,7 +175,7 @@ def check(config: RunConfig) -> TextRun:
         tokenizer=opened.tokenizer,
         data=data,
         exam=opened.exam,
-        length=_row_length(config.data, data, opened.base, opened.program.mesh),
+        length=row_length(config.data, data, opened.base, opened.program.mesh),
     )
 
 
@@ -194,7 +194,8 @@ def _open(config: RunConfig) -> _Opened:
     return _Opened(program, base, tokenizer, sets, exam)
 
 
-def _row_length(config: DataConfig, data: TrainingData, base: Base, mesh: Mesh) -> int:
+def row_length(config: DataConfig, data: TrainingData, base: Base, mesh: Mesh) -> int:
+    """Tokens of a row that holds one example, or with ``packing: rows`` as many as fit."""
     length = config.max_length if config.packing == "rows" else None
     length = length or common_length(data.examples, config.max_length)
     longest = max(len(example.input_ids) for example in data.examples)
