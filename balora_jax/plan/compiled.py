@@ -264,12 +264,19 @@ def head_chunks(program: TextProgram) -> int:
     return -(-rows * length // split // program.head_plan.chunk)
 
 
+def hosts_between(mesh: Any) -> int:
+    """Hosts of a mesh of GPUs, which speak over a network; one for TPUs, whose links go on."""
+    if sharding.platform_of(mesh) != "gpu":
+        return 1
+    return len({device.process_index for device in mesh.devices.flat})
+
+
 def _moved(program: TextProgram, text: str | None) -> Row:
     """What a step moves, from the text of the program."""
     if text is None:
         return {"collectives": None, "traffic": None, "open_loops": None}
     module = hlo.Module(text, head_chunks(program))
-    found = module.collectives(dict(program.mesh.shape))
+    found = module.collectives(dict(program.mesh.shape), hosts_between(program.mesh))
     return {
         "collectives": [vars(one) | {"axes": list(one.axes)} for one in found],
         "traffic": module.traffic(),

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from balora_jax.plan.hlo_groups import AxesOfGroups
+from balora_jax.plan.hlo_groups import AxesOfGroups, Group
 from balora_jax.plan.hlo_text import (
     Computation,
     Instruction,
@@ -36,12 +36,15 @@ class Collective:
         bytes: sent by each device in a step, by a ring: of a result or operand of S bytes over n
             devices, ``S·(n-1)/n`` for all-gather (S whole), reduce-scatter and all-to-all, twice
             that for all-reduce, S for a permutation.
+        between_hosts: those that each device sends to other hosts when its group first does what
+            it can on its own host.
     """
 
     kind: str
     axes: tuple[str, ...]
     count: int
     bytes: int
+    between_hosts: int
 
 
 class Module:
@@ -144,13 +147,14 @@ class Module:
             one = others[0]
         return step or None
 
-    def collectives(self, mesh_shape: Mapping[str, int]) -> list[Collective]:
+    def collectives(self, mesh_shape: Mapping[str, int], hosts: int = 1) -> list[Collective]:
         """What a step exchanges, summed by kind and axes, most bytes first.
 
         Args:
             mesh_shape: size of each axis; devices are numbered in the mesh's own order.
+            hosts: that the devices are spread over, one after another.
         """
-        axes_of = AxesOfGroups(mesh_shape)
+        group_of = AxesOfGroups(mesh_shape, hosts)
         total: dict[tuple[str, tuple[str, ...]], list[int]] = {}
         for computation, times in self.executed:
             for where, one in self._collectives_in(computation):
@@ -158,10 +162,11 @@ class Module:
                 if kind == "all-reduce" and "all-reduce-scatter" in where.name:
                     kind = "reduce-scatter"  # a TPU writes it as a sum and a slice in one fusion
                 size = sum(bytes_of(where.instructions[name].shape) for name in one.operands)
-                axes, group = axes_of(one)
-                counted = total.setdefault((kind, axes), [0, 0])
+                group = group_of(one)
+                counted = total.setdefault((kind, group.axes), [0, 0, 0])
                 counted[0] += times
-                counted[1] += times * _ring_bytes(kind, size, group)
+                counted[1] += times * ring_bytes(kind, size, group.size)
+                counted[2] += times * network_bytes(kind, size, group)
         found = [Collective(*key, *values) for key, values in total.items()]
         return sorted(found, key=lambda one: -one.bytes)
 
@@ -302,7 +307,7 @@ def _passed(one: Instruction, first: Instruction | None, outer: Computation) -> 
     return value
 
 
-def _ring_bytes(kind: str, size: int, group: int) -> int:
+def ring_bytes(kind: str, size: int, group: int) -> int:
     """Bytes that one device sends, of operands of ``size`` bytes on it."""
     if kind == "all-gather":
         return size * (group - 1)
@@ -311,3 +316,14 @@ def _ring_bytes(kind: str, size: int, group: int) -> int:
     if kind in ("collective-permute", "collective-broadcast"):
         return size
     return size * (group - 1) // group
+
+
+def network_bytes(kind: str, size: int, group: Group) -> int:
+    """Bytes of those that one device sends to other hosts.
+
+    Sums are first formed, and what is gathered is last handed on, among the devices of a host.
+    """
+    if group.hosts == 1:
+        return 0
+    local = group.size // group.hosts if kind in ("all-reduce", "reduce-scatter") else 1
+    return ring_bytes(kind, size // max(local, 1), group.hosts)

@@ -3,18 +3,55 @@
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from balora_jax.plan.hlo_text import Instruction
 
 
-class AxesOfGroups:
-    """From the groups of a collective to mesh axes: the set of axes that has the same groups."""
+@dataclass(frozen=True)
+class Group:
+    """The devices that take part in a collective together.
 
-    def __init__(self, mesh_shape: Mapping[str, int]):
+    Attributes:
+        axes: of the mesh; empty where the groups are those of no set of axes.
+        size: devices.
+        hosts: that the widest group is spread over.
+    """
+
+    axes: tuple[str, ...]
+    size: int
+    hosts: int
+
+
+def group_over(mesh_shape: Mapping[str, int], axes: Sequence[str], hosts: int = 1) -> Group:
+    """The group of the devices along axes of a mesh, which hosts hold one after another.
+
+    >>> group_over({"data": 2, "fsdp": 4}, ("data",), hosts=2)
+    Group(axes=('data',), size=2, hosts=2)
+    >>> group_over({"data": 2, "fsdp": 4}, ("fsdp",), hosts=2)
+    Group(axes=('fsdp',), size=4, hosts=1)
+    """
+    sizes = tuple(mesh_shape.values())
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    places = [list(mesh_shape).index(axis) for axis in axes]
+    along = np.moveaxis(ids, places, range(-len(places), 0)).reshape(-1, _size(mesh_shape, axes))
+    return Group(tuple(axes), along.shape[1], _hosts_of(along, ids.size // hosts))
+
+
+class AxesOfGroups:
+    """From the groups of a collective to mesh axes: the set of axes that has the same groups.
+
+    Args:
+        mesh_shape: size of each axis.
+        hosts: that the devices are spread over, one after another.
+    """
+
+    def __init__(self, mesh_shape: Mapping[str, int], hosts: int = 1):
         self.devices = math.prod(mesh_shape.values())
+        self.of_host = self.devices // hosts
         self.shape = tuple(mesh_shape.values())
         used = [axis for axis, size in mesh_shape.items() if size > 1]
         names = list(mesh_shape)
@@ -27,21 +64,28 @@ class AxesOfGroups:
                 self.known[_as_sets(moved.reshape(-1, _size(mesh_shape, axes)))] = axes
         self.names = names
 
-    def __call__(self, one: Instruction) -> tuple[tuple[str, ...], int]:
-        """Axes and devices of a group."""
+    def __call__(self, one: Instruction) -> Group:
+        """The group of a collective."""
         if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", one.rest):
             numbers = [int(number) for number in re.findall(r"\d+", pairs[1])]
+            hosts = _hosts_of(np.reshape(numbers, (-1, 2)), self.of_host)
             places = np.stack(np.unravel_index(numbers, self.shape), -1).reshape(
                 -1, 2, len(self.shape)
             )
             differs = (places[:, 0] != places[:, 1]).any(0)
             axes = tuple(name for name, yes in zip(self.names, differs, strict=True) if yes)
-            return axes, self.devices
+            return Group(axes, self.devices, hosts)
         groups = replica_groups(one.rest, self.devices)
-        return self.known.get(_as_sets(groups), ()), groups.shape[1]
+        axes = self.known.get(_as_sets(groups), ())
+        return Group(axes, groups.shape[1], _hosts_of(groups, self.of_host))
 
 
-def _size(mesh_shape: Mapping[str, int], axes: tuple[str, ...]) -> int:
+def _hosts_of(groups: np.ndarray, devices: int) -> int:
+    """Hosts, of so many devices each, of the group that is spread over most."""
+    return max(len(set(group)) for group in (groups // devices).tolist())
+
+
+def _size(mesh_shape: Mapping[str, int], axes: Sequence[str]) -> int:
     return math.prod(mesh_shape[axis] for axis in axes)
 
 

@@ -153,10 +153,10 @@ def judged(row: Row, target: Target, utilisation: float) -> Row:
     """A row with its verdict: whether it fits, and how fast it could be.
 
     Seconds of a step have three lower bounds per device: ``compute`` = (model FLOPs + recomputed) /
-    devices / peak, ``memory`` = traffic / bandwidth, ``links`` = bytes of collectives / link. The
-    step takes at least their maximum (``bound``, all at once) and, with nothing overlapped, their
-    sum (``apart``). ``expected`` lets products reach a share of the peak: max(compute / share,
-    memory, links).
+    devices / peak, ``memory`` = traffic / bandwidth, ``links`` = bytes of collectives / link, or
+    those between hosts / network where that is more. The step takes at least their maximum
+    (``bound``, all at once) and, with nothing overlapped, their sum (``apart``). ``expected`` lets
+    products reach a share of the peak: max(compute / share, memory, links).
     """
     memory = row["bytes_per_device"]
     fits = search.fits(row, target)
@@ -166,11 +166,10 @@ def judged(row: Row, target: Target, utilisation: float) -> Row:
     if memory is None or target.peak is None or target.bandwidth is None or target.link is None:
         return row
     worked = (row["model_flops"] + row["recomputed_flops"]) / row["devices"]
-    moved = sum(one["bytes"] for one in row["collectives"])
     parts = {
         "compute": worked / target.peak,
         "memory": row["traffic"] / target.bandwidth,
-        "links": moved / target.link,
+        "links": search.link_seconds(row["collectives"], target.link, target.network),
     }
     expected = max(parts["compute"] / utilisation, parts["memory"], parts["links"])
     tokens = row["batch"][0] * row["batch"][1] * row["batch"][2]

@@ -19,7 +19,8 @@ from balora_jax.errors import InputError
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.numerics import head
 from balora_jax.parallel import sharding
-from balora_jax.plan import arguments, compiled
+from balora_jax.plan import arguments, compiled, hlo
+from balora_jax.plan.hlo_groups import group_over
 from balora_jax.plan.targets import Target
 from balora_jax.tasks import flops
 from balora_jax.tasks.text.program import TextProgram, text_program
@@ -81,6 +82,20 @@ def fits(row: Row, target: Target) -> bool | None:
     if row["does_not_fit"] is not None:
         return False
     return None if target.memory is None else row["bytes_per_device"]["total"] <= target.memory
+
+
+def link_seconds(sent: Sequence[Row], link: float, network: float | None) -> float:
+    """Least seconds of what a device sends: over its links, and over its part of the network.
+
+    Args:
+        sent: ``bytes`` of all, and of these ``between_hosts``.
+        link: bytes per second over its links.
+        network: bytes per second to other hosts; None where hosts are no border.
+    """
+    inside = sum(one["bytes"] for one in sent) / link
+    if network is None:
+        return inside
+    return max(inside, sum(one["between_hosts"] for one in sent) / network)
 
 
 class Space:
@@ -283,11 +298,12 @@ class Estimate:
         work = flops.model_flops(self.program, shape, compiled.counted_tokens(shape))
         work += flops.recomputed_flops(self.program, shape, self.remat)
         work /= self.program.mesh.size
-        memory, links = self._traffic(), self._link_bytes()
+        memory, sent = self._traffic(), self._sent()
         target = self.target
         if target.peak is None or target.bandwidth is None or target.link is None:
-            return work, links, memory
-        seconds = (work / target.peak, memory / target.bandwidth, links / target.link)
+            return work, sum(one["bytes"] for one in sent), memory
+        links = link_seconds(sent, target.link, target.network)
+        seconds = (work / target.peak, memory / target.bandwidth, links)
         return max(seconds), sum(seconds)
 
     @property
@@ -301,25 +317,41 @@ class Estimate:
         passes = self._passes + (self.remat == "full")
         return self.accumulation * (passes * weights + 2 * self.saved_bytes)
 
-    def _link_bytes(self) -> float:
+    def _sent(self) -> list[Row]:
         """Gathered weights, keys and values, summed activations and summed gradients."""
-        decoder, fsdp, tensor = self.program.decoder, self.size("fsdp"), self.size("tensor")
-        plain, experts = self.program.plain.parameters, self.size("expert")
-        weights = self.spread(plain, *plain) * self.item / tensor
+        decoder, tensor, experts = self.program.decoder, self.size("tensor"), self.size("expert")
+        plain = self.program.plain.parameters
         passes = self._passes + (self.remat == "full")
-        gathered = passes * weights * (fsdp - 1) / fsdp
-        width = decoder.num_layers * self.tokens * decoder.hidden_size * self.item
-        summed = 2 * passes * width * 2 * (tensor - 1) / tensor
-        sequence = self.size("sequence")
+        weights = self.spread(plain, *plain) * self.item / tensor
+        width = decoder.num_layers * self.tokens * decoder.hidden_size
         heads = 2 * decoder.num_kv_heads * decoder.head_dim / tensor
-        layers = decoder.num_layers * self.tokens * self.item
-        gathered += passes * heads * layers * (sequence - 1)
+        values = heads * decoder.num_layers * self.tokens * self.item
+        found = [
+            self._exchange("all-gather", passes * weights / self.size("fsdp"), "fsdp"),
+            self._exchange("all-reduce", 2 * passes * width * self.item, "tensor"),
+            self._exchange("all-gather", passes * values, "sequence"),
+            self._exchange(
+                "all-reduce",
+                4 * self.program.trainable / tensor,
+                "data",
+                "fsdp",
+                "expert",
+                "sequence",
+            ),
+        ]
         if experts > 1:
             # Rows of all gathered, and what experts add to them summed, both in float32.
-            gathered += 3 * passes * width / self.item * 4 * (experts - 1)
-        copies = self.size("data") * fsdp * sequence * experts
-        gradients = 4 * self.program.trainable / tensor * 2 * (copies - 1) / copies
-        return self.accumulation * (gathered + summed + gradients)
+            found.append(self._exchange("all-gather", 3 * passes * width * 4, "expert"))
+        return found
+
+    def _exchange(self, kind: str, size: float, *axes: str) -> Row:
+        """Bytes that a device sends in a step, of operands of so many bytes over mesh axes."""
+        group = group_over(self.program.mesh.shape, axes, self.target.borders)
+        size = int(self.accumulation * size)
+        return {
+            "bytes": hlo.ring_bytes(kind, size, group.size),
+            "between_hosts": hlo.network_bytes(kind, size, group),
+        }
 
 
 def default_head_memory(config: RunConfig, target: Target) -> RunConfig:

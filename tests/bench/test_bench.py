@@ -163,7 +163,9 @@ def test_command_line_and_messages(tree, tmp_path, capsys):
         "them.",
         ("--rounds", "0"): "--rounds: expected at least 1, got 0. Raise it.",
         ("--topology", "v5e"): "--topology: expected v4, v5e, v5p, v6e and a shape, such as "
-        "v5e:4x4 or v5p:2x2x1, or gpu:8x80GB, gpu:8xH100, cpu:8 or auto, got 'v5e'. Correct it.",
+        "v5e:4x4 or v5p:2x2x1, GPUs (A100, A100-40GB, H100, H200, L4, A10G, T4), such as "
+        "gpu:8xH100 or gpu:2x8xA100 (hosts x GPUs), gpu:8x48GB, cpu:8 or auto, got 'v5e'. Correct "
+        "it.",
     }.items():
         assert cli.main(["bench", str(config), *extra]) == 2
         assert capsys.readouterr().err == f"balora: {message}\n"

@@ -291,23 +291,28 @@ def test_a_step_that_is_too_large_is_a_result(tree):
     assert "none of the compiled plans fits." in shown
 
 
+NO_TOPOLOGY = (
+    "--topology: expected v4, v5e, v5p, v6e and a shape, such as v5e:4x4 or v5p:2x2x1, GPUs (A100, "
+    "A100-40GB, H100, H200, L4, A10G, T4), such as gpu:8xH100 or gpu:2x8xA100 (hosts x GPUs), "
+    "gpu:8x48GB, cpu:8 or auto, got"
+)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     {
-        ("--topology", "v5e"): "--topology: expected v4, v5e, v5p, v6e and a shape, such as "
-        "v5e:4x4 or v5p:2x2x1, or gpu:8x80GB, gpu:8xH100, cpu:8 or auto, got 'v5e'. Correct it.",
-        ("--topology", "cpu:0"): "--topology: expected v4, v5e, v5p, v6e and a shape, such as "
-        "v5e:4x4 or v5p:2x2x1, or gpu:8x80GB, gpu:8xH100, cpu:8 or auto, got 'cpu:0'. Correct it.",
-        ("--topology", "cpu:1000000000"): "--topology: expected v4, v5e, v5p, v6e and a shape, "
-        "such as v5e:4x4 or v5p:2x2x1, or gpu:8x80GB, gpu:8xH100, cpu:8 or auto, got "
-        "'cpu:1000000000'. Correct it.",
+        ("--topology", "v5e"): f"{NO_TOPOLOGY} 'v5e'. Correct it.",
+        ("--topology", "cpu:0"): f"{NO_TOPOLOGY} 'cpu:0'. Correct it.",
+        ("--topology", "cpu:1000000000"): f"{NO_TOPOLOGY} 'cpu:1000000000'. Correct it.",
+        ("--topology", "gpu:8xB7"): f"{NO_TOPOLOGY} 'gpu:8xB7'. Correct it.",
+        ("--topology", "gpu:0xH100"): f"{NO_TOPOLOGY} 'gpu:0xH100'. Correct it.",
+        ("--topology", "gpu:2x2x8xA100"): f"{NO_TOPOLOGY} 'gpu:2x2x8xA100'. Correct it.",
+        ("--topology", "gpu:16xH100"): "--topology: expected up to 8 H100 on a host, got 16 in "
+        "'gpu:16xH100'. Write hosts x GPUs of a host, such as gpu:2x8xH100.",
         ("--mesh", "fsdp=²"): f"--mesh: expected auto or sizes of {', '.join(sharding.AXES)}, such "
         "as data=1,fsdp=16, got 'fsdp=²'. Correct it.",
         ("--mesh", "fsdp=--1"): f"--mesh: expected auto or sizes of {', '.join(sharding.AXES)}, "
         "such as data=1,fsdp=16, got 'fsdp=--1'. Correct it.",
-        ("--topology", "gpu:8xB7"): "--topology: expected v4, v5e, v5p, v6e and a shape, such as "
-        "v5e:4x4 or v5p:2x2x1, or gpu:8x80GB, gpu:8xH100, cpu:8 or auto, got 'gpu:8xB7'. Correct "
-        "it.",
         ("--mesh", "fdsp=4"): f"--mesh: expected auto or sizes of {', '.join(sharding.AXES)}, such "
         "as data=1,fsdp=16, got 'fdsp=4'. Correct it.",
         ("--mesh", "fsdp=64"): f"mesh: expected {' x '.join(sharding.AXES)} to be the 1 device(s) "
@@ -360,9 +365,8 @@ def test_targets():
     assert parse_target("v5p:4x4x8").summary["hosts"] == 32
     gpu = parse_target("gpu:8x80GB")
     assert (gpu.devices, gpu.memory, gpu.peak) == (8, 80 * 10**9, 989e12)
-    assert "estimate by the CPU's compiler" in gpu.estimate
+    assert "estimate by the CPU's compiler" in gpu.notes[0]
     assert parse_target("gpu:2x48GB").peak is None
-    assert parse_target("gpu:4xA100").peak == 312e12
     here = parse_target("auto")
     assert (here.devices, here.platform) == (jax.device_count(), "cpu")
 
