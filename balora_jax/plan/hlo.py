@@ -5,7 +5,7 @@ as the loop runs, one that may stop early as often as it may run at most.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from balora_jax.plan.hlo_groups import AxesOfGroups, Group
@@ -91,30 +91,39 @@ class Module:
         (condition,) = (self.computations[name] for name in loop.called("condition"))
         first = computation.instructions.get(loop.operands[0])
 
-        def value(name: str) -> int | None:
-            one: Instruction | None = condition.instructions[name]
-            if one.opcode == "get-tuple-element":
-                one = _passed(one, first, computation)
-            return constant_of(one)
+        def value(one: Instruction) -> int | None:
+            passed = _passed(one, first, computation) if one.opcode == "get-tuple-element" else one
+            return constant_of(passed)
 
-        def bound(name: str) -> int | None:
-            one = condition.instructions[name]
+        def bound(one: Instruction, seen: Mapping[str, Instruction]) -> int | None:
+            operands = [seen[name] for name in one.operands]
+            if one.opcode == "fusion":
+                return bound(*self._inside(one, operands))
             if one.opcode == "and":
-                found = [trips for trips in map(bound, one.operands) if trips is not None]
+                found = [trips for part in operands if (trips := bound(part, seen)) is not None]
                 return min(found, default=None)
-            if one.opcode == "fusion" and len(one.operands) == 2:
-                less = "direction=LT" in self._result_of(one).rest
-            else:
-                less = one.opcode == "compare" and "direction=LT" in one.rest
-            if not less:
+            if one.opcode != "compare" or "direction=LT" not in one.rest:
                 return None
-            begin, end = map(value, one.operands)
-            step = self._step(loop, condition.instructions[one.operands[0]])
+            begin, end = map(value, operands)
+            step = self._step(loop, operands[0])
             if begin is None or step is None:
                 return None
             return self.chunks if end is None else max(-(-(end - begin) // step), 0)
 
-        return bound(condition.root)
+        return bound(condition.instructions[condition.root], condition.instructions)
+
+    def _inside(
+        self, fusion: Instruction, operands: Sequence[Instruction]
+    ) -> tuple[Instruction, dict[str, Instruction]]:
+        """The result of a fusion, and what its names stand for: parameters for the operands."""
+        inner = self.computations[fusion.called("calls")[0]]
+        seen = dict(inner.instructions)
+        for place, name in inner.parameters.items():
+            seen[name] = operands[place]
+        for name, one in inner.instructions.items():
+            if one.opcode in ("copy", "bitcast", "convert"):
+                seen[name] = seen[one.operands[0]]
+        return inner.instructions[inner.root], seen
 
     def _result_of(self, fusion: Instruction) -> Instruction:
         inner = self.computations[fusion.called("calls")[0]]
