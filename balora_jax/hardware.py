@@ -1,10 +1,13 @@
 """Devices: what their makers publish about them, and which are here."""
 
+import importlib.util
+import os
 import platform
 import resource
 import sys
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 MIB, GIB = 2**20, 2**30
 
@@ -162,6 +165,25 @@ def peak_flops(kind: str) -> float | None:
     """
     found = accelerator_of(kind)
     return None if found is None else found.peak
+
+
+DEVICE_FILES = ("nvidia*", "nvhost*", "nvgpu*", "dxg", "accel*", "vfio/[0-9]*", "kfd")
+"""What Linux shows of GPUs and TPUs in ``/dev``."""
+
+
+def settle_for_cpu(files: Path) -> None:
+    """Tell JAX, before its import, to stay on the CPU where a GPU's compiler is and no device.
+
+    The compiler for plans (extra ``plan-gpu``) is what JAX would run a GPU by; JAX would look for
+    one, complain at length and take the CPU. What the environment says already stays.
+
+    Args:
+        files: the folder of the device files, ``/dev``.
+    """
+    if importlib.util.find_spec("jax_cuda12_plugin") is None or sys.platform != "linux":
+        return
+    if not any(next(files.glob(pattern), None) for pattern in DEVICE_FILES):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def device_description() -> str:

@@ -1,5 +1,7 @@
 """The table of devices: every device once, found by what JAX calls it, and what is here."""
 
+import os
+
 import jax
 import pytest
 
@@ -67,3 +69,20 @@ def test_what_is_here():
     assert hardware.device_description() == f"{jax.device_count()} x cpu"
     assert hardware.peak_memory_bytes() > 10**7
     assert hardware.versions()["jax"] == jax.__version__
+
+
+@pytest.mark.parametrize("device", [None, "nvidia0", "accel0", "dxg"])
+def test_a_compiler_for_gpus_and_no_gpu(device, monkeypatch, tmp_path):
+    """JAX is told to stay on the CPU where there is no device, and only with that compiler."""
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    (tmp_path / (device or "null")).touch()
+    hardware.settle_for_cpu(tmp_path)
+    assert os.environ.get("JAX_PLATFORMS") == ("cpu" if device is None else None)
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    hardware.settle_for_cpu(tmp_path)
+    assert os.environ["JAX_PLATFORMS"] == "tpu"
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
+    hardware.settle_for_cpu(tmp_path)
+    assert "JAX_PLATFORMS" not in os.environ

@@ -27,7 +27,7 @@ TPU_ENVIRONMENT = {
 }
 """Environment in which libtpu compiles with no TPU and asks no metadata server for one."""
 
-GPU_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
+GPU_ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}
 """Environment in which XLA's GPU compiler is loaded and no GPU is looked for."""
 
 MEMORY_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
