@@ -19,7 +19,7 @@ from balora_jax.numerics import head
 from balora_jax.numerics.head_types import Rows
 from balora_jax.numerics.objective import TASK
 from balora_jax.parallel import sharding
-from balora_jax.plan import arguments, hlo
+from balora_jax.plan import arguments, gpus, hlo
 from balora_jax.tasks import flops
 from balora_jax.tasks.text.program import TextProgram, text_program
 from balora_jax.training import steps
@@ -70,25 +70,28 @@ def compile_case(
 
 
 def dump_options(mesh: Any, folder: str) -> dict[str, Any]:
-    """Options that let the TPU compiler write the text of a program to a folder."""
-    if sharding.platform_of(mesh) != "tpu":
-        return {}
-    return {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    """Options that let a compiler write the text of a program where it may not give it back."""
+    platform = sharding.platform_of(mesh)
+    if platform == "tpu" or (platform == "gpu" and gpus.is_old()):
+        return {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    return {}
 
 
-def program_text(compiled: Any, dump: Path) -> str:
-    """The text of a compiled program.
+def program_text(compiled: Any, dump: Path) -> str | None:
+    """The text of a compiled program; None where there is none.
 
     For a v5p libtpu 0.0.52 compiles programs that it cannot give back (JAX reports an error of
-    ``async-update``); what it wrote to ``dump`` on the way is the same program.
+    ``async-update``), and an old GPU compiler gives none back; what was written to ``dump`` on the
+    way is the same program.
     """
+    written = sorted(dump.glob("*jit_step*after_optimizations.txt"))
     try:
-        return compiled.as_text()
+        text = compiled.as_text()
     except jax.errors.JaxRuntimeError:
-        written = sorted(dump.glob("*jit_step*.after_optimizations.txt"))
         if not written:
             raise
-        return written[-1].read_text(encoding="utf-8")
+        text = None
+    return written[-1].read_text(encoding="utf-8") if text is None and written else text
 
 
 def compile_or_size(

@@ -6,6 +6,7 @@ capability stands here, what differs from card to card in :data:`balora_jax.hard
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 from balora_jax.hardware import Accelerator
@@ -49,15 +50,30 @@ LIMITS = {
     "block_dim_limit_x": 2**31 - 1,
     "block_dim_limit_y": 2**16 - 1,
     "block_dim_limit_z": 2**16 - 1,
+    "registers_per_core_limit": 2**16,
+    "registers_per_block_limit": 2**16,
+}
+"""The same on every card. **Source:** as :data:`CAPABILITIES`."""
+
+NEWER_LIMITS = {
     "thread_dim_limit_x": 1024,
     "thread_dim_limit_y": 1024,
     "thread_dim_limit_z": 64,
-    "registers_per_core_limit": 2**16,
-    "registers_per_block_limit": 2**16,
     "device_address_bits": 64,
     "device_vendor": "NVIDIA Corporation",
 }
-"""The same on every card. **Source:** as :data:`CAPABILITIES`."""
+"""The same on every card, unknown to an old XLA."""
+
+
+def is_old() -> bool:
+    """Whether JAX is older than 0.10, whose XLA knows fewer fields and tries tiles on a GPU."""
+    major, minor = metadata.version("jax").split(".")[:2]
+    return (int(major), int(minor)) < (0, 10)
+
+
+def flags() -> tuple[str, ...]:
+    """What ``XLA_FLAGS`` must say where there is no GPU to try tiles of products on."""
+    return ("--xla_gpu_autotune_level=0",) if is_old() else ()
 
 
 def description(accelerator: Accelerator) -> str:
@@ -83,22 +99,24 @@ def description(accelerator: Accelerator) -> str:
         "shared_memory_per_block_optin": limits.block_shared,
         "threads_per_core_limit": limits.threads,
         "cuda_compute_capability": {"major": major, "minor": minor} | special,
-        "platform_version": f"Compute Capability {major}.{minor}{'a' if special else ''}",
-        "name": gpu.title,
-        "driver_version": _dotted(DRIVER),
-        "runtime_version": _dotted(CUDA),
-        "compile_time_toolkit_version": _dotted(CUDA),
-        "dnn_version": _dotted(CUDNN),
     }
-    return _text(
-        {
-            "platform_name": "CUDA",
-            "gpu_device_info": device,
-            "dnn_version_info": _parts(CUDNN),
-            "runtime_version": _parts(CUDA),
-            "device_description_str": gpu.title,
+    found = {
+        "platform_name": "CUDA",
+        "dnn_version_info": _parts(CUDNN),
+        "device_description_str": gpu.title,
+    }
+    if not is_old():
+        whole = f"{major}.{minor}{'a' if special else ''}"
+        device |= NEWER_LIMITS | {
+            "platform_version": f"Compute Capability {whole}",
+            "name": gpu.title,
+            "driver_version": _dotted(DRIVER),
+            "runtime_version": _dotted(CUDA),
+            "compile_time_toolkit_version": _dotted(CUDA),
+            "dnn_version": _dotted(CUDNN),
         }
-    )
+        found |= {"runtime_version": _parts(CUDA)}
+    return _text(found | {"gpu_device_info": device})
 
 
 class Word(str):

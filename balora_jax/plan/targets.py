@@ -16,7 +16,7 @@ from balora_jax.hardware import (
     accelerator_of,
     gpu_of_memory,
 )
-from balora_jax.plan.gpus import description
+from balora_jax.plan import gpus
 
 TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -27,8 +27,8 @@ TPU_ENVIRONMENT = {
 }
 """Environment in which libtpu compiles with no TPU and asks no metadata server for one."""
 
-GPU_ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}
-"""Environment in which XLA's GPU compiler is loaded and no GPU is looked for."""
+GPU_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+"""Environment in which XLA's GPU compiler is loaded and no GPU nor CUDA is looked for."""
 
 MEMORY_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 """The variable with the share of a GPU's memory that JAX takes."""
@@ -116,9 +116,10 @@ class Target:
         if self.platform == "tpu" and self.accelerator is not None:
             kind = f"{self.accelerator.slice_type}-{self.chips}"
             return TPU_ENVIRONMENT | {"TPU_ACCELERATOR_TYPE": kind}
+        told = os.environ.get("XLA_FLAGS", "")
         if self.described:
-            return GPU_ENVIRONMENT
-        kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if _COUNT not in flag]
+            return GPU_ENVIRONMENT | {"XLA_FLAGS": " ".join([told, *gpus.flags()])}
+        kept = [flag for flag in told.split() if _COUNT not in flag]
         return {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": " ".join([*kept, f"{_COUNT}={self.devices}"]),
@@ -268,6 +269,6 @@ def described_devices(target: Target) -> list[Any]:
     assert target.hosts is not None
     # What NVLink connects is a slice: GPUs of one host.
     shape = f"{target.hosts}x1x{target.chips // target.hosts}"
-    card = description(target.accelerator)
+    card = gpus.description(target.accelerator)
     found = topologies.get_topology_desc(platform="cuda", target_config=card, topology=shape)
     return list(found.devices)

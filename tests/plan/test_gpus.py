@@ -42,31 +42,40 @@ def read(text):
     return fields(0)[0]
 
 
-def test_an_h100_as_its_compiler_is_told():
+@pytest.mark.parametrize("version", ["0.12.0.1", "0.7.2"])
+def test_an_h100_as_its_compiler_is_told(version, monkeypatch):
     """Against figures of a description that the compiler took, by NVIDIA's tables."""
+    monkeypatch.setattr(gpus.metadata, "version", lambda name: version)
     found = read(gpus.description(parse_target("gpu:1xH100").accelerator))
     assert found["platform_name"] == '"CUDA"'
     assert found["dnn_version_info"] == {"major": 9, "minor": 10, "patch": 0}
-    assert found["runtime_version"] == {"major": 12, "minor": 8, "patch": 0}
     device = found["gpu_device_info"]
     assert device.pop("cuda_compute_capability") == {
         "major": 9, "minor": 0, "feature_extension": "ACCELERATED_FEATURES"
     }  # fmt: skip
     assert device.pop("device_memory_size") == pytest.approx(84942979072, rel=1e-3)
     assert device.pop("memory_bandwidth") == pytest.approx(3352320000000, rel=1e-3)
-    assert device == {
+    known = {
         "threads_per_block_limit": 1024, "threads_per_warp": 32, "shared_memory_per_block": 49152,
         "shared_memory_per_core": 233472, "shared_memory_per_block_optin": 232448,
         "threads_per_core_limit": 2048, "core_count": 132, "fpus_per_core": 128,
         "block_dim_limit_x": 2147483647, "block_dim_limit_y": 65535, "block_dim_limit_z": 65535,
-        "thread_dim_limit_x": 1024, "thread_dim_limit_y": 1024, "thread_dim_limit_z": 64,
         "l2_cache_size": 52428800, "clock_rate_ghz": 1.98, "registers_per_core_limit": 65536,
-        "registers_per_block_limit": 65536, "device_vendor": '"NVIDIA Corporation"',
-        "platform_version": '"Compute Capability 9.0a"', "device_address_bits": 64,
-        "name": '"NVIDIA H100 80GB HBM3"', "driver_version": '"13.0.0"',
+        "registers_per_block_limit": 65536,
+    }  # fmt: skip
+    newer = {
+        "thread_dim_limit_x": 1024, "thread_dim_limit_y": 1024, "thread_dim_limit_z": 64,
+        "device_vendor": '"NVIDIA Corporation"', "platform_version": '"Compute Capability 9.0a"',
+        "device_address_bits": 64, "name": '"NVIDIA H100 80GB HBM3"', "driver_version": '"13.0.0"',
         "runtime_version": '"12.8.0"', "compile_time_toolkit_version": '"12.8.0"',
         "dnn_version": '"9.10.0"',
     }  # fmt: skip
+    old = version == "0.7.2"
+    assert device == (known if old else known | newer)
+    assert found.get("runtime_version") == (None if old else {"major": 12, "minor": 8, "patch": 0})
+    # An old XLA would try tiles of products on a GPU.
+    flags = parse_target("gpu:1xH100").environment["XLA_FLAGS"]
+    assert ("--xla_gpu_autotune_level=0" in flags) == old
 
 
 @pytest.mark.parametrize("card", GPUS, ids=lambda one: one.name)
