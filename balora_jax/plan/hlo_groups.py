@@ -94,7 +94,10 @@ def _as_sets(groups: np.ndarray) -> frozenset:
 
 
 def replica_groups(text: str, devices: int) -> np.ndarray:
-    """The groups of a collective, ``[groups, size]``, in any of the three ways they are written.
+    """The groups of a collective, ``[groups, size]``, in any of the ways they are written.
+
+    Raises:
+        ValueError: in another way.
 
     >>> replica_groups("replica_groups=[2,2]<=[2,2]T(1,0), x", 4).tolist()
     [[0, 2], [1, 3]]
@@ -102,23 +105,59 @@ def replica_groups(text: str, devices: int) -> np.ndarray:
     [[0, 1], [2, 3]]
     >>> replica_groups("replica_groups=mesh['a'=2,'b'=2] {'a'}, x", 4).tolist()
     [[0, 2], [1, 3]]
+    >>> replica_groups("replica_groups=mesh['a'=4], device_ids=([2,2]T(1,0)) {'a'}", 4).tolist()
+    [[0, 2, 1, 3]]
     >>> replica_groups("replica_groups={}", 2).tolist()
     [[0, 1]]
     """
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, source, order = (tuple(map(int, part.split(","))) if part else None
-                                for part in found.groups())  # fmt: skip
-        assert shape is not None
-        assert source is not None
-        return np.arange(math.prod(source)).reshape(source).transpose(order).reshape(shape)
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
-        axes = re.findall(r"'([^']+)'", found[2])
-        places = [list(sizes).index(axis) for axis in axes]
-        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-        moved = np.moveaxis(ids, places, range(-len(places), 0))
-        return moved.reshape(-1, math.prod(sizes[axis] for axis in axes))
+        return _iota(found[2], found[3]).reshape(_numbers(found[1]))
+    if found := re.search(_MESH, text):
+        ids = np.arange(devices)
+        if found[2]:
+            ids = _iota(found[2], found[3])
+        elif found[4]:
+            ids = np.array(_numbers(found[4]))
+        return _along(ids, found[1], found[5])
     if found := re.search(r"replica_groups=\{(\{[\d,{}\s]*\})\}", text):
         groups = [group.split(",") for group in re.findall(r"\{([\d,\s]+)\}", found[1])]
         return np.array(groups, dtype=int)
+    if "replica_groups=" in text and "replica_groups={}" not in text:
+        told = text[text.index("replica_groups=") :][:80]
+        raise ValueError(f"expected replica_groups as XLA writes them, got {told!r}")
     return np.arange(devices)[None]
+
+
+_MESH = (
+    r"replica_groups=mesh\[([^\]]*)\]"
+    r"(?:, ?device_ids=\((?:\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))\))?"
+    r"\s*\{([^}]*)\}"
+)
+"""A mesh with names, the devices in its order where that is not theirs, and axes of a group."""
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
+def _iota(source: str, order: str | None) -> np.ndarray:
+    """Devices by number, in a shape whose axes are then exchanged."""
+    shape = _numbers(source)
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return ids.transpose(_numbers(order) if order else None)
+
+
+def _along(ids: np.ndarray, mesh: str, taken: str) -> np.ndarray:
+    """Groups along axes of a mesh, of which one may be cut: ``'a':(pre)size``."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    parts = {name: [size] for name, size in sizes.items()}
+    wanted = []
+    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", taken):
+        wanted.append((name, bool(size)))
+        if size:
+            parts[name] = [int(before), int(size), sizes[name] // int(before) // int(size)]
+    dimensions = [(name, place) for name, cut in parts.items() for place in range(len(cut))]
+    shape = [parts[name][place] for name, place in dimensions]
+    places = [dimensions.index((name, int(cut))) for name, cut in wanted]
+    moved = np.moveaxis(ids.reshape(shape), places, range(-len(places), 0))
+    return moved.reshape(-1, math.prod(shape[place] for place in places))
