@@ -48,7 +48,7 @@ def compiler(target: Target) -> Iterator[Compile]:
     Raises:
         InputError: GPUs that are not here, and no compiler for them.
     """
-    if target.name == "auto":
+    if target.is_here:
         yield partial(_compile, target)
         return
     if target.described:
@@ -124,14 +124,13 @@ def _compile(target: Target, config: RunConfig, name: str, *, head_alone: bool) 
     from balora_jax.plan import arguments, compiled
 
     mesh = sharding.make_mesh(config.mesh, described_devices(target))
-    config = without_libraries(config, target)
     base = arguments.opened_base(config.model)
     return compiled.compile_case(config, name, base.config, mesh, head_alone=head_alone)
 
 
 def without_libraries(config: RunConfig, target: Target) -> RunConfig:
     """The config with attention that needs no cuDNN, for GPUs that are not here."""
-    if target.platform != "gpu" or target.name == "auto":
+    if target.platform != "gpu" or target.is_here:
         return config
     tree = config.model_dump(mode="json")
     tree["model"]["attention"] = "xla"

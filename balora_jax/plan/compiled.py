@@ -50,7 +50,8 @@ def compile_case(
         ``bytes_per_device`` (arguments, temporaries, output, total; None where the step does not
         fit, and ``does_not_fit`` then says what it needs), ``bytes_by_kind``, ``model_flops``,
         ``recomputed_flops``, ``flops_per_device`` (the model's, over devices), ``collectives``,
-        ``traffic`` (bytes between each device and its memory), ``compile_seconds``.
+        ``sent`` (their ``bytes``, and of these ``between_hosts``), ``traffic`` (bytes between each
+        device and its memory), ``compile_seconds``.
     """
     program = text_program(config, decoder, mesh)
     inputs = arguments.abstract_arguments(program, STEPS)
@@ -277,11 +278,12 @@ def hosts_between(mesh: Any) -> int:
 def _moved(program: TextProgram, text: str | None) -> Row:
     """What a step moves, from the text of the program."""
     if text is None:
-        return {"collectives": None, "traffic": None, "open_loops": None}
+        return {"collectives": None, "sent": None, "traffic": None, "open_loops": None}
     module = hlo.Module(text, head_chunks(program))
     found = module.collectives(dict(program.mesh.shape), hosts_between(program.mesh))
     return {
         "collectives": [vars(one) | {"axes": list(one.axes)} for one in found],
+        "sent": hlo.total(found),
         "traffic": module.traffic(),
         "open_loops": module.unknown_loops,
     }

@@ -47,6 +47,14 @@ class Collective:
     between_hosts: int
 
 
+def total(collectives: Sequence[Collective]) -> dict[str, int]:
+    """What a device sends in all: ``bytes``, and of these ``between_hosts``."""
+    return {
+        "bytes": sum(one.bytes for one in collectives),
+        "between_hosts": sum(one.between_hosts for one in collectives),
+    }
+
+
 class Module:
     """The text of a compiled module, parsed.
 

@@ -91,8 +91,8 @@ def _speed_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _speed_cells(number: int, row: Mapping[str, Any]) -> list[str]:
     devices, seconds = row["devices"], row["seconds"]
     moved = [None, None]
-    if row["collectives"] is not None:
-        moved = [row["traffic"], sum(one["bytes"] for one in row["collectives"])]
+    if row["sent"] is not None:
+        moved = [row["traffic"], row["sent"]["bytes"]]
     times = ["–"] * 5
     if seconds is not None:
         names = ("compute", "memory", "links", "bound", "apart")

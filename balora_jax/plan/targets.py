@@ -59,6 +59,16 @@ class Target:
     notes: tuple[str, ...] = ()
 
     @property
+    def is_here(self) -> bool:
+        """Whether the devices are those of this machine."""
+        return self.name == "auto"
+
+    @property
+    def stands_in(self) -> bool:
+        """Whether these are GPUs of unknown make, for which the CPU's compiler stands in."""
+        return self.platform == "gpu" and not self.described and not self.is_here
+
+    @property
     def devices(self) -> int:
         """Devices as JAX counts them."""
         return self.chips * self.cores
@@ -66,7 +76,7 @@ class Target:
     @property
     def cores(self) -> int:
         """Devices of a chip: libtpu describes a v4 as two cores."""
-        return 1 if self.accelerator is None or self.name == "auto" else self.accelerator.cores
+        return 1 if self.accelerator is None or self.is_here else self.accelerator.cores
 
     @property
     def peak(self) -> float | None:
@@ -210,9 +220,9 @@ def _unnamed(text: str, count: int, gigabytes: int) -> Target:
     speed = "unknown" if accelerator is None else f"those of {accelerator.kinds[0]}"
     names = ", ".join(one.name for one in GPUS)
     note = (
-        "memory and collectives are an estimate by the CPU's compiler, which computes bfloat16 in "
-        f"float32 and takes more; speeds are {speed}. For the GPU's own compiler name the card: "
-        f"{names}"
+        "bytes of a device and collectives are an estimate by the CPU's compiler, which computes "
+        "bfloat16 in float32 and takes more; times are of the least that must be moved; speeds are "
+        f"{speed}. For the GPU's own compiler name the card: {names}"
     )
     hosts = None if accelerator is None else -(-count // accelerator.host_chips)
     return Target(text, "gpu", count, gigabytes * 10**9, accelerator, hosts, notes=(note,))
@@ -258,7 +268,7 @@ def described_devices(target: Target) -> list[Any]:
     """The devices to compile for; in a process with the target's environment unless ``auto``."""
     import jax
 
-    if target.name == "auto" or not (target.platform == "tpu" or target.described):
+    if target.is_here or not (target.platform == "tpu" or target.described):
         return list(jax.devices())
     from jax.experimental import topologies
 

@@ -15,7 +15,10 @@ from balora_jax.parallel import sharding
 from balora_jax.plan import ahead, gpus, hlo, search
 from balora_jax.plan import run as planning
 from balora_jax.plan.targets import parse_target
-from tests.plan.test_plan import R, row_of, tree  # noqa: F401
+from tests.plan.test_plan import INWARD, OUTWARD, D, L, R, V, row_of, tree  # noqa: F401
+
+BOTH = {**INWARD, **OUTWARD}
+KERNELS, FACTORS = sum(a * b for a, b in BOTH.values()), sum(a + b for a, b in BOTH.values())
 
 HAS_COMPILER = importlib.util.find_spec("jax_cuda12_plugin") is not None
 
@@ -205,13 +208,37 @@ def test_bytes_between_two_hosts():
 
 
 def test_the_slower_of_links_and_network():
-    moved = [{"bytes": 9 * 10**9, "between_hosts": 10**9}, {"bytes": 0, "between_hosts": 10**9}]
-    assert search.link_seconds(moved, 450e9, 50e9) == pytest.approx(0.04)
-    assert search.link_seconds(moved, 450e9, 500e9) == pytest.approx(0.02)
-    assert search.link_seconds(moved, 450e9, None) == pytest.approx(0.02)
+    sent = {"bytes": 9 * 10**9, "between_hosts": 2 * 10**9}
+    assert search.link_seconds(sent, 450e9, 50e9) == pytest.approx(0.04)
+    assert search.link_seconds(sent, 450e9, 500e9) == pytest.approx(0.02)
+    assert search.link_seconds(sent, 450e9, None) == pytest.approx(0.02)
     target = dataclasses.replace(parse_target("gpu:2x2xH100"), memory=1000)
-    row = planning.judged(row_of(collectives=moved), target, 0.5)
+    row = planning.judged(row_of(sent=sent), target, 0.5)
     assert row["seconds"]["links"] == pytest.approx(0.04)
+
+
+def test_the_least_that_must_be_moved(tree):  # noqa: F811
+    """Counted by hand for what a CPU compiles in place of GPUs, and for a search over two hosts.
+
+    Eight devices hold an eighth of the weights in bfloat16 each and gather the other seven, three
+    times (the teacher, forward, backward) and once more where activations are computed anew.
+    """
+    config = parse_config(tree | {"mesh": {"data": 1, "fsdp": 8}}, "here")
+    mesh = dict.fromkeys(sharding.AXES, 1) | {"fsdp": 8}
+    row = {"traffic": 1, "mesh": mesh, "accumulation": 1, "remat": "full"}
+    weights = 2 * (2 * V * D + (2 * L + 1) * D + L * KERNELS)
+    trained = 4 * L * R * FACTORS
+    least = search.least_moved(row, config, parse_target("gpu:8x80GB"))
+    saved = L * 16 * D * 2  # one row on a device, its layers' inputs
+    assert least["traffic"] == 4 * weights + 2 * saved
+    assert least["sent"]["bytes"] == pytest.approx(4 * weights * 7 / 8 + 2 * trained * 7 / 8, abs=8)
+    assert least["sent"]["between_hosts"] == 0
+    two = search.least_moved(row, config, parse_target("gpu:2x4xA100"))
+    # What is gathered: the own eighth to one other host. Sums: a quarter, half of it there and back.
+    assert two["sent"]["bytes"] == least["sent"]["bytes"]
+    expected = 4 * weights / 8 + 2 * (trained / 4) / 2
+    assert two["sent"]["between_hosts"] == pytest.approx(expected, abs=8)
+    assert search.least_moved(row | {"traffic": None}, config, parse_target("gpu:8x80GB")) == {}
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="extra plan-gpu")
