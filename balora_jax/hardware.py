@@ -40,7 +40,8 @@ class Accelerator:
     Attributes:
         name: how ``--topology`` names it.
         kinds: how the names begin by which JAX knows it; the first is its title.
-        peak: dense bfloat16 (T4: float16) operations per second.
+        peak: dense bfloat16 operations per second; of a T4, for which XLA computes bfloat16 in
+            float32, those.
         memory: bytes of one; of a TPU those that a program may use, of a GPU all that CUDA sees.
         bandwidth: bytes per second of that memory.
         link: bytes per second that a chip sends to other chips over all its links, one direction.
@@ -111,7 +112,7 @@ GPUS = (
         gpu=Gpu((8, 6), 80, 1.71, 6 * MIB, "NVIDIA A10G", 24),
     ),
     Accelerator(
-        *("T4", ("Tesla T4",), 65e12, int(14.56 * GIB), 320e9, 16e9, 8),
+        *("T4", ("Tesla T4",), 8.1e12, int(14.56 * GIB), 320e9, 16e9, 8),
         network=1.5625e9,
         gpu=Gpu((7, 5), 40, 1.59, 4 * MIB, "Tesla T4", 16),
     ),

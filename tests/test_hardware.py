@@ -15,7 +15,7 @@ KINDS = {
     "NVIDIA A10G": ("A10G", 70e12),
     "NVIDIA H200": ("H200", 989e12),
     "NVIDIA L4": ("L4", 121e12),
-    "Tesla T4": ("T4", 65e12),
+    "Tesla T4": ("T4", 8.1e12),
     "TPU v4": ("v4", 275e12),
     "TPU v5 lite": ("v5e", 197e12),
     "TPU v5e": ("v5e", 197e12),
