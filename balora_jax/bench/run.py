@@ -48,7 +48,7 @@ def bench(
         rounds: counted steps of each case, after two that are not.
         cases: names of cases; all of them if empty.
         against_torch: run the torch reference for LoRA and BA-LoRA in turn with ours.
-        topology: compile for this TPU slice instead of measuring here.
+        topology: compile for these devices, which need not be here, instead of measuring here.
         picture: PNG of time and memory of each case.
 
     Raises:
@@ -67,7 +67,8 @@ def bench(
     figures: dict[str, Any] = {"versions": hardware.versions()}
     if topology is not None:
         target = parse_target(topology)
-        figures |= {"topology": topology, "rows": compiled_for(target, config, todo)}
+        figures |= {"topology": topology, "notes": list(target.notes)}
+        figures |= {"rows": compiled_for(target, config, todo)}
         print(report.ahead_table(figures))
         return figures
     figures |= {"machine": _machine()}

@@ -178,7 +178,14 @@ def test_table_of_steps_compiled_ahead():
         {"case": "LoRA", "bytes_per_device": size, "does_not_fit": None, **common},
         {"case": "BA-LoRA", "bytes_per_device": None, "does_not_fit": "25.9G of 15.8G", **common},
     ]
-    shown = report.ahead_table({"topology": "v5e:4x4", "versions": {"jax": "0"}, "rows": rows})
+    figures = {
+        "topology": "v5e:4x4",
+        "notes": ["so and so"],
+        "versions": {"jax": "0"},
+        "rows": rows,
+    }
+    shown = report.ahead_table(figures)
+    assert shown.splitlines()[1] == "note: so and so."
     assert shown.splitlines()[-2:] == [
         "| LoRA | 1.00 | 0.50 | 1.50 | 2.0 | 31 |",
         "| BA-LoRA | – | – | does not fit: 25.9G of 15.8G | 2.0 | 31 |",
