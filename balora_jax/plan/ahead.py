@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import metadata
 from typing import IO, Any, Protocol, runtime_checkable
@@ -60,10 +60,13 @@ def compiler(target: Target) -> Iterator[Compile]:
         command, env=environment, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
     ) as process:  # fmt: skip
+        assert process.stdin is not None
         try:
             yield partial(_ask, process, log, target)
         finally:
             process.kill()
+            with suppress(BrokenPipeError):  # what it never read
+                process.stdin.close()
 
 
 def check_gpu_compiler(topology: str) -> None:
@@ -99,18 +102,18 @@ def _ask(
     case = {"config": config.model_dump(mode="json"), "name": name, "head_alone": head_alone}
     answer = ""
     # A process that could not start has closed its end: its message is in the log.
-    if process.poll() is None:
+    with suppress(BrokenPipeError):
         process.stdin.write(json.dumps(case) + "\n")
         process.stdin.flush()
         answer = process.stdout.readline()
     if not answer:
         process.wait()
         log.seek(0)
-        last = (log.read().strip().splitlines() or ["no message"])[-1]
+        said = (log.read().strip().splitlines() or ["no message"])[-1][:400].rstrip(".")
         install = "Install the TPU compiler with pip install '.[plan]', or change"
         advice = install if target.platform == "tpu" else "Change"
         raise InputError(
-            f"--topology {target.name}: expected the step to compile, got: {last[:400]} {advice} "
+            f"--topology {target.name}: expected the step to compile, got: {said}. {advice} "
             "topology, mesh or batch."
         )
     found = json.loads(answer)

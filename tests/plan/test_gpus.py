@@ -154,7 +154,7 @@ def test_a_compiler_that_dies_says_why(tree, monkeypatch, tmp_path):  # noqa: F8
     with pytest.raises(InputError) as error:
         planning.plan(parse_config(tree, "here"), topology="gpu:2xL4")
     assert str(error.value) == (
-        "--topology gpu:2xL4: expected the step to compile, got: no such card Change topology, "
+        "--topology gpu:2xL4: expected the step to compile, got: no such card. Change topology, "
         "mesh or batch."
     )
 
