@@ -87,6 +87,7 @@ class TextBatches(Resumable):
     `loss_mask`     int32    1 where the token is a target, 0 at each segment's first token
     `segment_ids`   int32    1, 2, … for the examples in a row, 0 for padding
     `positions`     int32    from 0 in each segment, 0 for padding
+    `examples`      int32    number of the example, -1 for padding; if `numbered`
     ==============  =======  =====================================================================
 
     Every epoch takes each example once, in an order of its own; a batch may hold the end of one
@@ -105,6 +106,7 @@ class TextBatches(Resumable):
         seed: int,
         pad_id: int,
         weighted: Sequence[tuple[int, float]] = (),
+        numbered: bool = False,
     ) -> None:
         """Set up the order; nothing is read yet.
 
@@ -120,6 +122,7 @@ class TextBatches(Resumable):
             mode: ``padding`` (one example a row) or ``packing`` (as many as fit, first fit).
             seed: Of the order.
             pad_id: The token for empty places; any in the vocabulary does, as no loss sees it.
+            numbered: Say of each place whose it is.
 
         Raises:
             InputError: A number below 1, no examples, one too long, or an unknown mode.
@@ -147,6 +150,11 @@ class TextBatches(Resumable):
         source = [
             {"input_ids": e.input_ids, "loss_mask": e.loss_mask.astype(np.int32)} for e in examples
         ]
+        self._fill: dict[str, int] = {"input_ids": pad_id, "loss_mask": 0}
+        if numbered:
+            self._fill["examples"] = -1
+            for number, row in enumerate(source):
+                row["examples"] = np.full(len(row["input_ids"]), number, np.int32)
         self._size = len(source)
         self._epoch = _mixed(source, weighted, seed)
         # More bins than one epoch fills would put an example beside itself.
@@ -177,8 +185,8 @@ class TextBatches(Resumable):
             return padded.to_iter_dataset(_NO_THREADS)
         packed = grain.experimental.FirstFitPackIterDataset(
             order.to_iter_dataset(_NO_THREADS),
-            length_struct={"input_ids": self._length, "loss_mask": self._length},
-            padding_struct={"input_ids": self._pad_id, "loss_mask": 0},
+            length_struct=dict.fromkeys(self._fill, self._length),
+            padding_struct=self._fill,
             num_packing_bins=self._bins,
         )
         return packed.map(_named)
@@ -199,10 +207,10 @@ def _mixed(
 
 
 def _named(row: Batch) -> Batch:
-    """Grain's packed row under our names; both features have the same segments."""
+    """Grain's packed row under our names; all features have the same segments."""
+    own = ("input_ids", "loss_mask", "examples")
     return {
-        "input_ids": row["input_ids"],
-        "loss_mask": row["loss_mask"],
+        **{name: row[name] for name in own if name in row},
         "segment_ids": row["input_ids_segment_ids"],
         "positions": row["input_ids_positions"],
     }
@@ -227,6 +235,9 @@ def padded_row(example: Batch, length: int, pad_id: int) -> Batch:
     row["loss_mask"][:used] = example["loss_mask"]
     row["segment_ids"][:used] = 1
     row["positions"][:used] = np.arange(used)
+    if "examples" in example:
+        row["examples"] = np.full(length, -1, np.int32)
+        row["examples"][:used] = example["examples"]
     return row
 
 

@@ -1,0 +1,95 @@
+"""The consistency term on a sample of rows: on average that of all rows, with either head."""
+
+import json
+import subprocess
+import sys
+from itertools import combinations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from balora_jax.tasks.text.sample import RowSample, taken_of
+from tests.tasks.sample_program import Given, compute, hidden_of
+from tests.training import tiny_loss
+
+TAKEN = 2
+SUBSETS = [list(chosen) for chosen in combinations(range(4), TAKEN)]
+
+
+@pytest.mark.parametrize("head", ["fused", "plain"])
+def test_the_mean_over_all_samples_is_the_term_on_all_rows(head):
+    (loss, parts), gradient = compute(head, None)(None)
+    each = compute(head, Given(4, TAKEN))
+    found = [each(jnp.array([chosen])) for chosen in SUBSETS]
+    values = [float(f[0][1]["consistency"]) for f in found]
+    assert max(values) - min(values) > 0.1 * float(parts["consistency"])  # they do differ
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *found)
+    np.testing.assert_allclose(mean[0][0], loss, rtol=2e-6)
+    for name, value in parts.items():
+        np.testing.assert_allclose(mean[0][1][name], value, rtol=2e-6, err_msg=name)
+        if name not in ("consistency",):
+            assert all(f[0][1][name] == pytest.approx(float(value), rel=2e-6) for f in found), name
+    for path, value in gradient.items():
+        np.testing.assert_allclose(mean[1][path], value, rtol=2e-4, atol=2e-6, err_msg=path)
+
+
+def test_a_sample_is_worth_its_rows_over_the_count_of_all():
+    """Rows that no term counts, left out of the batch by their marks, in place of a sample."""
+    (_, whole), _ = compute("fused", None)(None)
+    batch = tiny_loss.batch(1)
+    marked = batch["loss_mask"]
+    for chosen in SUBSETS[::2]:
+        (_, parts), _ = compute("fused", Given(4, TAKEN))(jnp.array([chosen]))
+        left = np.zeros_like(marked)
+        left[:, chosen] = marked[:, chosen]
+        (_, alone), _ = compute("fused", None, loss_mask=left)(None)
+        share = counted(left) / counted(marked)
+        expected = 4 / TAKEN * share * float(alone["consistency"])
+        np.testing.assert_allclose(parts["consistency"], expected, rtol=2e-6)
+    assert float(whole["consistency"]) > 0
+
+
+def counted(marked):
+    """Positions whose next token is marked, in the same segment."""
+    rows = zip(tiny_loss.SEGMENTS, marked[0], strict=True)
+    return sum(m and s[t] == s[t + 1] for s, row in rows for t, m in enumerate(row[1:]))
+
+
+def test_what_is_drawn():
+    sample = RowSample(rows=5, taken=2, parts=3)
+    keys = jax.random.split(jax.random.key(0), 400)
+    drawn = np.asarray(jax.vmap(sample.draw)(keys))
+    assert drawn.shape == (400, 3, 2)
+    assert (np.diff(drawn, axis=2) > 0).all()
+    for part in range(3):
+        shares = np.bincount(drawn[:, part].ravel(), minlength=5) / 400
+        assert np.abs(shares - 0.4).max() < 0.09  # 3.7 standard deviations
+    assert len({tuple(row.ravel()) for row in drawn}) > 300  # devices do not draw alike
+    mask = np.asarray(sample.mask(drawn[0]))
+    assert np.flatnonzero(mask).tolist() == [5 * p + i for p in range(3) for i in drawn[0, p]]
+    assert taken_of(15, 0.4) == 6
+
+
+def test_a_mesh_of_rows_and_tokens_gives_what_one_device_does(tmp_path):
+    program = [sys.executable, "-m", "tests.tasks.sample_program", str(tmp_path / "found.json")]
+    subprocess.run(program, check=True)
+    both = json.loads((tmp_path / "found.json").read_text())
+    for case, wanted in both["wanted"].items():
+        for name, value in wanted.items():
+            assert both["found"][case][name] == pytest.approx(value, rel=2e-5, abs=2e-5), (
+                case,
+                name,
+            )
+
+
+def test_a_kept_teacher_runs_no_layers():
+    batch = tiny_loss.batch(1)
+    given = {"teacher_hidden": hidden_of(batch)}
+    (loss, _), _ = compute()(None)
+    (kept, _), _ = compute(**given)(None)
+    assert float(kept) == pytest.approx(float(loss), rel=2e-7)
+    each, once = (str(jax.make_jaxpr(compute(**more))(None)) for more in ({}, given))
+    scans = f"length={tiny_loss.LAYERS}"
+    assert each.count(scans) - once.count(scans) == 1
