@@ -186,8 +186,8 @@ def test_what_cannot_be_sampled_is_refused(place, key, value, more, phrase):
 
 
 def test_positions_that_grow_with_the_longest_row_are_refused(place):
-    scaling = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}
-    model = place.model(rope_scaling=scaling)
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    model = place.model(rope_scaling=scaling, max_position_embeddings=8)
     config = place.config(model={"name_or_path": str(model)})
     for key, value in (("teacher_cache", "true"), ("teacher_fraction", 0.5)):
         place.refused(

@@ -196,9 +196,9 @@ class TeacherRows:
     def _padded(self, examples: Sequence[Example], size: int) -> tuple[Batch, np.ndarray]:
         """Arrays [B, T] of a few examples, and which of their places count."""
         length = row_length(max(len(one.input_ids) for one in examples), self.length, self._unit)
-        nothing = Example(np.zeros(0, np.int32), np.zeros(0, np.int32))
-        given = [*examples, *[nothing] * (size - len(examples))]
-        named = [{"input_ids": one.input_ids, "loss_mask": one.loss_mask} for one in given]
+        named = [{"input_ids": one.input_ids, "loss_mask": one.loss_mask} for one in examples]
+        nothing = {name: np.zeros(0, np.int32) for name in ("input_ids", "loss_mask")}
+        named += [nothing] * (size - len(examples))
         rows = [padded_row(one, length, self.pad_id) for one in named]
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         mask = np.zeros((size, length), bool)
