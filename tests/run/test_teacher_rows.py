@@ -185,6 +185,14 @@ def test_what_cannot_be_sampled_is_refused(place, key, value, more, phrase):
     place.refused(phrase, config=config, overrides={f"regularizers.{key}": value})
 
 
+def test_a_folder_without_the_cache_is_refused(place):
+    place.refused(
+        f"{FOLDER}: expected regularizers.teacher_cache true beside it, got it off: nothing is "
+        "kept there. Set it to true, or leave the folder out.",
+        overrides={FOLDER: place.folder / "shared"},
+    )
+
+
 def test_positions_that_grow_with_the_longest_row_are_refused(place):
     scaling = {"rope_type": "dynamic", "factor": 2.0}
     model = place.model(rope_scaling=scaling, max_position_embeddings=8)

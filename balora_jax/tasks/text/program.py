@@ -215,6 +215,11 @@ def check_teacher(
         decoder: the model's shape.
         longest: tokens of the longest row.
     """
+    if config.teacher_cache_folder is not None and config.teacher_cache is not True:
+        raise InputError(
+            "regularizers.teacher_cache_folder: expected regularizers.teacher_cache true beside "
+            "it, got it off: nothing is kept there. Set it to true, or leave the folder out."
+        )
     if not objective.needs_teacher:
         return
     asked = {"teacher_cache": config.teacher_cache is True}

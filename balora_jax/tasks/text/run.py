@@ -100,9 +100,9 @@ class TextRun(TextProgram):
 
     def _teacher_folder(self, folder: Path, shared: Path | None = None) -> tuple[str, Path, bool]:
         """What names the folder of the teacher's rows, the folder, and whether runs share it."""
-        key, named = "regularizers.teacher_cache_folder", self.config.regularizers
-        if named.teacher_cache_folder is not None:
-            return key, named_folder(named.teacher_cache_folder, key), True
+        key, config = "regularizers.teacher_cache_folder", self.config
+        if (name := config.regularizers.teacher_cache_folder) is not None:
+            return key, named_folder(name, key), True
         return "--workdir", shared or folder, shared is not None
 
     def teacher(
