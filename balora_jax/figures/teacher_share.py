@@ -110,13 +110,13 @@ def noise(
 
     run = text_run.check(load_config(file, list(changes)))
     trained, given, constants = _trained(run, steps, batches)
-    whole = [_gradients(run, 1.0, trained, batch, constants, 1)[0] for batch in given]
+    on_all = _gradients(run, 1.0, trained, constants)
+    whole = [on_all(batch, 1)[0] for batch in given]
     table = {"between batches": _deviation(whole, None)}
     for share in SHARES:
-        each = [
-            _deviation(_gradients(run, share, trained, batch, constants, draws), one)
-            for batch, one in zip(given, whole, strict=True)
-        ]
+        on_some = _gradients(run, share, trained, constants)
+        pairs = zip(given, whole, strict=True)
+        each = [_deviation(on_some(batch, draws), one) for batch, one in pairs]
         table[f"a share of {share}"] = (
             statistics.fmean(term for term, _ in each),
             statistics.fmean(loss for _, loss in each),
@@ -145,9 +145,9 @@ def _trained(run: Any, steps: int, batches: int) -> tuple[Any, list[Any], Any]:
 
 
 def _gradients(
-    run: Any, share: float, trained: Any, batch: Any, constants: Any, draws: int
-) -> list[tuple[Any, Any]]:
-    """The gradient of the consistency term and of the whole loss, for each draw; float64, flat."""
+    run: Any, share: float, trained: Any, constants: Any
+) -> Callable[[Any, int], list[tuple[Any, Any]]]:
+    """``(batch, draws)`` -> gradients of consistency and of the whole loss, float64 and flat."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -156,29 +156,28 @@ def _gradients(
     from balora_jax.numerics.terms import TERMS
     from balora_jax.tasks.text.sample import RowSample, taken_of
 
-    parts, rows = run.step_parts(1), batch["input_ids"].shape[1]
-    sample = RowSample(rows, taken_of(rows, share)) if share < 1.0 else None
-    loss = _replaced(parts.loss, sample)
-    emphases = (
-        {name: jnp.float32(name == "consistency") for name in (TASK, *TERMS)},
-        dict.fromkeys((TASK, *TERMS), jnp.float32(1)),
-    )
+    training, parts = run.config.training, run.step_parts(1)
+    rows = training.batch_size // training.accumulation
+    loss = _replaced(parts.loss, RowSample(rows, taken_of(rows, share)) if share < 1.0 else None)
+    alone = {name: jnp.float32(name == "consistency") for name in (TASK, *TERMS)}
+    together = dict.fromkeys((TASK, *TERMS), jnp.float32(1))
 
     @jax.jit
-    def gradient(key: Any, emphasis: Any) -> Any:
+    def gradient(batch: Any, key: Any, emphasis: Any) -> Any:
         micro = jax.tree.map(lambda x: x[0], batch)
         counts, weights = parts.counts(batch), parts.weights(jnp.int32(0))
         rest = (constants, micro, counts, weights, key, emphasis)
         found = jax.grad(loss, has_aux=True)(trained, *rest)[0]
         return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(found)])
 
-    keys = jax.random.split(jax.random.key(0), draws)
+    def flat(batch: Any, key: Any, emphasis: Any) -> Any:
+        return np.asarray(gradient(batch, key, emphasis), np.float64)
 
-    def both(key: Any) -> tuple[Any, Any]:
-        term, whole = (np.asarray(gradient(key, emphasis), np.float64) for emphasis in emphases)
-        return term, whole
+    def drawn(batch: Any, draws: int) -> list[tuple[Any, Any]]:
+        keys = jax.random.split(jax.random.key(0), draws)
+        return [(flat(batch, key, alone), flat(batch, key, together)) for key in keys]
 
-    return [both(key) for key in keys]
+    return drawn
 
 
 def _replaced(loss: Any, sample: Any) -> Any:
