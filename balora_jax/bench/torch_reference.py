@@ -1,7 +1,7 @@
 """The same training step in torch, as a user of transformers and peft would write it.
 
-Two full models (the student with PEFT adapters, the frozen teacher), all logits of both, and the
-three terms of the paper on the rows that count. Not imported by the package: ``balora bench
+Two full models (the student with PEFT adapters, the frozen teacher), all logits of both on the
+rows that count, and the three terms of the paper. Not imported by the package: ``balora bench
 --against torch`` runs this file in a process of its own (torch comes with the extra ``test``),
 gives it a folder with weights, batch and adapter factors, and asks for one step at a time.
 
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 IGNORED = -100
+# Settings of what some models do to their logits.
+AFTER_THE_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 def main(arguments: list[str]) -> int:
@@ -103,7 +105,8 @@ class Trainer:
         segments = torch.tensor(batch["segment_ids"], device=self.device)
         if segments.max() > 1:  # a padding mask cannot keep packed examples apart
             raise ValueError("rows with several segments; switch packing off")
-        self.attention_mask = (segments > 0).long()
+        padded = bool((segments == 0).any())  # without a mask torch's causal kernel is quicker
+        self.attention_mask = (segments > 0).long() if padded else None
         labels = torch.where(torch.tensor(batch["loss_mask"], device=self.device) > 0,
                              self.ids, IGNORED)[:, 1:]  # fmt: skip
         self.counted = (labels != IGNORED) & (segments[:, 1:] == segments[:, :-1])
@@ -190,9 +193,17 @@ class Trainer:
         return loss, parts
 
     def rows(self, model: Any) -> Any:
-        """Float32 logits [M, V] of the rows that count."""
-        logits = model(input_ids=self.ids, attention_mask=self.attention_mask).logits
-        return logits[:, :-1][self.counted].float()
+        """Float32 logits [M, V] of the rows that count.
+
+        The head sees these rows alone, where it is nothing but a product: choosing among the rows
+        of all logits copies them, forward and backward.
+        """
+        given = {"input_ids": self.ids, "attention_mask": self.attention_mask}
+        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if any(getattr(causal.config, name, None) for name in AFTER_THE_HEAD):
+            return model(**given).logits[:, :-1][self.counted].float()
+        hidden = getattr(causal, causal.base_model_prefix)(**given).last_hidden_state
+        return causal.get_output_embeddings()(hidden[:, :-1][self.counted]).float()
 
     def synchronize(self) -> None:
         """Wait for the device, so that the clock means something."""
