@@ -63,7 +63,7 @@ def torch_trainer(
         write_model(model, base, weights)
     factors: dict[str, Any] = factors_of(program, loaded)
     np.savez(folder / "factors.npz", **factors)
-    rows: dict[str, Any] = {k: v.reshape(-1, v.shape[-1]) for k, v in weights.batch.items()}
+    rows: dict[str, Any] = {k: v.reshape(-1, v.shape[-1]) for k, v in weights.padded.items()}
     np.savez(folder / "batch.npz", **rows)
     spec = folder / "spec.json"
     spec.write_text(json.dumps(spec_of(program, model, folder, threads)), encoding="utf-8")
@@ -103,10 +103,10 @@ def spec_of(program: TextProgram, model: Path, folder: Path, threads: int) -> di
             "--against torch: expected one rank for all layers and plain AdamW, got other "
             "settings. Remove rank_pattern, alpha_pattern, optimizer and lora_plus_ratio."
         )
-    if config.data.packing:
+    if config.data.packing == "rows":
         raise InputError(
-            "--against torch: expected one example a row, got data.packing, which a padding mask "
-            "cannot express. Switch packing off."
+            "--against torch: expected data.packing batch or none, got rows: a step takes more "
+            "examples than a padding mask can express. Change it."
         )
     rank, alpha = ranks.pop()
     return {

@@ -30,7 +30,7 @@ class LabelsCase:
     @property
     def model_flops(self) -> float:
         """Operations that a step cannot do without."""
-        return self.run.step_flops(math.prod(self.shape[:2]))
+        return self.run.step_flops(self.shape, math.prod(self.shape[:2]))
 
 
 def compiled_case(config: RunConfig, case: Case) -> LabelsCase:

@@ -32,11 +32,13 @@ class Weights:
         frozen: by path.
         random: whether they were drawn, for want of a checkpoint with weights.
         batch: host arrays [micro-batches, B, T].
+        padded: the same examples, one in a row.
     """
 
     frozen: Arrays
     random: bool
     batch: dict[str, np.ndarray]
+    padded: dict[str, np.ndarray]
 
 
 def weights_of(config: RunConfig) -> tuple[Base, Weights]:
@@ -45,14 +47,15 @@ def weights_of(config: RunConfig) -> tuple[Base, Weights]:
     if base is None:
         setup = text_run.check(config)
         loaded = setup.base.load_for(setup.plain, setup.mesh)
-        return setup.base, Weights(loaded, False, next(setup.batches()))
+        batch = next(setup.batches())
+        padded = batch if config.data.packing == "rows" else next(setup.batches(mode="padding"))
+        return setup.base, Weights(loaded, False, batch, padded)
     program = text_program(config, base.config)
     length = config.data.max_length
     sharding.round_up_length(length, length, program.mesh)
     frozen = random_arrays(program.plain.frozen, program)
-    return base, Weights(
-        frozen, True, random_batch(config.training, length, base.config.vocab_size)
-    )
+    batch = random_batch(config.training, length, base.config.vocab_size)
+    return base, Weights(frozen, True, batch, batch)
 
 
 def random_arrays(shapes: dict[str, jax.ShapeDtypeStruct], program: TextProgram) -> Arrays:

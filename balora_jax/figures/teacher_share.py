@@ -81,7 +81,7 @@ def _step(config: Any, case: Any, base: Any, weights: Any) -> Callable[[], Any]:
     from balora_jax.bench.cases import configured
     from balora_jax.bench.measure import text_step
     from balora_jax.bench.weights import loaded_for
-    from balora_jax.tasks.text.loss import HIDDEN, tokens_of
+    from balora_jax.tasks.text.loss import HIDDEN, READ
     from balora_jax.tasks.text.program import text_program
 
     program = text_program(configured(config, case), base.config)
@@ -90,7 +90,7 @@ def _step(config: Any, case: Any, base: Any, weights: Any) -> Callable[[], Any]:
         forward = jax.jit(lambda frozen, *tokens: program.plain.bind(frozen).hidden(*tokens))
         with jax.set_mesh(program.mesh):
             each = [
-                forward(loaded.frozen, *(tokens[i] for tokens in tokens_of(batch)))
+                forward(loaded.frozen, *(batch[name][i] for name in READ))
                 for i in range(len(batch["input_ids"]))
             ]
         batch[HIDDEN] = np.stack([np.asarray(hidden) for hidden in each])
@@ -154,11 +154,10 @@ def _gradients(
 
     from balora_jax.numerics.objective import TASK
     from balora_jax.numerics.terms import TERMS
-    from balora_jax.tasks.text.sample import RowSample, taken_of
+    from balora_jax.tasks.text.sample import Share
 
-    training, parts = run.config.training, run.step_parts(1)
-    rows = training.batch_size // training.accumulation
-    loss = _replaced(parts.loss, RowSample(rows, taken_of(rows, share)) if share < 1.0 else None)
+    parts = run.step_parts(1)
+    loss = _replaced(parts.loss, Share(share) if share < 1.0 else None)
     alone = {name: jnp.float32(name == "consistency") for name in (TASK, *TERMS)}
     together = dict.fromkeys((TASK, *TERMS), jnp.float32(1))
 
@@ -180,10 +179,10 @@ def _gradients(
     return drawn
 
 
-def _replaced(loss: Any, sample: Any) -> Any:
+def _replaced(loss: Any, share: Any) -> Any:
     import dataclasses
 
-    return dataclasses.replace(loss, sample=sample, drops=False)
+    return dataclasses.replace(loss, share=share, drops=False)
 
 
 def _deviation(found: Sequence[tuple[Any, Any]], centre: Any) -> tuple[float, float]:

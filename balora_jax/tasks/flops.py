@@ -32,7 +32,8 @@ def model_flops(program: TextProgram, shape: Sequence[int], counted: float) -> f
         forward = 2.0 * linear * tokens + attention
         if program.taught_by_start:
             forward += adapter_flops(program, forward=True) * tokens
-        share = 1.0 if program.sample is None else 1.0 / program.sample.factor
+        sample = None if program.share is None else program.share.of(shape[1])
+        share = 1.0 if sample is None else 1.0 / sample.factor
         flops += share * (2.0 * head + (0.0 if program.keeps_teacher else forward))
     return flops
 

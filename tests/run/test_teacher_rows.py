@@ -95,7 +95,7 @@ def test_a_run_of_another_seed_and_weight_uses_the_file(both, tmp_path, monkeypa
 @pytest.mark.parametrize("case", ["base, packed, bfloat16", "start, official"])
 def test_batches_bring_what_the_teacher_says(inputs, tmp_path, case):
     more = {
-        "base, packed, bfloat16": {"data": {"packing": True}, "model": {"dtype": "bfloat16"}},
+        "base, packed, bfloat16": {"data": {"packing": "rows"}, "model": {"dtype": "bfloat16"}},
         "start, official": {"teacher": "start", "mask_alignment": "official"},
     }[case]
     if "start" in case:
@@ -107,7 +107,7 @@ def test_batches_bring_what_the_teacher_says(inputs, tmp_path, case):
     for _ in range(2):
         batch = next(batches)
         found = run.prepare(batch, kept)
-        assert set(found) == set(batch) - {"examples"} | {"teacher_hidden"}
+        assert set(found) == set(batch) - {"example_ids"} | {"teacher_hidden"}
         for i in range(2):
             arrays = (batch[name][i] for name in ("input_ids", "positions", "segment_ids"))
             wanted = np.asarray(forward(*map(jnp.asarray, arrays)))

@@ -23,7 +23,7 @@ from balora_jax.config import MeshConfig
 from balora_jax.numerics.objective import weights
 from balora_jax.parallel import sharding
 from balora_jax.tasks.text.loss import HIDDEN, HeadPlan, tokens_of
-from balora_jax.tasks.text.sample import RowSample
+from balora_jax.tasks.text.sample import RowSample, Share
 from balora_jax.training import steps
 from tests.training import tiny_loss
 
@@ -41,10 +41,20 @@ class Given(RowSample):
         return jnp.asarray(self.table)[jax.random.key_data(key)[-1]]
 
 
+@dataclass(frozen=True)
+class Of(Share):
+    """The share that is one sample."""
+
+    sample: RowSample | None = None
+
+    def of(self, rows):
+        return self.sample
+
+
 def compute(head="fused", sample=None, mesh=None, on=ON, **batch):
     """``number of a key -> (loss, parts), gradient`` of the four rows, jitted."""
     tiny = tiny_loss.Tiny(head=head, **on)
-    loss = replace(tiny.parts.loss, sample=sample, drops=False)
+    loss = replace(tiny.parts.loss, share=Of(0.5, sample=sample), drops=False)
     whole = tiny_loss.batch(1) | batch
     if mesh is not None:
         flatten, across = sharding.flatten_tokens(mesh), sharding.across_devices(mesh)

@@ -16,7 +16,7 @@ from balora_jax.numerics.arithmetic import ratio
 from balora_jax.numerics.head_pass import Adapt, Scales
 from balora_jax.numerics.head_types import ONE_DEVICE, HeadAxes, HeadSums, Rows
 from balora_jax.numerics.objective import Objective
-from balora_jax.tasks.text.sample import RowSample
+from balora_jax.tasks.text.sample import RowSample, Share
 
 Arrays = dict[str, Array]
 Batch = dict[str, Array]
@@ -107,9 +107,13 @@ def counts_of(batch: Batch, mask_alignment: str) -> Counts:
     return Counts(jnp.sum(task_mask), jnp.sum(term_mask), batch["input_ids"].shape[0])
 
 
-def tokens_of(batch: Batch) -> tuple[Array, Array, Array]:
+READ = ("input_ids", "positions", "segment_ids")
+"""Keys of what a model reads of a batch."""
+
+
+def tokens_of(batch: Batch) -> tuple[Array, ...]:
     """What a model reads of a micro-batch."""
-    return batch["input_ids"], batch["positions"], batch["segment_ids"]
+    return tuple(batch[name] for name in READ)
 
 
 def merged(x: Array) -> Array:
@@ -150,7 +154,7 @@ class TextLoss:
         objective: weights, temperatures and schedules.
         head: how the pass over the logits runs.
         trains_head: the table that scores the vocabulary trains; the teacher keeps its own.
-        sample: rows of the terms that read the teacher; None for all of them.
+        share: of the rows, on which terms that read the teacher are computed; None for all.
         drops: a key is for dropout as well, not for the sample alone.
     """
 
@@ -159,7 +163,7 @@ class TextLoss:
     objective: Objective
     head: HeadPlan
     trains_head: bool = False
-    sample: RowSample | None = None
+    share: Share | None = None
     drops: bool = True
 
     def __call__(
@@ -179,7 +183,8 @@ class TextLoss:
         place in the loss, for gradients of single terms.
         """
         targets = targets_of(batch, self.objective.mask_alignment, self.head.flatten)
-        teacher, taught = self._teacher(constants, batch, key)
+        sample = None if self.share is None else self.share.of(batch["input_ids"].shape[0])
+        teacher, taught = self._teacher(constants, batch, sample, key)
         # After the teacher, so that nothing of the student waits in memory meanwhile.
         student = self._student(adapters, constants, batch, key)
         rows = Rows(student, teacher, *targets, taught)
@@ -197,18 +202,18 @@ class TextLoss:
         def adapt(scales: Scales, mean_entropy: dict[str, Scalar]) -> Scales:
             return scales | scaled(confident(mean_entropy)) if mean_entropy else scales
 
-        scales = self._of_all(scaled(weights))
+        scales = self._of_all(scaled(weights), sample)
         loss, sums = self._head_loss(rows, module, constants, scales, emphasis, adapt)
-        sums = sums._replace(terms=self._of_all(sums.terms))
+        sums = sums._replace(terms=self._of_all(sums.terms, sample))
         means = {name: ratio(e, sums.term_count) for name, e in sums.teacher_entropy.items()}
         found = {k: v / counts.micro_batches for k, v in confident(means).items()}
         return loss, objective.parts(self.objective, sums, **divisors) | objective.columns_of(found)
 
-    def _of_all(self, values: Scales) -> Scales:
+    def _of_all(self, values: Scales, sample: RowSample | None) -> Scales:
         """Sums or scales by name, of terms that read a sample for all rows that it stands for."""
-        if self.sample is None:
+        if sample is None:
             return values
-        terms, factor = self.objective.term_set.terms, self.sample.factor
+        terms, factor = self.objective.term_set.terms, sample.factor
         sampled = [term.name for term in terms if term.needs_teacher]
         return values | {name: values[name] * factor for name in sampled}
 
@@ -220,21 +225,25 @@ class TextLoss:
         return self.head.flatten(module.hidden(*tokens_of(batch), key if self.drops else None))
 
     def _teacher(
-        self, constants: Constants, batch: Batch, key: PRNGKeyArray | None
+        self,
+        constants: Constants,
+        batch: Batch,
+        sample: RowSample | None,
+        key: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "N D"] | None, Bool[Array, "N"] | None]:
         """Those of the teacher, if a term reads them, and the rows that have them, None for all."""
         if not self.objective.needs_teacher:
             return None, None
-        if self.sample is None:
+        if sample is None:
             return self.head.flatten(self._taught(constants, batch, tokens_of(batch))), None
-        assert key is not None  # a step with a sample wants one
-        drawn = self.sample.draw(key)
-        mask = self.sample.mask(drawn)[:, None]
+        assert key is not None  # a step with a share wants one
+        drawn = sample.draw(key)
+        mask = sample.mask(drawn)[:, None]
         taught = self.head.flatten(jnp.broadcast_to(mask, batch["input_ids"].shape))
-        arrays = tuple(self.sample.take(array, drawn) for array in tokens_of(batch))
+        arrays = tuple(sample.take(array, drawn) for array in tokens_of(batch))
         hidden = self._taught(constants, batch, arrays)
         if HIDDEN not in batch:
-            hidden = self.sample.put_back(hidden, drawn)
+            hidden = sample.put_back(hidden, drawn)
         return self.head.flatten(hidden), taught
 
     def _taught(

@@ -21,7 +21,7 @@ from balora_jax.parallel import hosts, sharding
 from balora_jax.parallel.axes import EXPERTS, TOKENS, VOCABULARY
 from balora_jax.tasks import assemble, teacher
 from balora_jax.tasks.text.loss import Constants, HeadPlan, TextLoss, counts_of
-from balora_jax.tasks.text.sample import RowSample, taken_of
+from balora_jax.tasks.text.sample import Share
 from balora_jax.training.adapters import Adapters, adapters_of, check_base
 from balora_jax.training.run import Loaded
 from balora_jax.training.steps import StepParts
@@ -80,14 +80,12 @@ class TextProgram:
         return self.objective.needs_teacher and self.config.regularizers.teacher_cache is True
 
     @property
-    def sample(self) -> RowSample | None:
-        """The rows of a micro-batch that the teacher is asked about; None for all."""
-        training, parts = self.config.training, sharding.row_parts(self.mesh)
-        rows = training.batch_size // training.accumulation // parts
-        taken = taken_of(rows, self.config.regularizers.teacher_fraction)
-        if taken == rows or not self.objective.needs_teacher:
+    def share(self) -> Share | None:
+        """Of the rows that the teacher is asked about; None for all of them."""
+        fraction = self.config.regularizers.teacher_fraction
+        if fraction == 1.0 or not self.objective.needs_teacher:
             return None
-        return RowSample(rows, taken, parts, sharding.across_rows(self.mesh))
+        return Share(fraction, sharding.row_parts(self.mesh), sharding.across_rows(self.mesh))
 
     @property
     def needs_factor(self) -> bool:
@@ -115,12 +113,12 @@ class TextProgram:
     def step_parts(self, total_steps: int) -> StepParts:
         """The pure functions of a training step."""
         trains_head = self.adapters.trains_head(self.decoder)
-        drops, sample = self.config.adapter.dropout > 0.0, self.sample
+        drops, share = self.config.adapter.dropout > 0.0, self.share
         loss = TextLoss(
-            self.student, self.taught, self.objective, self.head_plan, trains_head, sample, drops
+            self.student, self.taught, self.objective, self.head_plan, trains_head, share, drops
         )
         counts = partial(counts_of, mask_alignment=self.objective.mask_alignment)
-        training, draws = self.config.training, drops or sample is not None
+        training, draws = self.config.training, drops or share is not None
         return assemble.parts_of(training, self.objective, loss, counts, total_steps, dropout=draws)
 
     def constants(self, loaded: Loaded) -> Constants:

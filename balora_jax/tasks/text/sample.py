@@ -63,10 +63,25 @@ class RowSample:
         return self.across(lambda own, at: own[at[0]])(values, jnp.maximum(place, 0))
 
 
-def taken_of(rows: int, fraction: float) -> int:
-    """Rows that a share of some rows is, rounded up.
+@dataclass(frozen=True)
+class Share:
+    """``regularizers.teacher_fraction`` on the devices of a mesh.
 
-    >>> taken_of(8, 0.25), taken_of(4, 0.3), taken_of(1, 0.1), taken_of(10, 0.3), taken_of(3, 1.0)
-    (2, 2, 1, 3, 3)
+    Attributes:
+        fraction: below 1.
+        parts, across: of :class:`RowSample`.
     """
-    return min(rows, math.ceil(rows * fraction - 1e-9))
+
+    fraction: float
+    parts: int = 1
+    across: Callable[[Callable[..., Any]], Callable[..., Any]] = alone
+
+    def of(self, rows: int) -> RowSample | None:
+        """The sample of micro-batches of so many rows; None where none of them is left out.
+
+        >>> [Share(0.25).of(rows).taken for rows in (8, 5, 2)], Share(0.25).of(1)
+        ([2, 2, 1], None)
+        """
+        own = rows // self.parts
+        taken = min(own, math.ceil(own * self.fraction - 1e-9))
+        return None if taken == own else RowSample(own, taken, self.parts, self.across)

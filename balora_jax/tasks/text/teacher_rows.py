@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from balora_jax.array_types import Array
-from balora_jax.data.batches import padded_row
 from balora_jax.data.examples import Example
+from balora_jax.data.layout import Shape, laid_out
 from balora_jax.errors import InputError
 from balora_jax.io import lock, seals
 from balora_jax.io.folders import drafts_of
@@ -24,14 +24,11 @@ from balora_jax.numerics.objective import MaskAlignment
 from balora_jax.parallel import hosts, sharding
 from balora_jax.parallel.axes import TOKENS
 from balora_jax.progress import progress_bar
-from balora_jax.tasks.text.loss import HIDDEN
+from balora_jax.tasks.text.loss import HIDDEN, READ
 from balora_jax.tasks.text.program import TextProgram
 from balora_jax.training.workdir import TEACHER_ROWS
 
 Batch = dict[str, np.ndarray]
-
-EXAMPLES = "examples"
-"""Key of a batch of which places are known to be whose: number of an example, -1 for none."""
 
 SHOW_PROGRESS_ABOVE = 500
 _PARTS = 4  # lengths that rows are padded to: a quarter of the longest, a half, ...
@@ -99,8 +96,8 @@ class Kept:
 
     def added(self, batch: Batch) -> Batch:
         """A batch [micro-batches, B, T] with the hidden states of its counted positions."""
-        rest = {name: value for name, value in batch.items() if name != EXAMPLES}
-        row = self.places.rows_of(batch[EXAMPLES], batch["positions"])
+        rest = {name: value for name, value in batch.items() if name != "example_ids"}
+        row = self.places.rows_of(batch["example_ids"], batch["positions"])
         hidden = np.zeros((*row.shape, self.rows.shape[1]), self.rows.dtype)
         hidden[row >= 0] = self.rows[row[row >= 0]]
         return rest | {HIDDEN: hidden}
@@ -188,24 +185,20 @@ class TeacherRows:
             for start in range(0, total, size):
                 some = [self.examples[i] for i in places.order[start : start + size]]
                 batch, mask = self._padded(some, size)
-                names = ("input_ids", "positions", "segment_ids")
-                arrays = [hosts.place(batch[name], layout) for name in names]
+                arrays = [hosts.place(array, layout) for array in (batch[name] for name in READ)]
                 yield hosts.gathered(forward(tuple(parts), *arrays))[mask]
                 bar.update(len(some))
 
-    def _padded(self, examples: Sequence[Example], size: int) -> tuple[Batch, np.ndarray]:
+    def _padded(self, examples: Sequence[Example], rows: int) -> tuple[Batch, np.ndarray]:
         """Arrays [B, T] of a few examples, and which of their places count."""
-        length = row_length(max(len(one.input_ids) for one in examples), self.length, self._unit)
-        named = [{"input_ids": one.input_ids, "loss_mask": one.loss_mask} for one in examples]
-        nothing = {name: np.zeros(0, np.int32) for name in ("input_ids", "loss_mask")}
-        named += [nothing] * (size - len(examples))
-        rows = [padded_row(one, length, self.pad_id) for one in named]
-        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        mask = np.zeros((size, length), bool)
-        for i, one in enumerate(examples):
+        longest = max(len(one.input_ids) for one in examples)
+        shape = Shape(rows, row_length(longest, self.length, self._unit))
+        numbers = [[number] for number in range(len(examples))]
+        mask = np.zeros(shape, bool)
+        for row, one in zip(mask, examples, strict=False):
             alignment = self.program.objective.mask_alignment
-            mask[i, : len(one.loss_mask)] = counted(one.loss_mask, alignment)
-        return batch, mask
+            row[: len(one.loss_mask)] = counted(one.loss_mask, alignment)
+        return laid_out(examples, numbers, shape, self.pad_id, numbered=False), mask
 
     @property
     def _unit(self) -> int:
