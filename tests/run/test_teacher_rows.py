@@ -80,12 +80,17 @@ def answers(folder):
         return [json.loads(line)["answer"].removeprefix("#") for line in lines]
 
 
-def test_a_run_of_another_seed_and_weight_uses_the_file(both, tmp_path, monkeypatch):
+def test_a_run_of_another_seed_and_weight_uses_the_file(
+    both, inputs, tmp_path, monkeypatch, capsys
+):
     folder, _, _, file = both
     monkeypatch.setattr(teacher_rows.TeacherRows, "blocks", None)  # no forward of the teacher
+    weighed, constants = opened(inputs, consistency=0.1, teacher_cache_folder=str(file.parent))
+    weighed.teacher(constants, tmp_path)
+    assert f"teacher: {file} serves" in capsys.readouterr().out
     config = str(folder / "config.yaml")
     other = {"regularizers.teacher_cache": "true", FOLDER: file.parent, "training.seed": 7,
-             "regularizers.consistency": 0.1, "training.max_steps": 1}  # fmt: skip
+             "training.stop_at": 1}  # fmt: skip
     outcome = train(config, tmp_path / "run", **other)
     assert f"teacher: {file} serves" in outcome.out
     assert [path.name for path in file.parent.iterdir()] == [file.name]
