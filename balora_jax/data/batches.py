@@ -4,6 +4,7 @@ The order, the packing over a whole epoch and the position are grain's: a shuffl
 of the seed and the epoch, repeated for ever, and a state of a few integers.
 """
 
+import functools
 import hashlib
 import itertools
 import math
@@ -41,12 +42,12 @@ _NO_THREADS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 class Resumable:
     """An iterator of batches whose position is a few plain values.
 
-    A subclass sets `_iterator`, grain's, and `_identity`: what must be the same for a saved
+    A subclass has `_iterator`, grain's, and `_identity`: what must be the same for a saved
     position to mean the same batches.
     """
 
     _iterator: Any
-    _identity: dict[str, Any]
+    _identity: Any
 
     def get_state(self) -> dict[str, Any]:
         """The position after the last batch given out, as plain JSON values."""
@@ -158,8 +159,7 @@ class TextBatches(Resumable):
         self._examples, self._accumulation = examples, accumulation
         self._count = batch_size * accumulation
         self._mode, self._pad_id, self._numbered = mode, pad_id, numbered
-        self._identity = {
-            "examples": _digest(examples),
+        self._settings = {
             "batch_size": batch_size,
             "accumulation": accumulation,
             "length": length,
@@ -167,7 +167,7 @@ class TextBatches(Resumable):
             "seed": seed,
         }
         if weighted:
-            self._identity["weighted"] = [list(part) for part in weighted]
+            self._settings["weighted"] = [list(part) for part in weighted]
         self._epoch = _mixed(len(examples), weighted, seed)
         padded = Shape(batch_size, length)
         self.shapes: tuple[Shape, ...] = (padded,)
@@ -181,6 +181,11 @@ class TextBatches(Resumable):
         self._bins = min(_MOST_BINS, max(1, tokens // length))
         forever = self._taken(self._epoch if weighted else self._epoch.repeat(None))
         self._iterator = iter(forever.batch(self._count))
+
+    @functools.cached_property
+    def _identity(self) -> dict[str, Any]:
+        """With a digest of all examples, which takes its time."""
+        return {"examples": _digest(self._examples), **self._settings}
 
     def __iter__(self) -> Iterator[Batch]:
         return self

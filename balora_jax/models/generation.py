@@ -1,5 +1,6 @@
 """Batched decoding with a key/value cache: greedy or sampled, with stop tokens."""
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -96,15 +97,16 @@ def decode(
     input_ids: Int[Array, "B T"],
     mask: Int[Array, "B T"],
     sampling: Sampling,
-    row_keys: Key[Array, "B"],
+    key: Key[Array, "..."],
 ) -> Int[Array, "B M"]:
     """Continuations of ``max_new_tokens`` columns; -1 from a row's stop token on.
 
     ``mask`` is 1 on prompt tokens; padding may stand left or right. Rows without any token end at
-    once. Each row draws with its own key.
+    once. Each row draws with a key of its own: those given [B], or from one key by its place.
     """
     rows, width = input_ids.shape
     limit = sampling.max_new_tokens
+    row_keys = key if key.ndim else each_row(key, jnp.arange(rows))
     stops = jnp.asarray(sampling.stop_ids, jnp.int32)
 
     def choose(hidden: Array, done: Array, column: Array) -> tuple[Array, Array]:
@@ -137,19 +139,24 @@ def decode(
 
 
 def make_decoder(bind: Callable[..., Cached], sampling: Sampling) -> Callable[..., Array]:
-    """``decode`` over ``(parts, input_ids, mask, row_keys)``, jitted; ``bind(*parts)`` decodes."""
+    """``decode`` jitted over ``(parts, input_ids, mask, key)`` with ``bind(*parts)`` the module."""
 
-    def run(parts, input_ids, mask, row_keys):
-        return decode(bind(*parts), input_ids, mask, sampling, row_keys)
+    def run(parts, input_ids, mask, key):
+        return decode(bind(*parts), input_ids, mask, sampling, key)
 
     return jax.jit(run)
 
 
-@jax.jit
-def keys_of(key: PRNGKeyArray, places: Int[Array, "B 2"]) -> Key[Array, "B"]:
-    """A key for each row, from the number of its batch and its own in the batch."""
-    fold = jax.vmap(jax.random.fold_in)
-    return fold(jax.vmap(jax.random.fold_in, (None, 0))(key, places[:, 0]), places[:, 1])
+def each_row(key: PRNGKeyArray, rows: Int[Array, "B"]) -> Key[Array, "B"]:
+    """A key for each row by its number."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def keys_of(key: PRNGKeyArray, places: Int[Array, "B"], size: int) -> Key[Array, "B"]:
+    """A key for each row by its place among all, which stand in batches of ``size``."""
+    row = places % size
+    return jax.vmap(jax.random.fold_in)(each_row(key, places - row), row)
 
 
 def pad_prompts(
@@ -196,7 +203,7 @@ def generate(
         ids, mask = pad_prompts(batch, rows=batch_size, width=width, pad_id=sampling.pad_id)
         of = np.zeros(batch_size, np.int32)
         of[: len(places)] = places
-        keys = keys_of(key, np.stack([of - of % batch_size, of % batch_size], axis=-1))
+        keys = keys_of(key, jnp.asarray(of), batch_size)
         tokens = hosts.gathered(decoder(parts, ids, mask, keys))
         for place, row in zip(places, tokens.tolist(), strict=False):
             outputs[place] = until_stop(row)

@@ -74,7 +74,9 @@ def few_lengths(
     >>> few_lengths([30, 9, 10, 11], 30, multiple=8, most=2, gain=0.1)
     [16, 30]
     """
-    lengths = sorted({min(-(-need // multiple) * multiple, longest) for need in needs} | {longest})
+    lengths = sorted(
+        {min(max(1, -(-need // multiple)) * multiple, longest) for need in needs} | {longest}
+    )
     sizes = np.array(lengths)
     fits = sizes[:, None] >= np.array(needs)[None, :]
     fits[-1] = True

@@ -80,54 +80,64 @@ def batches_of(run, padded):
     return batches
 
 
-def trained(run, loaded, batches, count):
-    """Metrics of each step, adapters after them, and the shapes of the batches."""
-    with jax.set_mesh(run.mesh):
-        parts = run.step_parts(count)
-        constants = run.constants(loaded)
-        adapters = jax.tree.map(jnp.copy, loaded.trainable)
-        state = steps.initial_state(adapters, parts.optimizer, run.mesh)
-        step = steps.compile_step(parts, state, run.mesh)
-        rows, shapes = [], []
-        for _ in range(count):
-            batch = next(batches)
-            shapes.append(batch["input_ids"].shape)
-            batch.pop("row", None)
-            placed = steps.place_batch(batch, run.mesh)
-            state, values = step(state, constants, placed, jax.random.key(0))
-            rows.append({name: float(value) for name, value in values.items()})
-        return rows, jax.device_get(state.adapters), shapes
+def paired(run, count, padded, packed):
+    """Steps on both batches, each from the state that the padded step before it left.
+
+    Yields the metrics of both, the largest difference of their updates as a share of the largest
+    number of each array's update, and the shapes of both batches.
+    """
+    loaded, parts = run.load(), run.step_parts(count)
+    constants = run.constants(loaded)
+    state = steps.initial_state(loaded.trainable, parts.optimizer, run.mesh)
+    step = steps.compile_step(parts, state, run.mesh)
+
+    def after(state, batch):
+        batch.pop("row", None)
+        placed = steps.place_batch(batch, run.mesh)
+        state, values = step(jax.tree.map(jnp.copy, state), constants, placed, jax.random.key(0))
+        return state, {name: float(value) for name, value in values.items()}
+
+    for _ in range(count):
+        batches = next(padded), next(packed)
+        before = jax.device_get(state.adapters)
+        found = [after(state, batch) for batch in batches]
+        state = found[0][0]
+        one, other = (jax.device_get(held.adapters) for held, _ in found)
+        parted = max(
+            float(np.abs(one[path] - other[path]).max() / np.abs(one[path] - value).max())
+            for path, value in before.items()
+        )
+        yield found[0][1], found[1][1], parted, [batch["input_ids"].shape for batch in batches]
 
 
-def compared(case, count):
-    """The largest differences of a case; updates as a share of each array's largest."""
+def compared(case, count, *, shapes=None):
+    """The largest differences of a case over its steps; values as a share of themselves.
+
+    With ``shapes`` only so many of the run's, the largest, so that less is compiled.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        config = config_of(Path(folder), case, count)
-        run = TASKS[config.task].check(config)
-        loaded = run.load()
-        start = jax.device_get(loaded.trainable)
-        padded, packed = (
-            trained(run, loaded, batches_of(run, one), count) for one in (True, False)
-        )
-    names = [name for name in padded[0][0] if name != "spectral_residual"]
-    values = {
-        name: max(
-            abs(a[name] - b[name]) / max(abs(a[name]), 1e-2)
-            for a, b in zip(padded[0], packed[0], strict=True)
-        )
-        for name in names
-    }
-    updates = {
-        path: float(np.abs(padded[1][path] - packed[1][path]).max() / np.abs(value - start[path]).max())
-        for path, value in padded[1].items()
-    }  # fmt: skip
+        run = checked(Path(folder), case, count)
+        ours = batches_of(run, padded=False)
+        ours.shapes = ours.shapes[-(shapes or 0) :]
+        with jax.set_mesh(run.mesh):
+            found = list(paired(run, count, batches_of(run, padded=True), ours))
+    names = [name for name in found[0][0] if name != "spectral_residual"]
     return {
-        "values": values,
-        "updates": max(updates.values()),
-        "terms": {name: min(abs(row[name]) for row in packed[0][1:]) for name in TERMS},
-        "places": [sum(map(np.prod, one[2])).item() for one in (padded, packed)],
-        "shapes": len(set(packed[2])),
+        "values": {
+            name: max(abs(a[name] - b[name]) / max(abs(a[name]), 1e-2) for a, b, _, _ in found)
+            for name in names
+        },
+        "updates": max(parted for _, _, parted, _ in found),
+        "terms": {name: min(abs(b[name]) for _, b, _, _ in found[1:]) for name in TERMS},
+        "places": [sum(int(np.prod(one[3][i])) for one in found) for i in (0, 1)],
+        "shapes": len({one[3][1] for one in found}),
     }
+
+
+def checked(folder, case, count):
+    """The run of a case, ready for its weights."""
+    config = config_of(folder, case, count)
+    return TASKS[config.task].check(config)
 
 
 def main(count, *cases):
