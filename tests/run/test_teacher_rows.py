@@ -1,6 +1,9 @@
-"""Runs on text whose teacher is computed once: the same losses, one file, who may use it."""
+"""Runs on text whose teacher is computed once: the same losses, one file, who may use it.
 
-import json
+``BALORA_SAMPLES=all`` stops runs and goes on with them.
+"""
+
+import os
 import shutil
 
 import jax
@@ -12,6 +15,7 @@ from safetensors import safe_open
 from balora_jax.config_file import parse_config
 from balora_jax.tasks.text import run as text_run
 from balora_jax.tasks.text import teacher_rows
+from balora_jax.training import steps as training_steps
 from balora_jax.training.workdir import TEACHER_ROWS
 from tests.run.conftest import invoke, settings
 from tests.run.test_teacher import text_adapter
@@ -19,6 +23,8 @@ from tests.tiny_run import FEW, WIDTH, adapter_bytes, config_tree, metrics_of, w
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
+ALL = os.environ.get("BALORA_SAMPLES") == "all"
+COUNTED = 95  # characters of the answers, and the end of each
 FOLDER = "regularizers.teacher_cache_folder"
 SECTIONS = {
     "adapter": FEW,
@@ -44,57 +50,59 @@ def opened(inputs, **regularizers):
     return run, run.constants(run.load())
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory, inputs):
-    """A run that computes its teacher in each step; one that does once, stopped and gone on with."""
-    folder = tmp_path_factory.mktemp("rows")
-    config = write_config(folder / "config.yaml", inputs, **SECTIONS)
-    train(config, folder / "each")
-    once = {"regularizers.teacher_cache": "true", FOLDER: folder / "shared"}
-    first = train(config, folder / "once", **once, **{"training.stop_at": 2})
-    (file,) = (folder / "shared").iterdir()
-    written = file.stat().st_mtime_ns
-    later = train(config, folder / "once", "--resume", **once)
-    assert file.stat().st_mtime_ns == written
-    return folder, first, later, file
+def steps_of(run, constants, kept, count=5):
+    """Metrics of the first steps of a run."""
+    parts = run.step_parts(count)
+    state = training_steps.initial_state(run.load().trainable, parts.optimizer, run.mesh)
+    step = training_steps.compile_step(parts, state, run.mesh)
+    batches, key, found = run.batches(), jax.random.key(run.config.training.seed), []
+    for _ in range(count):
+        batch = training_steps.place_batch(run.prepare(next(batches), kept), run.mesh)
+        state, values = step(state, constants, batch, key)
+        found.append({name: float(value) for name, value in values.items()})
+    return found
 
 
-def test_the_losses_are_those_of_a_teacher_in_each_step(both):
-    folder, first, later, file = both
-    found, wanted = metrics_of(folder / "once"), metrics_of(folder / "each")
-    assert [row["step"] for row in found] == [1, 2, 3, 4, 5]  # of three steps in an epoch
+def test_the_losses_are_those_of_a_teacher_in_each_step(inputs, tmp_path, capsys, monkeypatch):
+    each = opened(inputs, teacher_cache=None)
+    assert each[0].teacher(each[1], tmp_path) is None
+    wanted = steps_of(*each, None)
     assert wanted[-1]["consistency"] > 1e-2
-    for a, b in zip(found, wanted, strict=True):
+    shared = str(tmp_path / "shared")
+    run, constants = opened(inputs, teacher_cache_folder=shared)
+    kept = run.teacher(constants, tmp_path / "run")
+    (file,) = (tmp_path / "shared").iterdir()
+    assert capsys.readouterr().out == f"teacher: wrote {file} (6.3 kB)\n"
+    assert any(line.endswith(f"{COUNTED} positions x {WIDTH} x 4 bytes = 6.1 kB")
+               for line in run.describe())  # fmt: skip
+    # Three steps are an epoch.
+    for a, b in zip(steps_of(run, constants, kept), wanted, strict=True):
         for name in ("loss", "task_loss", "consistency"):
-            assert abs(a[name] - b[name]) <= 2e-7 * max(1, abs(b[name])), (a["step"], name)
-    rows = sum(len(f"#{answer}") for answer in answers(folder))
-    assert f"kept on disk are {rows + 24} positions x {WIDTH} x 4 bytes" in first.out
-    assert f"teacher: wrote {file}" in first.out
-    assert f"teacher: {file} serves" in later.out
-
-
-def answers(folder):
-    config = (folder / "config.yaml").read_text()
-    file = config.split("train: ")[1].splitlines()[0]
-    with open(file) as lines:
-        return [json.loads(line)["answer"].removeprefix("#") for line in lines]
-
-
-def test_a_run_of_another_seed_and_weight_uses_the_file(
-    both, inputs, tmp_path, monkeypatch, capsys
-):
-    folder, _, _, file = both
+            assert abs(a[name] - b[name]) <= 2e-7 * max(1, abs(b[name])), name
     monkeypatch.setattr(teacher_rows.TeacherRows, "blocks", None)  # no forward of the teacher
-    weighed, constants = opened(inputs, consistency=0.1, teacher_cache_folder=str(file.parent))
-    weighed.teacher(constants, tmp_path)
+    tree = config_tree(inputs, **SECTIONS)
+    tree["training"]["seed"], tree["regularizers"]["consistency"] = 7, 0.1
+    tree["regularizers"] |= {"teacher_cache": True, "teacher_cache_folder": shared}
+    other = text_run.check(parse_config(tree, "here"))
+    other.teacher(other.constants(other.load()), tmp_path / "run")
     assert f"teacher: {file} serves" in capsys.readouterr().out
-    config = str(folder / "config.yaml")
-    other = {"regularizers.teacher_cache": "true", FOLDER: file.parent, "training.seed": 7,
-             "training.stop_at": 1}  # fmt: skip
-    outcome = train(config, tmp_path / "run", **other)
-    assert f"teacher: {file} serves" in outcome.out
-    assert [path.name for path in file.parent.iterdir()] == [file.name]
-    assert adapter_bytes(tmp_path / "run") != adapter_bytes(folder / "once")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not ALL, reason="four runs: BALORA_SAMPLES=all")
+@pytest.mark.parametrize("more", [{"teacher_cache": True}, {"teacher_fraction": 0.5}])
+def test_two_halves_are_the_whole(inputs, tmp_path, more):
+    sections = {**SECTIONS, "regularizers": {**SECTIONS["regularizers"], **more}}
+    config = write_config(tmp_path / "config.yaml", inputs, **sections)
+    train(config, tmp_path / "straight")
+    train(config, tmp_path / "half", **{"training.stop_at": 2})
+    files = list((tmp_path / "half").glob(TEACHER_ROWS))
+    written = [file.stat().st_mtime_ns for file in files]
+    assert len(files) == ("teacher_cache" in more)
+    train(config, tmp_path / "half", "--resume")
+    assert [file.stat().st_mtime_ns for file in files] == written
+    assert metrics_of(tmp_path / "half") == metrics_of(tmp_path / "straight")
+    assert adapter_bytes(tmp_path / "half") == adapter_bytes(tmp_path / "straight")
 
 
 @pytest.mark.parametrize("case", ["base, packed, bfloat16", "start, official"])
@@ -147,7 +155,7 @@ def test_what_is_damaged_or_of_another_is_written_anew(inputs, tmp_path, capsys)
         (lambda: file.write_bytes(flipped), "it is damaged"),
         (lambda: file.write_bytes(b"x" * len(whole)), "of another teacher or other data"),
         (lambda: other.teacher(others, tmp_path), "of another teacher or other data"),
-        (file.unlink, "it is not there"),
+        (file.unlink, f"teacher: wrote {file} ("),
     ):
         damage()
         capsys.readouterr()

@@ -31,6 +31,7 @@ from balora_jax.training.workdir import TEACHER_ROWS
 Batch = dict[str, np.ndarray]
 
 SHOW_PROGRESS_ABOVE = 500
+_NOTHING = "it is not there"
 _PARTS = 4  # lengths that rows are padded to: a quarter of the longest, a half, ...
 
 
@@ -252,7 +253,7 @@ def check_room(program: TextProgram, examples: Sequence[Example], folder: Path, 
     if free < matrix.file_bytes:
         raise InputError(
             f"regularizers.teacher_cache: expected room for {said_size(matrix)} on the disk of "
-            f"{folder}, got {free / 1e9:,.1f} GB. Make room, name another folder in "
+            f"{folder}, got {in_words(free)}. Make room, name another folder in "
             "regularizers.teacher_cache_folder, or leave it out."
         )
 
@@ -270,9 +271,20 @@ def said_size(matrix: Matrix) -> str:
     >>> said_size(Matrix("", 1000, 512, "bfloat16"))
     '1,000 positions x 512 x 2 bytes = 1.0 MB'
     """
-    item, size = matrix.item.itemsize, matrix.data_bytes
-    large = f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
-    return f"{matrix.rows:,} positions x {matrix.width:,} x {item} bytes = {large}"
+    size = in_words(matrix.data_bytes)
+    return f"{matrix.rows:,} positions x {matrix.width:,} x {matrix.item.itemsize} bytes = {size}"
+
+
+def in_words(size: int) -> str:
+    """Bytes for people.
+
+    >>> in_words(2_500_000_000), in_words(700)
+    ('2.5 GB', '0.7 kB')
+    """
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if size >= factor:
+            return f"{size / factor:,.1f} {unit}"
+    return f"{size / 1e3:,.1f} kB"
 
 
 def _fault(matrix: Matrix, file: Path) -> str | None:
@@ -286,7 +298,7 @@ def _fault(matrix: Matrix, file: Path) -> str | None:
             f"{file}: expected what is kept of a teacher, or nothing, got a link or no file. Move "
             "it elsewhere."
         )
-    return "it is not there"
+    return _NOTHING
 
 
 def _check_seen(file: Path, matrix: Matrix) -> None:
@@ -304,5 +316,7 @@ def _say_waiting(file: Path) -> None:
 def _say(file: Path, matrix: Matrix, fault: str | None) -> None:
     if fault is None:
         hosts.say(f"teacher: {file} serves, no forward pass of the teacher is left")
-    else:
-        hosts.say(f"teacher: wrote {file} ({matrix.file_bytes / 1e6:,.1f} MB): {fault} before")
+        return
+    size = in_words(matrix.file_bytes)
+    again = "" if fault == _NOTHING else f", in place of one that does not serve: {fault}"
+    hosts.say(f"teacher: wrote {file} ({size}){again}")
