@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from balora_jax.config_file import parse_config
 from balora_jax.data.labels import LabelsBatches
@@ -26,6 +27,7 @@ from balora_jax.tasks.registry import TASKS
 from balora_jax.training import steps
 from tests import same_inputs, tiny_labels_run, tiny_run
 
+BETA = 0.9
 TERMS = ("task_loss", "consistency", "diversity", "spectral")
 ADAPTIVE = {"regularizers": {"consistency_schedule": "adaptive"}}
 WHOLE = {"mesh": {"data": 1}}
@@ -83,8 +85,8 @@ def batches_of(run, padded):
 def paired(run, count, padded, packed):
     """Steps on both batches, each from the state that the padded step before it left.
 
-    Yields the metrics of both, the largest difference of their updates as a share of the largest
-    number of each array's update, and the shapes of both batches.
+    Yields the metrics of both, the largest difference of their gradients (that Adam's first moments
+    tell) as a share of the largest number of each array's, and the shapes of both batches.
     """
     loaded, parts = run.load(), run.step_parts(count)
     constants = run.constants(loaded)
@@ -99,15 +101,20 @@ def paired(run, count, padded, packed):
 
     for _ in range(count):
         batches = next(padded), next(packed)
-        before = jax.device_get(state.adapters)
+        before = moments(state)
         found = [after(state, batch) for batch in batches]
         state = found[0][0]
-        one, other = (jax.device_get(held.adapters) for held, _ in found)
+        one, other = (moments(held) for held, _ in found)
         parted = max(
-            float(np.abs(one[path] - other[path]).max() / np.abs(one[path] - value).max())
+            float(np.abs(one[path] - other[path]).max() / np.abs(one[path] - BETA * value).max())
             for path, value in before.items()
         )
         yield found[0][1], found[1][1], parted, [batch["input_ids"].shape for batch in batches]
+
+
+def moments(state):
+    """Adam's first moments by path: BETA of those before, and 1 - BETA of the gradient."""
+    return jax.device_get(optax.tree_utils.tree_get(state.opt_state, "mu"))
 
 
 def compared(case, count, *, shapes=None):
@@ -127,7 +134,7 @@ def compared(case, count, *, shapes=None):
             name: max(abs(a[name] - b[name]) / max(abs(a[name]), 1e-2) for a, b, _, _ in found)
             for name in names
         },
-        "updates": max(parted for _, _, parted, _ in found),
+        "gradients": max(parted for _, _, parted, _ in found),
         "terms": {name: min(abs(b[name]) for _, b, _, _ in found[1:]) for name in TERMS},
         "places": [sum(int(np.prod(one[3][i])) for one in found) for i in (0, 1)],
         "shapes": len({one[3][1] for one in found}),

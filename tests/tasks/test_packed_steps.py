@@ -15,12 +15,12 @@ from tests import compiler
 from tests.tasks.packed_steps import CASES, compared
 
 MANY = os.environ.get("BALORA_PACKED_STEPS")
-QUICK = ("text", "labels")
+QUICK = ("text",)
 
 
 def check(found, share=0.9):
     assert max(found["values"].values()) < 1e-5, found
-    assert found["updates"] < 1e-4, found
+    assert found["gradients"] < 1e-5, found
     assert min(found["terms"].values()) > 1e-5  # each is at work
     padded, packed = found["places"]
     assert packed < share * padded

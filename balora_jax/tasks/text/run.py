@@ -212,7 +212,7 @@ def check(config: RunConfig) -> TextRun:
         tokenizer=opened.tokenizer,
         data=data,
         exam=opened.exam,
-        length=_row_length(config.data, data, opened.base, opened.program.mesh),
+        length=row_length(config.data, data, opened.base, opened.program.mesh),
     )
     hosts.warn(*_of_the_share(run))
     return run
@@ -243,7 +243,8 @@ def _of_the_share(run: TextRun) -> list[str]:
     ]
 
 
-def _row_length(config: DataConfig, data: TrainingData, base: Base, mesh: Mesh) -> int:
+def row_length(config: DataConfig, data: TrainingData, base: Base, mesh: Mesh) -> int:
+    """Tokens of a row that holds one example, or with ``packing: rows`` as many as fit."""
     length = config.max_length if config.packing == "rows" else None
     length = length or common_length(data.examples, config.max_length)
     longest = max(len(example.input_ids) for example in data.examples)
