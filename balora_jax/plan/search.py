@@ -307,7 +307,8 @@ class Estimate:
     @property
     def _passes(self) -> int:
         """Times that a micro-batch needs the weights: teacher, forward, backward."""
-        return 2 + self.program.objective.needs_teacher
+        program = self.program
+        return 2 + (program.objective.needs_teacher and not program.keeps_teacher)
 
     @property
     def traffic(self) -> float:
