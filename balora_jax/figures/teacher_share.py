@@ -45,7 +45,7 @@ def times(file: str, changes: Sequence[str], rounds: int) -> dict[str, tuple[flo
     from balora_jax.config_file import load_config
 
     config = load_config(file, list(changes))
-    base, weights = weights_of(config)
+    base, weights = weights_of(config, full=True)
     terms, half, fourth = published(), {FRACTION: 0.5}, {FRACTION: 0.25}
     cases = (
         Case("LoRA", "lora", ()),
@@ -85,7 +85,7 @@ def _step(config: Any, case: Any, base: Any, weights: Any) -> Callable[[], Any]:
     from balora_jax.tasks.text.program import text_program
 
     program = text_program(configured(config, case), base.config)
-    loaded, batch = loaded_for(program, weights), dict(weights.batch)
+    loaded, batch = loaded_for(program, weights), dict(weights.batches[0])
     if program.keeps_teacher:
         forward = jax.jit(lambda frozen, *tokens: program.plain.bind(frozen).hidden(*tokens))
         with jax.set_mesh(program.mesh):
@@ -94,7 +94,7 @@ def _step(config: Any, case: Any, base: Any, weights: Any) -> Callable[[], Any]:
                 for i in range(len(batch["input_ids"]))
             ]
         batch[HIDDEN] = np.stack([np.asarray(hidden) for hidden in each])
-    return text_step(program, loaded, batch)
+    return text_step(program, loaded, [batch])
 
 
 def noise(
