@@ -11,7 +11,7 @@ from balora_jax import finetune
 from balora_jax.data import chat
 from tests.run.conftest import invoke
 from tests.tiny_run import (
-    FEW,
+    PLAIN,
     adapter_bytes,
     checkpoint_steps,
     metrics_of,
@@ -67,7 +67,7 @@ def test_sets_with_weights_and_rows_left_out(tmp_path, inputs):
          "prompt_column": "p", "response_column": "r"},
     ]  # fmt: skip
     data = {"train": train, "bad_rows": "skip"}
-    config = write_config(tmp_path / "c.yaml", inputs, adapter=FEW, data=data)
+    config = write_config(tmp_path / "c.yaml", inputs, **PLAIN, data=data)
     out = run(config, tmp_path / "whole")
     assert "29 examples of 30 rows (1 that cannot be read, " in out
     assert f"set {inputs / 'other.jsonl'}: 5 examples of 6 rows" in out
@@ -124,7 +124,7 @@ def dated(tmp_path, inputs):
         "max_length": 32,
     }  # fmt: skip
     evaluation = {"task": "exact_match", "marker": "#"}
-    return write_config(tmp_path / "c.yaml", inputs, adapter=FEW, data=data, eval=evaluation)
+    return write_config(tmp_path / "c.yaml", inputs, **PLAIN, data=data, eval=evaluation)
 
 
 def clock(monkeypatch, year, month, day):

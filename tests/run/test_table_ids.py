@@ -12,7 +12,7 @@ from balora_jax.pretrained.load import PretrainedModel
 from tests.run.conftest import invoke
 from tests.tiny_run import (
     EOS,
-    FEW,
+    PLAIN,
     POSITIONS,
     UNKNOWN,
     VOCAB_SIZE,
@@ -49,7 +49,7 @@ def test_padding_is_any_row_of_the_table(tmp_path, text, number):
         inputs = write_inputs(tmp_path / name)
         if padding is not None:
             assert with_padding(inputs / "model", padding) == number
-        config = write_config(tmp_path / f"{name}.yaml", inputs, adapter=FEW, eval=SCORED)
+        config = write_config(tmp_path / f"{name}.yaml", inputs, **PLAIN, eval=SCORED)
         outcome = invoke("train", config, "--workdir", tmp_path / name / "run")
         assert outcome.code == 0, outcome.err
         summary = json.loads((tmp_path / name / "run" / "summary.json").read_text())
@@ -82,7 +82,7 @@ def test_a_question_beyond_the_model(tmp_path, verb, question, answer_tokens, ph
     rows[1]["question"] = question
     write_rows(inputs / "validation.jsonl", rows)
     evaluation = {**SCORED, "max_new_tokens": answer_tokens}
-    config = write_config(tmp_path / "config.yaml", inputs, adapter=FEW, eval=evaluation)
+    config = write_config(tmp_path / "config.yaml", inputs, **PLAIN, eval=evaluation)
     where = ["--workdir", tmp_path / "run"] if verb == "train" else []
     code, _, err = invoke(verb, config, *where)
     assert (code, err.count("\n")) == (2, 1), err

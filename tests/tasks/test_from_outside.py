@@ -9,7 +9,7 @@ from balora_jax.cli import main
 from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 from balora_jax.finetune import fit
-from tests.tiny_run import config_tree, write_inputs
+from tests.tiny_run import PLAIN, config_tree, write_inputs
 
 OWN = '''
 """A benchmark that counts even answers, and a tracker that writes lines of its own."""
@@ -60,6 +60,7 @@ def test_both_from_a_file_of_ones_own(tmp_path, capsys):
     (tmp_path / "own.py").write_text(OWN.replace("{tag}", "a"))
     tree = config_tree(
         inputs,
+        **PLAIN,
         training={"trackers": ["lines_a"], "log_every": 1, "checkpoint_every": 2},
         eval={"task": "length_a", "limit": 3},
     )
