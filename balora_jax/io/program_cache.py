@@ -114,7 +114,8 @@ def kept(setting: str) -> Iterator[None]:
     Raises:
         InputError: a text that names no folder of this system's.
     """
-    folder = None if jax.config.values.get("jax_compilation_cache_dir") else _opened(setting)
+    named = _named(setting)  # refused even where JAX has a folder already
+    folder = None if jax.config.values.get("jax_compilation_cache_dir") else _opened(named)
     if folder is None:
         yield
         return
@@ -147,9 +148,8 @@ def _settings(changes: dict[str, object]) -> Iterator[None]:
             jax.config.update(name, value)
 
 
-def _opened(setting: str) -> Path | None:
+def _opened(named: Path | None) -> Path | None:
     """The folder of this kind of machine; None for no cache."""
-    named = _named(setting)
     folder = None if named is None else named / machine()
     if folder is None or jax.process_count() == 1:
         return folder
