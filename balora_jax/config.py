@@ -200,6 +200,10 @@ class TrainingConfig(Section):
             Perfetto open; None for none.
         trackers: names of what gets every row of the log besides ``metrics.jsonl``; your own come
             from a file in ``extensions``.
+        compilation_cache: where compiled programs are kept for the next run, evaluation or
+            generation: ``auto``, the folder that ``BALORA_COMPILATION_CACHE`` names or else
+            ``~/.cache/balora_jax/compiled``; a folder, which several hosts must share; ``none``.
+            ``JAX_COMPILATION_CACHE_DIR``, where it is set, comes before all of them.
     """
 
     max_steps: Positive | None = None
@@ -229,6 +233,7 @@ class TrainingConfig(Section):
     keep_checkpoints: Positive = 2
     profile_steps: tuple[Positive, Positive] | None = None
     trackers: tuple[str, ...] = ()
+    compilation_cache: Annotated[str, Field(min_length=1)] = "auto"
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainingConfig":

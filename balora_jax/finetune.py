@@ -16,6 +16,7 @@ from balora_jax.data.template_files import read_template
 from balora_jax.io import drawing, metrics
 from balora_jax.io.beside import CARD, CHAT_TEMPLATE, OF_A_TOKENIZER, SETTINGS, found_beside
 from balora_jax.io.folders import write_atomically
+from balora_jax.io.program_cache import kept
 from balora_jax.parallel import hosts
 from balora_jax.paths import named_folder
 from balora_jax.pretrained import export
@@ -57,7 +58,8 @@ def fit(
             failed.
     """
     folder, began = named_folder(workdir, "--workdir"), time.monotonic()
-    with taken() as signals, failures(folder, signals):
+    keep = config.training.compilation_cache
+    with taken() as signals, failures(folder, signals), kept(keep):
         signals.several = jax.process_count() > 1
         with reading():
             hosts.by_first(functools.partial(check_workdir, folder, resume=resume))

@@ -47,6 +47,7 @@ FREE_KEYS = (
     "training.max_skipped",
     "training.profile_steps",
     "training.trackers",
+    "training.compilation_cache",
     "training.log_every",
     "training.log_gradient_share_every",
     "training.checkpoint_every",

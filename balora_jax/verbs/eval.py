@@ -17,9 +17,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(config: "RunConfig", options: argparse.Namespace) -> None:
     """Score the validation rows."""
+    from balora_jax.io.program_cache import kept
     from balora_jax.tasks.registry import TASKS
 
-    report(TASKS[config.task].evaluate(config, adapter=options.adapter), options.json)
+    with kept(config.training.compilation_cache):
+        found = TASKS[config.task].evaluate(config, adapter=options.adapter)
+    report(found, options.json)
 
 
 VERB = Verb("eval", "score a base model or an adapter", add_options, run)

@@ -20,12 +20,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(config: "RunConfig", options: argparse.Namespace) -> None:
     """Continue each prompt."""
+    from balora_jax.io.program_cache import kept
     from balora_jax.tasks.registry import TASKS
 
     generate = TASKS[config.task].generate
     if generate is None:
         raise InputError(f"generate: expected task text, got {config.task}. Use balora eval.")
-    texts = generate(config, options.prompt, adapter=options.adapter, raw=options.raw)
+    with kept(config.training.compilation_cache):
+        texts = generate(config, options.prompt, adapter=options.adapter, raw=options.raw)
     pairs = list(zip(options.prompt, texts, strict=True))
     for prompt, text in pairs:
         print(f"> {prompt}\n{text}")
