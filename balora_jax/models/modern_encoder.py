@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from balora_jax.array_types import Array, Bool, Float, Int, PRNGKeyArray
+from balora_jax.models.attention import Tables
 from balora_jax.models.decoder import Embedding, checkpointed, linear_keys
 from balora_jax.models.disentangled import attend_by_scores, products, split_heads
 from balora_jax.models.encoder import ENCODER_ACTIVATIONS, Classifier, HeadLinear
@@ -16,7 +17,6 @@ from balora_jax.models.layers import (
     OUT_OF_INNER,
     LayerNorm,
     MakeLinear,
-    Tables,
     stacked_linear,
 )
 from balora_jax.models.options import Options, Remat
