@@ -8,7 +8,7 @@ Source: Dao et al. 2022 (FlashAttention), Algorithms 1 and 4.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ def attend_by_blocks(
         segments=jnp.pad(reach.segments, ((0, 0), (0, more))),
     )
     q, k, v = (_blocks(jnp.pad(x, _end(more)), groups, form.block) for x in (q, k, v))
-    out = _attend(q, k, v, reach, form)
+    out = cast("Array", _attend(q, k, v, reach, form))
     return _rows(out, form.block)[:, :tokens]
 
 

@@ -159,8 +159,8 @@ class Decoder(nnx.Module):
         Positions rise with the column within a segment. States of padding mean nothing.
         """
         blocks = by_blocks(input_ids.shape[1], self.kernel)
-        mask = functools.partial(reach, positions, segments) if blocks else None
-        tables = self._tables(positions, segments, positions, segments, mask)
+        reach_of = functools.partial(reach, positions, segments) if blocks else None
+        tables = self._tables(positions, segments, positions, segments, reach_of)
         x, _ = self._run_layers(self._embed(input_ids, positions), tables, dropout_key)
         return self.norm(x)
 
@@ -236,13 +236,12 @@ class Decoder(nnx.Module):
         segments: Int[Array, "B T"],
         key_positions: Int[Array, "B S"],
         key_segments: Int[Array, "B S"],
-        mask: Callable[[int | None], Reach] | None = None,
+        reach_of: Callable[[int | None], Reach] | None = None,
     ) -> list[Tables]:
-        """What attention reads, for every kind of layer; ``mask`` of a window if not the array."""
+        """What attention reads, for every kind of layer; by ``reach_of`` a window where given."""
         config = self.config
-        mask = mask or functools.partial(
-            attention_mask, positions, segments, key_positions, key_segments
-        )
+        plain = functools.partial(attention_mask, positions, segments, key_positions, key_segments)
+        mask: Callable[[int | None], Array | Reach] = reach_of or plain
 
         def tables(slides: bool, turns: bool) -> Tables:
             rope = (config.local_rope or config.rope) if slides else config.rope

@@ -5,6 +5,7 @@ from flax import nnx
 
 from balora_jax.array_types import Array, Float, Int
 from balora_jax.models.attention import Tables, attend
+from balora_jax.models.blockwise import Reach
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.layers import (
     ACTIVATIONS,
@@ -36,7 +37,7 @@ class Gpt2Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        mask: Array,
+        mask: Array | Reach,
         keys: dict[str, Array | None],
         cached: KeyValues | None,
         column: Int[Array, ""] | int,

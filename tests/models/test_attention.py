@@ -67,13 +67,12 @@ def test_blocks_equal_attention_by_hand(block, window, cap):
     places = packed((5, 14, 11), (30, 7), tokens=37)
     q, k, v, pull = inputs(2, 37)
     real = (places[1] > 0)[..., None, None]
-    reach = attention.reach(*map(jnp.asarray, places), window)
+    reach = attention.reach(jnp.asarray(places[0]), jnp.asarray(places[1]), window)
 
     @jax.jit
     def both(q, k, v, pull):
-        out, back = jax.vjp(
-            lambda *x: attend_by_blocks(*x, reach, Form(SCALE, cap, block)), q, k, v
-        )
+        form = Form(SCALE, cap, block)
+        out, back = jax.vjp(lambda q, k, v: attend_by_blocks(q, k, v, reach, form), q, k, v)
         return out, *back(pull)
 
     got = both(q, k, v, pull * real)
@@ -86,7 +85,8 @@ def test_blocks_equal_attention_by_hand(block, window, cap):
 def test_blocks_of_padding_alone_give_numbers():
     q, k, v, _ = inputs(1, 24)
     reach = attention.reach(jnp.zeros((1, 24), jnp.int32), jnp.zeros((1, 24), jnp.int32), None)
-    got = attend_by_blocks(*map(jnp.asarray, (q, k, v)), reach, Form(SCALE, None, 8))
+    q, k, v = (jnp.asarray(x) for x in (q, k, v))
+    got = jax.jit(lambda: attend_by_blocks(q, k, v, reach, Form(SCALE, None, 8)))()
     np.testing.assert_allclose(got, np.repeat(v, HEADS // GROUPS, axis=2), atol=1e-6)
 
 
@@ -100,7 +100,9 @@ def temporaries(tokens):
         return attention.attend(q, k, v, mask, "xla").sum()
 
     compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(*shapes).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
 
 
 def test_memory_grows_with_the_tokens():
