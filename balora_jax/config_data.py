@@ -52,6 +52,14 @@ def no_number(value: Any) -> Any:
     return value
 
 
+def packing_name(value: Any) -> Any:
+    """A packing by its name, from what older configs and checkpoints say: true or false."""
+    return {True: "rows", False: "none"}[value] if isinstance(value, bool) else value
+
+
+Packing = Annotated[Literal["batch", "rows", "none"], BeforeValidator(packing_name)]
+
+
 Day = Annotated[datetime.date, BeforeValidator(no_number)]
 
 
@@ -83,12 +91,15 @@ class DataConfig(Section):
         chat_template_kwargs: variables that it is given, such as ``enable_thinking``.
         today: day that a chat template is told which asks for it, as ``2026-01-31``; that of the
             run's first start where not given.
-        max_length: tokens of a row or of a packed row.
+        max_length: tokens of an example, and of a row with ``packing: rows``.
         overlong: what happens to longer rows: ``truncate``, ``drop``, or ``split`` into several
             (``template: text``); all are counted.
         bad_rows: ``stop`` at a row that cannot be read, or ``skip``: count it, and list it in
             ``skipped_rows.jsonl``.
-        packing: put several rows in one, each attending to itself only.
+        packing: several examples in one row, each attending to itself only: ``batch``, those of a
+            micro-batch, which are the same as without packing, in as few rows as fit; ``rows``, as
+            many as fit in each of ``batch_size`` rows, so that a step takes more examples; or
+            ``none``. ``true`` and ``false`` are read as ``rows`` and ``none``.
     """
 
     train: Train | None = None
@@ -116,4 +127,4 @@ class DataConfig(Section):
     max_length: Positive = 512
     overlong: Literal["truncate", "drop", "split"] = "truncate"
     bad_rows: Literal["stop", "skip"] = "stop"
-    packing: bool = False
+    packing: Packing = "batch"

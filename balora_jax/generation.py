@@ -3,10 +3,10 @@
 For a model with three methods (:class:`Cached`; the decoders of this package have them):
 ``empty_cache(batch, length)``, ``extend(ids, positions, valid, cache)`` and ``logits(hidden)``.
 
-:func:`make_decoder` compiles a loop for one :class:`Sampling`; :func:`generate` pads prompts to one
-shape, runs it batch by batch and cuts each row at its stop token. Rows draw with keys of their own,
-so a text does not depend on what else is in its batch. :func:`decode` is the loop itself, to be
-jitted by the caller; :func:`next_token` chooses from logits.
+:func:`make_decoder` compiles a loop for one :class:`Sampling`; :func:`generate` pads prompts to
+few widths, runs it batch by batch and cuts each row at its stop token. Rows draw with keys of their
+own, so a text does not depend on what else is in its batch. :func:`decode` is the loop itself, to
+be jitted by the caller; :func:`next_token` chooses from logits.
 
 ``load_pretrained(...).generate(prompts)`` does all of it, with the checkpoint's tokenizer.
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from balora_jax.config import RunConfig
 from balora_jax.config_file import parse_config
+from balora_jax.data.layout import Shape, in_words
 from balora_jax.finetune import describe
 from balora_jax.io.drawing import check_picture, save_picture
 from balora_jax.parallel import hosts
@@ -35,9 +36,10 @@ def preview(
 
     Returns:
         ``rows`` (what became of them), ``lengths`` (least, median, mean, 95th percentile, most),
-        ``histogram`` (``edges``, ``counts``), ``row_length``, ``fill`` (share of the computed
-        places that hold a token), ``steps_per_epoch``, ``steps``, ``epochs``, ``trainable`` and
-        ``total`` parameters; with ``memory`` the figures of ``balora plan``.
+        ``histogram`` (``edges``, ``counts``), ``row_length`` of a row with one example, ``fill``
+        (share of the computed places that hold a token), ``shapes`` (rows and length of the
+        micro-batches of an epoch), ``steps_per_epoch``, ``steps``, ``epochs``, ``trainable`` and
+        ``total`` parameters; with ``memory`` the figures of ``balora plan`` for the largest shape.
 
     Raises:
         InputError: whatever a run would refuse before its first step.
@@ -52,25 +54,25 @@ def preview(
         hosts.say(f"picture: {picture}")
     if memory and TASKS[config.task].model == "decoder":
         hosts.say("", "memory and speed of a step:")
-        figures["plan"] = plan(_with_length(config, run.length))
+        figures["plan"] = plan(_with_shape(config, Shape(*figures["shapes"][-1])))
     return figures
 
 
-def _with_length(config: RunConfig, length: int) -> RunConfig:
-    """The config whose rows are as long as those of the run: most rows are below the limit."""
+def _with_shape(config: RunConfig, shape: Shape) -> RunConfig:
+    """The config whose micro-batches are as large as those of the run: most are below the limit."""
     tree = config.model_dump(mode="json")
-    tree["data"]["max_length"] = length
+    tree["data"]["max_length"] = shape.length
+    tree["training"]["batch_size"] = shape.rows * config.training.accumulation
     return parse_config(tree, "check")
 
 
 def figures_of(run: Run) -> dict[str, Any]:
     """Counts and lengths of a checked run; see :func:`preview`."""
     training, lengths = run.config.training, run.lengths
-    per_epoch = run.batches().batches_per_epoch()
-    steps = total_steps(training, lambda: per_epoch)
+    epoch = run.batches().epoch()
+    steps = total_steps(training, lambda: epoch.batches)
     edges = bin_edges(int(lengths.min()), int(lengths.max()))
     counts, _ = np.histogram(lengths, edges)
-    places = per_epoch * training.batch_size * run.length
     return {
         "rows": vars(run.report),
         "lengths": {
@@ -82,10 +84,11 @@ def figures_of(run: Run) -> dict[str, Any]:
         },
         "histogram": {"edges": edges, "counts": counts.tolist()},
         "row_length": run.length,
-        "fill": float(lengths.sum() / places),
-        "steps_per_epoch": per_epoch,
+        "fill": epoch.fill,
+        "shapes": [list(shape) for shape in epoch.shapes],
+        "steps_per_epoch": epoch.batches,
         "steps": steps,
-        "epochs": steps / per_epoch,
+        "epochs": steps / epoch.batches,
         "trainable": run.trainable,
         "total": run.total,
     }
@@ -109,8 +112,8 @@ def lines(figures: dict[str, Any]) -> list[str]:
         f"lengths: {lengths['least']} to {lengths['most']} tokens, median {lengths['median']:g}, "
         f"mean {lengths['mean']:.1f}, 95 % at most {lengths['p95']:g}",
         *bars(edges, figures["histogram"]["counts"]),
-        f"fill: {100 * figures['fill']:.1f} % of the places of an epoch hold a token (rows of "
-        f"{figures['row_length']})",
+        f"fill: {100 * figures['fill']:.1f} % of the places of an epoch hold a token "
+        f"({in_words([Shape(*shape) for shape in figures['shapes']])})",
         f"steps: {figures['steps']}, {figures['steps_per_epoch']} an epoch, "
         f"{figures['epochs']:.2f} epochs",
     ]

@@ -1,5 +1,8 @@
+import gc
 import os
 
+# Thousands of tests leave millions of objects, which a collection looks through each time.
+gc.set_threshold(50_000, 20, 50)
 # Before NumPy is loaded: two test workers with two BLAS threads each would spend their time waiting.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 

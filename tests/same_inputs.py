@@ -80,6 +80,7 @@ def sums_config(inputs, model, steps):
             "prompt_column": "question",
             "response_column": "answer",
             "max_length": 16,
+            "packing": False,  # what older trees know, and did where nothing was said
         },
         "training": {
             "max_steps": steps,
@@ -129,7 +130,11 @@ def reviews_config(inputs, steps):
 
 def configs(inputs, quickstart, steps):
     """Case → config tree: all terms on scheduled weights, and most other options in some case."""
-    brief = {"training": {"max_steps": steps, "checkpoint_every": 0}, "eval": {"limit": 8}}
+    brief = {
+        "data": {"packing": False},
+        "training": {"max_steps": steps, "checkpoint_every": 0},
+        "eval": {"limit": 8},
+    }
     quickstart = merged(quickstart, brief)
     llama, gemma2 = (sums_config(inputs, model, steps) for model in ("llama", "gemma2"))
     return {

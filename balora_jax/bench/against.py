@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from balora_jax.bench import mkl
 from balora_jax.bench.weights import Weights
 from balora_jax.errors import InputError
 from balora_jax.models.families.base import weight_rules
@@ -30,7 +31,7 @@ class TorchTrainer:
         self.process = process
         self.setup = self._answer()
 
-    def step(self) -> dict[str, Any]:
+    def __call__(self) -> dict[str, Any]:
         """One optimizer step: seconds, losses before the update, growth of memory in bytes."""
         assert self.process.stdin is not None
         self.process.stdin.write("step\n")
@@ -55,7 +56,8 @@ def torch_trainer(
 ) -> Iterator[TorchTrainer]:
     """Write what the reference needs into ``folder`` and start it.
 
-    torch's allocator is pooled (``MALLOC_MMAP_MAX_=0``), which is faster than glibc's default.
+    torch is as fast as it can be made: its allocator is pooled (``MALLOC_MMAP_MAX_=0``), which is
+    faster than glibc's default, and MKL takes its fast path (:mod:`balora_jax.bench.mkl`).
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = base.folder if not weights.random else folder.parent / "model"
@@ -63,11 +65,16 @@ def torch_trainer(
         write_model(model, base, weights)
     factors: dict[str, Any] = factors_of(program, loaded)
     np.savez(folder / "factors.npz", **factors)
-    rows: dict[str, Any] = {k: v.reshape(-1, v.shape[-1]) for k, v in weights.batch.items()}
-    np.savez(folder / "batch.npz", **rows)
+    for number, batch in enumerate(weights.padded):
+        rows: dict[str, Any] = {k: v.reshape(-1, v.shape[-1]) for k, v in batch.items()}
+        np.savez(folder / f"batch{number}.npz", **rows)
     spec = folder / "spec.json"
-    spec.write_text(json.dumps(spec_of(program, model, folder, threads)), encoding="utf-8")
+    settings = spec_of(program, model, folder, threads)
+    settings["batches"] = [str(folder / f"batch{n}.npz") for n in range(len(weights.padded))]
+    fast = settings["fast_path"] = mkl.fast_path(folder)
+    spec.write_text(json.dumps(settings), encoding="utf-8")
     environment = os.environ | {"MALLOC_MMAP_MAX_": "0", "OMP_NUM_THREADS": str(threads)}
+    environment |= fast
     with subprocess.Popen(
         [sys.executable, str(REFERENCE), str(spec)], env=environment, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -103,10 +110,10 @@ def spec_of(program: TextProgram, model: Path, folder: Path, threads: int) -> di
             "--against torch: expected one rank for all layers and plain AdamW, got other "
             "settings. Remove rank_pattern, alpha_pattern, optimizer and lora_plus_ratio."
         )
-    if config.data.packing:
+    if config.data.packing == "rows":
         raise InputError(
-            "--against torch: expected one example a row, got data.packing, which a padding mask "
-            "cannot express. Switch packing off."
+            "--against torch: expected data.packing batch or none, got rows: a step takes more "
+            "examples than a padding mask can express. Change it."
         )
     rank, alpha = ranks.pop()
     return {
@@ -114,7 +121,6 @@ def spec_of(program: TextProgram, model: Path, folder: Path, threads: int) -> di
         "dtype": config.model.dtype,
         "device": "cuda" if platform_of(program.mesh) == "gpu" else "cpu",
         "threads": threads,
-        "batch": str(folder / "batch.npz"),
         "factors": str(folder / "factors.npz"),
         "origin": program.adapters.start.has_origin,
         "rank": rank,

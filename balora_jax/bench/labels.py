@@ -30,7 +30,7 @@ class LabelsCase:
     @property
     def model_flops(self) -> float:
         """Operations that a step cannot do without."""
-        return self.run.step_flops(math.prod(self.shape[:2]))
+        return self.run.step_flops(self.shape, math.prod(self.shape[:2]))
 
 
 def compiled_case(config: RunConfig, case: Case) -> LabelsCase:
@@ -46,5 +46,5 @@ def compiled_case(config: RunConfig, case: Case) -> LabelsCase:
         assert batch[labels_run.TEACHER].shape == shape
     parts = run.step_parts(10**6)
     seed = run.config.training.seed
-    step = OurStep(parts, run.mesh, loaded.trainable, constants, batch, seed)
+    step = OurStep(parts, run.mesh, loaded.trainable, constants, [batch], seed)
     return LabelsCase(run, step, batch["input_ids"].shape)

@@ -4,14 +4,17 @@ Whole steps are timed, in turn, so that a machine whose speed drifts slows all o
 are taken within a round.
 """
 
+import itertools
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from balora_jax.plan.compiled import memory_of
@@ -28,7 +31,7 @@ class Measured:
     """Measurements of one case.
 
     Attributes:
-        seconds: of each counted step.
+        seconds: of a step, the mean of each counted round.
         losses: of every step, the first included.
         memory: bytes per device by the compiler; of the reference, none.
         compile_seconds: tracing and compilation.
@@ -51,7 +54,7 @@ class Measured:
 
 
 class OurStep:
-    """A compiled training step of this package with its state."""
+    """A compiled training step of this package with its state, on batches that it takes in turn."""
 
     def __init__(
         self,
@@ -59,25 +62,33 @@ class OurStep:
         mesh: Mesh,
         trainable: dict[str, Any],
         constants: Any,
-        batch: Mapping[str, Any],
+        batches: Sequence[Mapping[str, Any]],
         seed: int,
     ):
         self.mesh, self.key, self.constants = mesh, jax.random.key(seed), constants
+        self.compiled: dict[tuple[int, ...], Any] = {}
         with jax.set_mesh(self.mesh):
             self.state = steps.initial_state(trainable, parts.optimizer, self.mesh)
-            self.batch = steps.place_batch(dict(batch), self.mesh)
+            self.batches = [steps.place_batch(dict(batch), self.mesh) for batch in batches]
             step = steps.compile_step(parts, self.state, self.mesh)
             began = time.perf_counter()
-            arguments: tuple[Any, ...] = (self.state, self.constants, self.batch, self.key)
-            self.compiled = step.lower(*arguments).compile()
+            for batch in self.batches:
+                shape = batch["input_ids"].shape
+                arguments: tuple[Any, ...] = (self.state, self.constants, batch, self.key)
+                if shape not in self.compiled:
+                    self.compiled[shape] = step.lower(*arguments).compile()
         self.compile_seconds = time.perf_counter() - began
-        self.memory = memory_of(self.compiled)
+        largest = max(self.compiled, key=math.prod)
+        self.memory = memory_of(self.compiled[largest])
+        self.coming = itertools.cycle(self.batches)
 
     def __call__(self) -> dict[str, Any]:
-        """One step."""
+        """One step, on the next batch."""
+        batch = next(self.coming)
+        compiled = self.compiled[batch["input_ids"].shape]
         before = reset_peak()
         began = time.perf_counter()
-        self.state, values = self.compiled(self.state, self.constants, self.batch, self.key)
+        self.state, values = compiled(self.state, self.constants, batch, self.key)
         jax.block_until_ready((self.state, values))
         seconds = time.perf_counter() - began
         peak = resident("VmHWM")
@@ -90,33 +101,62 @@ class OurStep:
         }
 
 
-def text_step(program: TextProgram, loaded: Loaded, batch: Mapping[str, Any]) -> OurStep:
+def text_step(
+    program: TextProgram, loaded: Loaded, batches: Sequence[Mapping[str, Any]]
+) -> OurStep:
     """The step of a causal language model."""
     parts, seed = program.step_parts(10**6), program.config.training.seed
     with jax.set_mesh(program.mesh):
         constants = program.constants(loaded)
-    return OurStep(parts, program.mesh, loaded.trainable, constants, batch, seed)
+    return OurStep(parts, program.mesh, loaded.trainable, constants, batches, seed)
+
+
+def product_rate(dtype: str) -> float:
+    """Operations per second of a large product on one device, the best of several; measured."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    device = jax.devices()[0]
+    square = jax.device_put(jnp.ones((size, size), dtype), device)
+    product = jax.jit(lambda x: jnp.matmul(x, x, precision="highest"))
+    product(square).block_until_ready()
+    best = math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        product(square).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
 
 
 def alternate(
-    named: Mapping[str, Step], rounds: int, progress: Callable[[str], None]
+    named: Mapping[str, Step], rounds: int, progress: Callable[[str], None], *, batches: int = 1
 ) -> dict[str, Measured]:
-    """Run all steps in turn: two rounds that do not count, then ``rounds`` that do."""
+    """Run all steps in turn: two rounds that do not count, then ``rounds`` that do.
+
+    Args:
+        named: the steps.
+        rounds: counted ones, each as many steps of one case after another as there are batches.
+        progress: is told what comes.
+        batches: that the steps take in turn.
+    """
     found = {name: Measured() for name in named}
     for number in range(rounds + 2):
         for name, step in named.items():
             progress(f"round {number + 1} of {rounds + 2}: {name}")
-            values, seen = step(), found[name]
-            seen.losses.append(values["loss"])
-            seen.device_peak = values["device_peak"]
-            if values["rss_growth"] is not None:
-                seen.rss_growth = max(seen.rss_growth or 0, values["rss_growth"])
-            if number >= 2:
-                seen.seconds.append(values["seconds"])
+            taken = [step() for _ in range(batches)]
+            _add(found[name], taken, counts=number >= 2)
     for name, step in named.items():
         if isinstance(step, OurStep):
             found[name].memory, found[name].compile_seconds = step.memory, step.compile_seconds
     return found
+
+
+def _add(seen: Measured, taken: Sequence[Mapping[str, Any]], *, counts: bool) -> None:
+    seen.losses += [values["loss"] for values in taken]
+    seen.device_peak = taken[-1]["device_peak"]
+    growths = [values["rss_growth"] for values in taken if values["rss_growth"] is not None]
+    if growths:
+        seen.rss_growth = max(seen.rss_growth or 0, *growths)
+    if counts:
+        seen.seconds.append(statistics.fmean(values["seconds"] for values in taken))
 
 
 def ratio(of: Measured, to: Measured) -> float:

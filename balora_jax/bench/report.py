@@ -10,18 +10,35 @@ from balora_jax.io.tables import markdown
 MIB = 2**20
 
 
-def table(figures: Mapping[str, Any]) -> str:
-    """The measured cases as Markdown, with what they were measured on above."""
-    batch = " x ".join(map(str, figures["batch"]))
+def tables(figures: Mapping[str, Any]) -> str:
+    """A Markdown table for each setting, with what it was measured on above."""
     machine = figures["machine"]
+    versions = f"jax {figures['versions']['jax']}"
+    told = (
+        f"{machine['device']}, {machine['processor']}, {machine['threads']} threads; a large "
+        f"product runs at {machine['product_rate'] / 1e9:,.0f} GFLOP/s; {versions}"
+    )
+    return "\n\n".join(table(one, told, machine["product_rate"]) for one in figures["tables"])
+
+
+def table(figures: Mapping[str, Any], machine: str, product_rate: float) -> str:
+    """The measured cases of a setting as Markdown.
+
+    Args:
+        figures: of the setting.
+        machine: a line about the machine.
+        product_rate: operations per second of a large product on a device, as measured.
+    """
+    batches = ", ".join(" x ".join(map(str, shape)) for shape in figures["batches"])
     lines = [
         f"{figures['model']} ({figures['weights']} weights, {figures['dtype']}, remat "
-        f"{figures['remat']}), r = {figures['rank']}, batch {batch}, "
-        f"{figures['counted_tokens']} tokens counted",
-        f"{machine['device']}, {machine['processor']}, {machine['threads']} threads; median of "
-        f"{figures['rounds']} steps taken in turn; jax {figures['versions']['jax']}",
+        f"{figures['remat']}), r = {figures['rank']}, batch {batches}, "
+        f"{figures['counted_tokens']:.0f} tokens counted, fill {figures['fill']:.2f}",
+        machine,
+        f"median of {figures['rounds']} rounds taken in turn",
+        *_torch_line(figures["torch"]),
         "",
-        *markdown(_HEADER, [_cells(row) for row in figures["rows"]]),
+        *markdown(_HEADER, [_cells(row, product_rate) for row in figures["rows"]]),
     ]
     differences = [
         f"{row['case']} {row['largest_loss_difference']:.1e}"
@@ -34,13 +51,23 @@ def table(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _torch_line(setup: Mapping[str, Any] | None) -> list[str]:
+    """What the reference ran with; nothing where it did not run."""
+    if setup is None:
+        return []
+    path = "without MKL" if setup["mkl"] is None else f"MKL for {setup['mkl']} processors"
+    path += ", asked for its fast path" if setup["asked"] else ""
+    rate = setup["product_rate"] / 1e9
+    return [f"torch {setup['versions']['torch']}, {path}: a large product at {rate:,.0f} GFLOP/s"]
+
+
 _HEADER = (
     "case", "s/step", "min-max", "over LoRA", "over PiSSA", "over torch", "tokens/s", "TFLOP/s",
-    "MFU", "step memory MiB", "RSS growth MiB", "compile s",
+    "of a product", "MFU", "step memory MiB", "RSS growth MiB", "compile s",
 )  # fmt: skip
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
+def _cells(row: Mapping[str, Any], product_rate: float) -> list[str]:
     memory = row["memory"]
     step_memory = None if memory is None else memory["temporaries"] + memory["output"]
     return [
@@ -52,6 +79,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         _number(row.get("over_torch"), "{:.2f}"),
         f"{row['tokens_per_second']:,.0f}",
         f"{row['model_flops'] / row['seconds'] / 1e12:.3f}",
+        f"{row['flops_per_device_second'] / product_rate:.0%}",
         _number(row["mfu"], "{:.1%}"),
         _number(step_memory, "{:.0f}", MIB),
         _number(row["rss_growth"], "{:.0f}", MIB),

@@ -10,8 +10,13 @@ every line ``step`` on standard input, until ``quit``.
 """
 
 import contextlib
+import ctypes
+import itertools
 import json
+import os
+import re
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -45,9 +50,11 @@ def main(arguments: list[str]) -> int:
         print(f"torch_reference: expected a spec that can be set up, got {reason}.",
               file=sys.stderr)  # fmt: skip
         return 2
+    path, rate = mkl_path(), product_rate(spec["dtype"], trainer.device)
     resident = start_of_memory(trainer)
     versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
     say(ready=True, setup_seconds=time.perf_counter() - began, rss=resident, versions=versions,
+        mkl=path, asked=bool(spec["fast_path"]), product_rate=rate,
         trainable_parameters=sum(p.numel() for p in trainer.parameters))  # fmt: skip
     for line in sys.stdin:
         if line.strip() != "step":
@@ -86,8 +93,51 @@ def start_of_memory(trainer: "Trainer") -> int | None:
     return memory("VmRSS")
 
 
+def mkl_path() -> str | None:
+    """The processors that MKL takes this one for, which decides its kernels; None without MKL.
+
+    It says so on standard output alone, before the first product.
+    """
+    import torch
+
+    if not torch.backends.mkl.is_available():
+        return None
+    flush = ctypes.CDLL(None).fflush
+    kept = os.dup(1)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 1)
+        try:
+            with torch.backends.mkl.verbose(torch.backends.mkl.VERBOSE_ON):
+                torch.mm(torch.ones(8, 8), torch.ones(8, 8))
+            flush(None)
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+        said.seek(0)
+        text = said.read().decode(errors="replace")
+    found = re.search(r" architecture (.*?) processors", text)
+    return found and found[1].replace("(R)", "")
+
+
+def product_rate(dtype: str, device: Any) -> float:
+    """Operations per second of a large product, the best of several."""
+    import torch
+
+    size = 2048 if device.type == "cpu" else 8192
+    square = torch.ones(size, size, dtype=getattr(torch, dtype), device=device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    best = float("inf")
+    for _ in range(6):
+        wait()
+        began = time.perf_counter()
+        torch.mm(square, square)
+        wait()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
 class Trainer:
-    """Models, adapters, optimizer and the one batch."""
+    """Models, adapters, optimizer and the batches."""
 
     def __init__(self, spec: dict[str, Any]):
         import numpy as np
@@ -100,22 +150,28 @@ class Trainer:
         torch.manual_seed(0)  # of the randomized decomposition
         self.student = self.load_student()
         self.teacher = self.load_base().eval() if spec["teacher"] else None
-        batch = np.load(spec["batch"])
-        self.ids = torch.tensor(batch["input_ids"], dtype=torch.long, device=self.device)
-        segments = torch.tensor(batch["segment_ids"], device=self.device)
-        if segments.max() > 1:  # a padding mask cannot keep packed examples apart
-            raise ValueError("rows with several segments; switch packing off")
-        padded = bool((segments == 0).any())  # without a mask torch's causal kernel is quicker
-        self.attention_mask = (segments > 0).long() if padded else None
-        labels = torch.where(torch.tensor(batch["loss_mask"], device=self.device) > 0,
-                             self.ids, IGNORED)[:, 1:]  # fmt: skip
-        self.counted = (labels != IGNORED) & (segments[:, 1:] == segments[:, :-1])
-        self.labels = labels[self.counted]
+        self.batches = itertools.cycle([self.batch(np.load(file)) for file in spec["batches"]])
         self.parameters = [p for p in self.student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=spec["learning_rate"], betas=tuple(spec["betas"]),
             eps=spec["epsilon"], weight_decay=spec["weight_decay"],
         )  # fmt: skip
+
+    def batch(self, arrays: Any) -> dict[str, Any]:
+        """A batch cut to its longest row, with the labels of the positions that count."""
+        import torch
+
+        longest = int((arrays["segment_ids"] > 0).sum(-1).max())
+        cut = {name: torch.tensor(arrays[name][:, :longest], device=self.device)
+               for name in ("input_ids", "segment_ids", "loss_mask")}  # fmt: skip
+        ids, segments = cut["input_ids"].long(), cut["segment_ids"]
+        if segments.max() > 1:  # a padding mask cannot keep packed examples apart
+            raise ValueError("rows with several segments; switch packing off")
+        labels = torch.where(cut["loss_mask"] > 0, ids, IGNORED)[:, 1:]
+        counted = (labels != IGNORED) & (segments[:, 1:] == segments[:, :-1])
+        # Without a mask torch's causal kernel is quicker.
+        mask = (segments > 0).long() if bool((segments == 0).any()) else None
+        return {"ids": ids, "mask": mask, "counted": counted, "labels": labels[counted]}
 
     def load_base(self) -> Any:
         """The pretrained model, frozen."""
@@ -163,7 +219,7 @@ class Trainer:
 
         self.synchronize()
         began = time.perf_counter()
-        loss, parts = self.loss()
+        loss, parts = self.loss(next(self.batches))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(
             self.parameters, self.spec["clip_norm"] or float("inf")
@@ -175,35 +231,38 @@ class Trainer:
         self.synchronize()
         return {"seconds": time.perf_counter() - began} | values
 
-    def loss(self) -> tuple[Any, dict[str, Any]]:
+    def loss(self, batch: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The paper's objective on the rows that predict a counted token."""
         import torch
 
         spec = self.spec
-        logits = self.rows(self.student)
-        loss = torch.nn.functional.cross_entropy(logits, self.labels)
+        logits = self.rows(self.student, batch)
+        loss = torch.nn.functional.cross_entropy(logits, batch["labels"])
         parts = {"task_loss": loss} | dict.fromkeys(TERMS, loss.new_zeros(()))
         teacher = None
         if self.teacher is not None:
             with torch.no_grad():
-                teacher = self.rows(self.teacher)
+                teacher = self.rows(self.teacher, batch)
         for name, settings in spec["terms"].items():
             parts[name] = TERMS[name](logits, teacher, settings)
             loss = loss + settings["weight"] * parts[name]
         return loss, parts
 
-    def rows(self, model: Any) -> Any:
+    def rows(self, model: Any, batch: dict[str, Any]) -> Any:
         """Float32 logits [M, V] of the rows that count.
 
         The head sees these rows alone, where it is nothing but a product: choosing among the rows
         of all logits copies them, forward and backward.
         """
-        given = {"input_ids": self.ids, "attention_mask": self.attention_mask}
+        given, counted = (
+            {"input_ids": batch["ids"], "attention_mask": batch["mask"]},
+            batch["counted"],
+        )
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         if any(getattr(causal.config, name, None) for name in AFTER_THE_HEAD):
-            return model(**given).logits[:, :-1][self.counted].float()
+            return model(**given).logits[:, :-1][counted].float()
         hidden = getattr(causal, causal.base_model_prefix)(**given).last_hidden_state
-        return causal.get_output_embeddings()(hidden[:, :-1][self.counted]).float()
+        return causal.get_output_embeddings()(hidden[:, :-1][counted]).float()
 
     def synchronize(self) -> None:
         """Wait for the device, so that the clock means something."""

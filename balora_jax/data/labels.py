@@ -1,7 +1,7 @@
-"""Batches of rows with labels, of one shape, in an order that can be resumed exactly.
+"""Batches of rows with labels, of few lengths, in an order that can be resumed exactly.
 
 Rows are tokenised as the tokenizer itself does it for its model, so that ids, special tokens and
-token types are those of `transformers`. Only the padding is ours: on the right, to one length.
+token types are those of `transformers`. Only the padding is ours: on the right, to few lengths.
 """
 
 import dataclasses
@@ -14,16 +14,27 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from balora_jax.data.batches import Batch, Resumable
+from balora_jax.data.batches import LOOKED_AT, Resumable
 from balora_jax.data.glue import Label, LabelsTask, label_cell, label_of, texts_of
+from balora_jax.data.layout import (
+    LENGTH_MULTIPLE,
+    Batch,
+    Epoch,
+    Shape,
+    drawn_steps,
+    in_words,
+)
 from balora_jax.data.sequences import BadRow
 from balora_jax.data.templates import Row
 from balora_jax.errors import InputError
+from balora_jax.numerics.few import few_lengths
 from balora_jax.progress import progress_bar
 
 _CHUNK = 1000
 _SHOW_PROGRESS_ABOVE = 2000
-_LENGTH_MULTIPLE = 8
+_MOST_LENGTHS = 4
+_GAIN = 0.03
+"""Share of the work of a run that one more length must save, as each is compiled."""
 _NO_THREADS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
@@ -226,8 +237,12 @@ class LabelsBatches(Resumable):
     ================  ==============  =======================  =====================================
 
     Every epoch takes each example once, in an order of its own; a batch may hold the end of one
-    epoch and the start of the next. With several hosts, each builds the same iterator and places
-    its own part of the batch.
+    epoch and the start of the next. All rows of a step have one length, the least of a few that
+    holds the longest of them. With several hosts, each builds the same iterator and places its own
+    part of the batch.
+
+    Attributes:
+        shapes: rows and length of a micro-batch, each that a batch may have; the largest last.
     """
 
     def __init__(
@@ -246,7 +261,7 @@ class LabelsBatches(Resumable):
             examples: At least one, none longer than `length`.
             batch_size: Rows of a micro-batch (B).
             accumulation: Micro-batches of a step.
-            length: Tokens of a row (T), as `padded_length` gives it.
+            length: Most tokens of a row (T), as `padded_length` gives it.
             seed: Of the order.
             pad_id: The token for empty places.
 
@@ -265,24 +280,63 @@ class LabelsBatches(Resumable):
             "length": length,
             "seed": seed,
         }
-        self._count = len(examples)
-        order = grain.MapDataset.range(self._count).seed(seed).shuffle().repeat(None)
-        padded = order.map(lambda index: _padded(examples[index], int(index), length, pad_id))
-        self._iterator = iter(padded.to_iter_dataset(_NO_THREADS).batch(self._rows))
+        self._examples, self._pad_id = examples, pad_id
+        self._order = grain.MapDataset.range(len(examples)).seed(seed).shuffle()
+        self._iterator = iter(
+            self._order.repeat(None).to_iter_dataset(_NO_THREADS).batch(self._rows)
+        )
+        steps = drawn_steps(len(examples), self._rows)
+        needs = self._longest(steps).tolist()
+        lengths = few_lengths(
+            needs, length, multiple=LENGTH_MULTIPLE, most=_MOST_LENGTHS, gain=_GAIN
+        )
+        self.shapes = tuple(Shape(batch_size, length) for length in lengths)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        batch = next(self._iterator)
+        taken = next(self._iterator)
+        length = self._shape_of(taken).length
+        rows = [_padded(self._examples[i], i, length, self._pad_id) for i in taken.tolist()]
+        batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
         return {
             key: value.reshape(self._accumulation, -1, *value.shape[1:])
             for key, value in batch.items()
         }
 
+    def _longest(self, steps: np.ndarray) -> np.ndarray:
+        """Tokens of the longest example of each step."""
+        lengths = np.array([len(example.input_ids) for example in self._examples])
+        return lengths[steps].max(axis=-1)
+
+    def _shape_of(self, taken: np.ndarray) -> Shape:
+        longest = max(len(self._examples[i].input_ids) for i in taken.tolist())
+        return next(shape for shape in self.shapes if shape.length >= longest)
+
+    @staticmethod
+    def tokens(batch: Batch) -> int:
+        """Places of a batch that hold a token."""
+        return int(np.count_nonzero(batch["attention_mask"]))
+
+    def describe(self) -> str:
+        """The shapes of micro-batches, for a person."""
+        return in_words(self.shapes) + " tokens"
+
+    def epoch(self) -> Epoch:
+        """What one epoch is like; of a long one what its beginning is like."""
+        batches = self.batches_per_epoch()
+        looked_at = min(batches, max(1, LOOKED_AT // self._rows)) * self._rows
+        order = np.array(list(self._order.repeat(None)[:looked_at]))
+        found = [self._shape_of(step) for step in order.reshape(-1, self._rows)]
+        tokens = sum(len(self._examples[i].input_ids) for i in order.tolist())
+        places = self._accumulation * sum(shape.places for shape in found)
+        seen = tuple(shape for shape in self.shapes if shape in found)
+        return Epoch(batches, tokens / places, seen)
+
     def batches_per_epoch(self) -> int:
         """Batches that one epoch fills, the last perhaps not wholly."""
-        return math.ceil(self._count / self._rows)
+        return math.ceil(len(self._examples) / self._rows)
 
 
 def labels_epoch(
@@ -317,14 +371,14 @@ def labels_epoch(
 
 
 def padded_length(examples: Sequence[LabelsExample], max_length: int) -> int:
-    """One row length for a whole run: the longest example, rounded up to 8, at most `max_length`.
+    """The length that holds every row: the longest example, rounded up to 8, at most `max_length`.
 
     >>> ids = np.zeros(13, np.int32)
     >>> padded_length([LabelsExample(ids, ids, 1)], max_length=128)
     16
     """
     longest = max(len(example.input_ids) for example in examples)
-    return min(max_length, math.ceil(longest / _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE)
+    return min(max_length, math.ceil(longest / LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
 
 
 def _padded(example: LabelsExample, index: int, length: int, pad_id: int) -> Batch:

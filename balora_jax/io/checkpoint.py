@@ -15,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
+from balora_jax.config_data import packing_name
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.io import seals
 from balora_jax.io.checkpoint_folder import REMOVED, WRITING, sealed_steps
@@ -329,7 +330,8 @@ def check_same_run(saved: Identity, now: Identity, where: str) -> None:
             f"{saved.base[:12]}), got another one ({now.base[:12]}). Set model.name_or_path to the "
             "first base, or use a new --workdir."
         )
-    for key, before, after in differences(saved.config, now.config):
+    saved_config, config = _in_todays_words(saved.config), _in_todays_words(now.config)
+    for key, before, after in differences(saved_config, config):
         if any(key == free or key.startswith(free + ".") for free in FREE_KEYS):
             continue
         if key == "training.max_steps" and _extends(now.config, before, after):
@@ -344,6 +346,15 @@ def check_same_run(saved: Identity, now: Identity, where: str) -> None:
             f"{saved.start[:12]}), got another one ({now.start[:12]}). Put the first one back, or "
             "use a new --workdir."
         )
+
+
+def _in_todays_words(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config; packing was once true or false, and rows with labels are never packed."""
+    data = config.get("data")
+    if not isinstance(data, Mapping):
+        return config
+    packing = "batch" if config.get("task") == "labels" else packing_name(data.get("packing"))
+    return {**config, "data": {**data, "packing": packing}}
 
 
 def _extends(config: Mapping[str, Any], before: Any, after: Any) -> bool:

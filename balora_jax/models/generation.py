@@ -1,5 +1,6 @@
 """Batched decoding with a key/value cache: greedy or sampled, with stop tokens."""
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ import numpy as np
 
 from balora_jax.array_types import Array, Float, Int, Key, PRNGKeyArray
 from balora_jax.models.decoder import mask_positions
+from balora_jax.numerics.few import batches_by_length
 from balora_jax.parallel import hosts
 
+_WIDTH_MULTIPLE = 16
 NOTHING = -1
 """Of a column after a row's end: no row of any table, so that no token is taken for it."""
 
@@ -94,16 +97,16 @@ def decode(
     input_ids: Int[Array, "B T"],
     mask: Int[Array, "B T"],
     sampling: Sampling,
-    key: PRNGKeyArray,
+    key: Key[Array, "..."],
 ) -> Int[Array, "B M"]:
     """Continuations of ``max_new_tokens`` columns; -1 from a row's stop token on.
 
     ``mask`` is 1 on prompt tokens; padding may stand left or right. Rows without any token end at
-    once.
+    once. Each row draws with a key of its own: those given [B], or from one key by its place.
     """
     rows, width = input_ids.shape
     limit = sampling.max_new_tokens
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+    row_keys = key if key.ndim else each_row(key, jnp.arange(rows))
     stops = jnp.asarray(sampling.stop_ids, jnp.int32)
 
     def choose(hidden: Array, done: Array, column: Array) -> tuple[Array, Array]:
@@ -144,6 +147,18 @@ def make_decoder(bind: Callable[..., Cached], sampling: Sampling) -> Callable[..
     return jax.jit(run)
 
 
+def each_row(key: PRNGKeyArray, rows: Int[Array, "B"]) -> Key[Array, "B"]:
+    """A key for each row by its number."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def keys_of(key: PRNGKeyArray, places: Int[Array, "B"], size: int) -> Key[Array, "B"]:
+    """A key for each row by its place among all, which stand in batches of ``size``."""
+    row = places % size
+    return jax.vmap(jax.random.fold_in)(each_row(key, places - row), row)
+
+
 def pad_prompts(
     prompts: Sequence[Sequence[int]], *, rows: int, width: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -166,20 +181,32 @@ def generate(
     key: PRNGKeyArray,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[list[int]]:
-    """Continuations of all prompts, in batches of one shape (so one compilation).
+    """Continuations of all prompts, in their order.
 
-    Rows keep their own text up to the first stop token. ``progress`` gets the rows done per batch.
+    Prompts of like lengths are decoded together, padded to few widths, each a compilation. What a
+    row draws depends on its place among the prompts and on ``batch_size`` alone. Rows keep their
+    own text up to the first stop token. ``progress`` gets the rows done per batch.
     """
     if not prompts:
         return []
-    longest = max(1, *(len(prompt) for prompt in prompts))
-    width = -(-longest // 16) * 16
-    outputs: list[list[int]] = []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
+    lengths = [len(prompt) for prompt in prompts]
+    widest = -(-max(1, *lengths) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
+    outputs: list[list[int]] = [[] for _ in prompts]
+    for places, width in batches_by_length(
+        lengths,
+        widest,
+        batch_size=batch_size,
+        multiple=_WIDTH_MULTIPLE,
+        more=sampling.max_new_tokens,
+    ):
+        batch = [prompts[place] for place in places]
         ids, mask = pad_prompts(batch, rows=batch_size, width=width, pad_id=sampling.pad_id)
-        tokens = hosts.gathered(decoder(parts, ids, mask, jax.random.fold_in(key, start)))
-        outputs += [until_stop(row) for row in tokens[: len(batch)].tolist()]
+        of = np.zeros(batch_size, np.int32)
+        of[: len(places)] = places
+        keys = keys_of(key, jnp.asarray(of), batch_size)
+        tokens = hosts.gathered(decoder(parts, ids, mask, keys))
+        for place, row in zip(places, tokens.tolist(), strict=False):
+            outputs[place] = until_stop(row)
         progress(len(batch))
     return outputs
 

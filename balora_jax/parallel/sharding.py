@@ -210,6 +210,11 @@ def row_parts(mesh: AnyMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
+def token_parts(mesh: AnyMesh) -> int:
+    """Parts into which the tokens of a row are split."""
+    return mesh.shape[TOKENS]
+
+
 def check_batch(rows: int, mesh: AnyMesh) -> None:
     """Raises InputError unless a micro-batch of ``rows`` divides over the mesh."""
     parts, axes = row_parts(mesh), " x ".join(f"mesh.{axis}" for axis in ROWS)

@@ -17,19 +17,23 @@ class TaskSettings(NamedTuple):
     Attributes:
         benchmark: that it is scored on where ``eval.task`` is not given.
         unread: keys that must be left at their default.
+        no_request: values of them that ask for nothing either.
         ignores: how a message says that it does not read a key.
         check: raises InputError where what it needs is missing.
     """
 
     benchmark: str
     unread: tuple[str, ...]
+    no_request: Mapping[str, Any]
     ignores: str
     check: Callable[[DataConfig], None]
 
 
 SETTINGS: Mapping[str, TaskSettings] = {
-    "text": TaskSettings("exact_match", text.UNREAD, "text does not read it", text.check),
-    "labels": TaskSettings("labels", labels.UNREAD, "labels do not read it", labels.check),
+    "text": TaskSettings("exact_match", text.UNREAD, {}, "text does not read it", text.check),
+    "labels": TaskSettings(
+        "labels", labels.UNREAD, labels.NO_REQUEST, "labels do not read it", labels.check
+    ),
 }
 
 
@@ -45,7 +49,7 @@ def check_settings(config: RunConfig) -> None:
     for key in task.unread:
         section, name = key.split(".")
         got, default = setting(getattr(config, section), name)
-        if got != default:
+        if got not in (default, task.no_request.get(key, default)):
             raise InputError(
                 f"{key}: expected {shown(default)} with task {config.task}, got {shown(got)}: "
                 f"{task.ignores}. Leave it out."

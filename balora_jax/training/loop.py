@@ -21,7 +21,7 @@ from balora_jax.progress import Bar
 from balora_jax.signals import Signals
 from balora_jax.training import expert_order, steps
 from balora_jax.training.profiling import Profile
-from balora_jax.training.reporting import Reporter, divergence, progress
+from balora_jax.training.reporting import Filled, Reporter, divergence, progress
 from balora_jax.training.run import Loaded, Run
 from balora_jax.training.trackers.tracker import Tracker, Trackers
 from balora_jax.training.workdir import (
@@ -158,7 +158,8 @@ class Training:
                     self.state, values = step_fn(self.state, self.constants, batch, self.key)
                 if step == self.start + 1:
                     polite.enter_context(self.signals.polite())
-                self.check_row(self.report.take(step, values | shares, bar))
+                filled = Filled(rows["input_ids"].shape, self.batches.tokens(rows))
+                self.check_row(self.report.take(step, values | shares, bar, filled))
                 profile.after(step, self.state)
                 self.store.poll()
                 due = training.checkpoint_every and step % training.checkpoint_every == 0

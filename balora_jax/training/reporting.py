@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -15,13 +15,25 @@ from balora_jax.training.trackers.tracker import Trackers
 COUNTS = ("tokens", "skipped", "skipped_in_a_row")
 
 
+class Filled(NamedTuple):
+    """What is known of a step's batch before it is computed.
+
+    Attributes:
+        shape: [micro-batches, B, T].
+        real: places that hold a token.
+    """
+
+    shape: tuple[int, ...]
+    real: int
+
+
 class Reporter:
     """Metrics from the devices to the log, one step behind the computation.
 
     Args:
         log: the file, or None in a process that does not write it.
         every: steps between its rows.
-        flops: model FLOPs of a step by its counted tokens.
+        flops: model FLOPs of a step by the shape of its batch and its counted tokens.
         peak: FLOPs per second of all devices; None where not known.
         trackers: what gets each row of the log as well.
     """
@@ -30,35 +42,38 @@ class Reporter:
         self,
         log: metrics.MetricsLog | None,
         every: int,
-        flops: Callable[[float], float],
+        flops: Callable[[Sequence[int], float], float],
         peak: float | None,
         trackers: Trackers | None = None,
     ):
         self.trackers = trackers
         self.log, self.every, self.flops, self.peak = log, every, flops, peak
-        self.pending: tuple[int, Any] | None = None
+        self.pending: tuple[int, Any, Filled] | None = None
         self.clock, self.tokens, self.steps, self.work = time.monotonic(), 0.0, 0, 0.0
+        self.real, self.places = 0, 0
 
     def restart(self) -> None:
         """Measure the speed from now on."""
         self.clock, self.tokens, self.steps, self.work = time.monotonic(), 0.0, 0, 0.0
+        self.real, self.places = 0, 0
 
-    def take(self, step: int, values: Any, bar: Bar) -> dict[str, float] | None:
+    def take(self, step: int, values: Any, bar: Bar, batch: Filled) -> dict[str, float] | None:
         """Remember a step's metrics; log and return those of the step before."""
         row = self.flush(bar)
-        self.pending = (step, values)
+        self.pending = (step, values, batch)
         return row
 
     def flush(self, bar: Bar) -> dict[str, float] | None:
         """Wait for the remembered step, log it if it is due, return it."""
         if self.pending is None:
             return None
-        step, values = self.pending
+        step, values, batch = self.pending
         self.pending = None
         row = {"step": step} | {name: float(v) for name, v in jax.device_get(values).items()}
         self.tokens += row["tokens"]
         self.steps += 1
-        self.work += self.flops(row["tokens"])
+        self.work += self.flops(batch.shape, row["tokens"])
+        self.real, self.places = self.real + batch.real, self.places + math.prod(batch.shape)
         shown = {"loss": f"{row['loss']:.4f}"}
         if row["skipped"]:
             shown["skipped"] = f"{row['skipped']:.0f}"
@@ -73,6 +88,7 @@ class Reporter:
         speed = {"tokens_per_second": self.tokens / seconds, "step_seconds": seconds / self.steps}
         if self.peak is not None:
             speed["mfu"] = self.work / seconds / self.peak
+        speed["fill"] = self.real / self.places
         if self.log is not None:
             whole = {name: int(row[name]) for name in COUNTS}
             # JSON knows no NaN: what is not finite is null.

@@ -1,6 +1,6 @@
 """The protocol of a task for the training loop: a checked run, with all but the loop itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from balora_jax.array_types import Array
 from balora_jax.config import RunConfig
+from balora_jax.data.layout import Epoch
 from balora_jax.pretrained.checkpoint import Base, EncoderBase
 from balora_jax.training.adapters import Adapters
 from balora_jax.training.steps import StepParts
@@ -39,6 +40,14 @@ class Batches(Protocol):
 
     def __next__(self) -> dict[str, Any]:
         """Host arrays [micro-batches, B, …] by name."""
+        ...
+
+    def tokens(self, batch: dict[str, Any]) -> int:
+        """Places of a batch that hold a token."""
+        ...
+
+    def epoch(self) -> Epoch:
+        """What one epoch is like."""
         ...
 
     def batches_per_epoch(self) -> int:
@@ -90,7 +99,7 @@ class Run(Protocol):
 
     @property
     def length(self) -> int:
-        """Tokens of every row of a batch."""
+        """Tokens of the longest row of a batch with one example in a row."""
         ...
 
     @property
@@ -120,8 +129,13 @@ class Run(Protocol):
         """The pure functions of a training step."""
         ...
 
-    def step_flops(self, counted: float) -> float:
-        """Operations that a step with so many tokens in the loss cannot do without."""
+    def step_flops(self, shape: Sequence[int], counted: float) -> float:
+        """Operations that a step cannot do without.
+
+        Args:
+            shape: of its batch, [micro-batches, B, T].
+            counted: tokens in the loss.
+        """
         ...
 
     def constants(self, loaded: Loaded) -> Any:

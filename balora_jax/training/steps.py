@@ -92,16 +92,12 @@ def train_step(
 
     micro_batches = batch["input_ids"].shape[0]
     first = jax.tree.map(lambda x: x[0], batch)
+    drawn = step_key if parts.dropout else None
     # Of the loss alone: the gradients' shapes are the adapters', and tracing them takes longer.
-    loss, values = jax.eval_shape(
-        lambda: parts.loss(
-            state.adapters, constants, first, counts, weights,
-            step_key if parts.dropout else None, None,
-        )
-    )  # fmt: skip
-    zeros = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (loss, values, state.adapters)
+    shapes = jax.eval_shape(
+        lambda: parts.loss(state.adapters, constants, first, counts, weights, drawn, None)
     )
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (*shapes, state.adapters))
     (loss, values, grads), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(micro_batches), batch))
     norm = optax.tree.norm(grads)
     good = guard.accepts(state.guard, loss, norm, parts.spike_sigmas)

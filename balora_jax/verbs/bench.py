@@ -14,6 +14,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="counted steps of each case")
     parser.add_argument("--case", action="append", default=[], help="only this one; repeatable")
     parser.add_argument("--against", choices=("torch",), help="run the torch reference beside ours")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[], metavar="TOKENS", help="full rows of these"
+    )
+    parser.add_argument(
+        "--tokenizer", help="folder of one for the rows of data.train, of a model without one"
+    )
     parser.add_argument("--topology", help="compile for a TPU slice instead, such as v5e:4x4")
     parser.add_argument("--picture", help="draw time and memory to this PNG")
     parser.add_argument("--json", help="write the figures to this file")
@@ -28,6 +34,8 @@ def run(config: "RunConfig", options: argparse.Namespace) -> None:
         rounds=options.rounds,
         cases=options.case,
         against_torch=options.against == "torch",
+        lengths=options.lengths,
+        tokenizer=options.tokenizer,
         topology=options.topology,
         picture=path_or_none(options.picture),
     )

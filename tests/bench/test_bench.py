@@ -1,6 +1,9 @@
 """`balora bench`: its cases, figures, torch reference, errors and picture, on a tiny model."""
 
+import ctypes
 import json
+import math
+import shutil
 import sys
 
 import jax
@@ -8,9 +11,9 @@ import numpy as np
 import pytest
 
 from balora_jax import cli
-from balora_jax.bench import cases, measure, report
+from balora_jax.bench import cases, measure, mkl, report
 from balora_jax.bench.run import bench
-from balora_jax.bench.weights import weights_of
+from balora_jax.bench.weights import BATCHES, weights_of
 from balora_jax.config_file import parse_config
 from balora_jax.numerics.terms import TERMS
 from balora_jax.plan import arguments
@@ -45,7 +48,7 @@ def figures(tree, tmp_path_factory):
         parse_config(tree, "here"), rounds=2, cases=["BA-LoRA"], against_torch=True, picture=picture
     )
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    return {row["case"]: row for row in found["rows"]} | {"all": found}
+    return {row["case"]: row for row in found["tables"][0]["rows"]} | {"all": found}
 
 
 def test_the_reference_does_the_same_work(figures):
@@ -70,12 +73,14 @@ def test_figures_of_a_case(figures):
     assert figures["torch LoRA"]["memory"] is None
     if sys.platform == "linux":
         assert figures["torch BA-LoRA"]["rss_growth"] > 0
-    assert figures["all"]["counted_tokens"] == 3 * 15
-    assert figures["all"]["weights"] == "random"
+    assert figures["all"]["tables"][0]["counted_tokens"] == 3 * 15
+    assert figures["all"]["tables"][0]["weights"] == "random"
+    assert figures["all"]["machine"]["product_rate"] > 1e8
 
 
 def test_the_table_has_a_line_for_each_case(figures):
-    lines = report.table(figures["all"]).splitlines()
+    lines = report.tables(figures["all"]).splitlines()
+    assert any(line.startswith("torch 2") and "GFLOP/s" in line for line in lines)
     table = [line for line in lines if line.startswith("|")]
     assert len(table) == 2 + 4
     assert len({line.count("|") for line in table}) == 1
@@ -132,14 +137,50 @@ def test_a_checkpoint_with_weights_gives_its_own_batch():
     base, weights = weights_of(config)
     assert not weights.random
     assert (base.folder / "model.safetensors").is_file()
-    assert 0 < weights.batch["loss_mask"].mean() < 1
-    found = bench(config, rounds=1, cases=["PiSSA"])
-    # Rows are as long as the data needs, not data.max_length: 4 x that is what a step computes.
-    assert found["batch"] == list(weights.batch["input_ids"].shape)
+    assert all(0 < batch["loss_mask"].mean() < 1 for batch in weights.batches)
+    (found,) = bench(config, rounds=1, cases=["PiSSA"])["tables"]
+    # Rows are as long as the data needs, not data.max_length.
+    shapes = {batch["input_ids"].shape for batch in weights.batches}
+    assert sorted(map(tuple, found["batches"])) == sorted(shapes)
+    assert all(math.prod(shape) < 4 * config.data.max_length for shape in shapes)
     row = found["rows"][0]
-    tokens = weights.batch["input_ids"].size
-    assert tokens < 4 * config.data.max_length
+    tokens = sum((batch["segment_ids"] > 0).sum() for batch in weights.batches) / BATCHES
     assert row["tokens_per_second"] == pytest.approx(tokens / row["seconds"])
+    assert len(row["losses"]) == 10  # of three rounds of four steps
+
+
+def test_lengths_and_rows_of_data_in_one_command(tree):
+    """Real rows are packed as in a run; the reference has each batch cut to its longest row."""
+    changed = {**tree, "data": {**tree["data"], "train_limit": 30, "max_length": 64}}
+    found = bench(
+        parse_config(changed, "here"), rounds=1, cases=["LoRA"],
+        lengths=(8, 64), tokenizer="balora_jax:quickstart/model",
+    )  # fmt: skip
+    short, long, rows = found["tables"]
+    assert (short["batches"], long["batches"]) == ([[1, 24, 8]], [[1, 3, 64]])
+    assert short["fill"] == long["fill"] == 1.0
+    assert 0.5 < rows["fill"] <= 1.0
+    assert 0 < rows["counted_tokens"] < 3 * 63
+
+
+def test_a_batch_of_the_reference_has_the_same_examples(tree):
+    config = parse_config({**tree, "data": {**tree["data"], "max_length": 64}}, "here")
+    _, weights = weights_of(config, tokenizer="balora_jax:quickstart/model")
+    for ours, theirs in zip(weights.batches, weights.padded, strict=True):
+        assert (ours["segment_ids"] > 0).sum() == (theirs["segment_ids"] > 0).sum()
+        assert sorted(ours["input_ids"][ours["loss_mask"] > 0]) == sorted(
+            theirs["input_ids"][theirs["loss_mask"] > 0]
+        )
+        assert max(ours["input_ids"].max(), theirs["input_ids"].max()) < SHAPE["vocab_size"]
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_mkl_is_asked_for_its_fast_path_where_it_would_not_take_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(mkl, "is_amd", lambda: True)
+    (library,) = mkl.fast_path(tmp_path).values()
+    assert ctypes.CDLL(library.split()[0]).mkl_serv_intel_cpu_true() == 1
+    monkeypatch.setattr(mkl, "is_amd", lambda: False)
+    assert mkl.fast_path(tmp_path) == {}
 
 
 def test_ratio_is_within_rounds():
@@ -154,7 +195,7 @@ def test_command_line_and_messages(tree, tmp_path, capsys):
     arguments = ["bench", str(config), "--rounds", "1", "--case", "LoRA", "--json", str(out)]
     assert cli.main(arguments) == 0
     found = json.loads(out.read_text())
-    assert [row["case"] for row in found["rows"]] == ["LoRA"]
+    assert [row["case"] for row in found["tables"][0]["rows"]] == ["LoRA"]
     assert found["machine"]["device"] == f"{jax.device_count()} x cpu"
     capsys.readouterr()
     for extra, message in {
@@ -162,6 +203,9 @@ def test_command_line_and_messages(tree, tmp_path, capsys):
         "+ spectral, BA-LoRA, LoRA, plain head, BA-LoRA, plain head, got 'DoRA'. Choose among "
         "them.",
         ("--rounds", "0"): "--rounds: expected at least 1, got 0. Raise it.",
+        ("--lengths", "8", "0"): "--lengths: expected at least 1, got 0. Raise it.",
+        ("--tokenizer", "nowhere"): "nowhere: expected a tokenizer (tokenizer.json), got: no file "
+        "of one. Save the tokenizer beside the weights.",
         ("--topology", "v5e"): "--topology: expected v4, v5e, v5p, v6e and a shape, such as "
         "v5e:4x4 or v5p:2x2x1, or gpu:8x80GB, gpu:8xH100, cpu:8 or auto, got 'v5e'. Correct it.",
     }.items():

@@ -35,6 +35,7 @@ def make(examples, mode, **changes):
         "mode": mode,
         "seed": 5,
         "pad_id": PAD,
+        "numbered": False,
     }
     return TextBatches(examples, **(options | changes))
 
@@ -113,7 +114,7 @@ def test_no_prediction_crosses_a_border_of_packed_examples():
     assert packed_rows > 10
 
 
-@pytest.mark.parametrize("mode", ["padding", "packing"])
+@pytest.mark.parametrize("mode", ["padding", "batch", "packing"])
 @settings(max_examples=10, deadline=None)  # grain shuffles small sets slowly: 5 ms an example
 @given(
     stop=st.integers(0, 9),
@@ -137,7 +138,7 @@ def test_resume_is_bit_exact(mode, stop, count, batch_size, accumulation, seed):
     assert same(take(again, 6), expected)
 
 
-@pytest.mark.parametrize("mode", ["padding", "packing"])
+@pytest.mark.parametrize("mode", ["padding", "batch", "packing"])
 def test_resume_after_every_batch_and_twice(mode):
     examples = make_examples(30, longest=9)
     expected = take(make(examples, mode), 25)
@@ -150,14 +151,14 @@ def test_resume_after_every_batch_and_twice(mode):
     assert same(resumed, expected)
 
 
-@pytest.mark.parametrize("mode", ["padding", "packing"])
+@pytest.mark.parametrize("mode", ["padding", "batch", "packing"])
 def test_the_order_follows_the_seed(mode):
     examples = make_examples()
     assert same(take(make(examples, mode), 4), take(make(examples, mode), 4))
     assert not same(take(make(examples, mode), 4), take(make(examples, mode, seed=6), 4))
 
 
-@pytest.mark.parametrize("mode", ["padding", "packing"])
+@pytest.mark.parametrize("mode", ["padding", "batch", "packing"])
 def test_fewer_examples_than_a_batch(mode):
     (batch,) = take(make(make_examples(2), mode), 1)
     assert len({s[0][0] for s in segments(batch)}) == 2
@@ -187,7 +188,7 @@ def test_common_length(longest, limit, expected):
     [
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0."),
         ({"accumulation": 0}, "accumulation: expected at least 1, got 0."),
-        ({"mode": "packed"}, "mode: expected one of padding, packing, got 'packed'."),
+        ({"mode": "packed"}, "mode: expected one of padding, batch, packing, got 'packed'."),
         ({"length": 3}, "data: expected examples of at most 3 tokens, got one of"),
     ],
 )

@@ -26,7 +26,7 @@ def examples():
 def batches(weighted=tuple(zip(COUNTS, WEIGHTS, strict=True)), mode="padding", seed=5):
     return TextBatches(
         examples(), batch_size=4, accumulation=2, length=4, mode=mode, seed=seed, pad_id=0,
-        weighted=weighted,
+        weighted=weighted, numbered=False,
     )  # fmt: skip
 
 

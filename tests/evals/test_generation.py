@@ -187,6 +187,31 @@ def test_several_batches_of_one_shape():
     assert generate(decoder, (jnp.asarray(table),), [], sampling, **options) == []
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_prompts_of_like_lengths_go_together_and_texts_are_those_of_their_own_order(temperature):
+    """Batch by batch in the order of the prompts, each padded to the longest of all."""
+    table = np.random.default_rng(1).standard_normal((8, 8))
+    sampling = Sampling(3, stop_ids=(7,), pad_id=0, temperature=temperature)
+    prompts = [[1 + i % 5] * n for i, n in enumerate((3, 70, 1, 18, 66, 2, 33))]
+    key, parts = jax.random.key(2), (jnp.asarray(table),)
+    decoder, expected, widths = make_decoder(Chain, sampling), [], []
+    for start in range(0, len(prompts), 2):
+        ids, mask = np.zeros((2, 70), np.int32), np.zeros((2, 70), np.int32)
+        for row, prompt in enumerate(prompts[start : start + 2]):
+            ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
+        out = decoder(parts, ids, mask, jax.random.fold_in(key, start))
+        expected += [[t for t in row if t >= 0] for row in np.asarray(out).tolist()]
+
+    def watched(parts, ids, mask, keys):
+        widths.append(ids.shape[1])
+        return decoder(parts, ids, mask, keys)
+
+    found = generate(watched, parts, prompts, sampling, batch_size=2, key=key)
+    assert found == expected[: len(prompts)]
+    assert widths == sorted(widths, reverse=True)
+    assert (widths[0], sum(widths) < 0.6 * 4 * 80) == (80, True)
+
+
 def test_an_empty_prompt_has_an_empty_text():
     sampling = Sampling(2, stop_ids=(), pad_id=9)
     assert chain_texts(successors([1, 0]), [[], [1]], sampling) == [[], [0, 1]]

@@ -8,7 +8,7 @@ import pytest
 
 from balora_jax.io import hf_weights
 from tests import tiny_labels_run
-from tests.run.conftest import invoke
+from tests.run.conftest import invoke, settings
 from tests.tiny_run import FEW, sums, tree_digest, write_config, write_inputs, write_rows
 
 
@@ -37,7 +37,10 @@ def test_counts_and_lengths_are_those_of_the_rows(tmp_path):
     rows[4]["answer"] = "1" * 20
     write_rows(inputs / "train.jsonl", rows)
     config = write_config(
-        tmp_path / "c.yaml", inputs, adapter=FEW, data={"max_length": 16, "overlong": "drop"}
+        tmp_path / "c.yaml",
+        inputs,
+        adapter=FEW,
+        data={"max_length": 16, "overlong": "drop", "packing": "none"},
     )
     picture = tmp_path / "lengths.png"
     found, out = checked(config, tmp_path, "--no-memory", "--picture", picture)
@@ -56,6 +59,10 @@ def test_counts_and_lengths_are_those_of_the_rows(tmp_path):
     assert (found["steps_per_epoch"], found["steps"], found["row_length"]) == (3, 4, 16)
     assert found["epochs"] == pytest.approx(4 / 3)
     assert found["fill"] == pytest.approx(kept.sum() / (3 * 8 * 16))
+    assert (
+        f"fill: {100 * found['fill']:.1f} % of the places of an epoch hold a token (4 rows of 16)"
+        in out
+    )
     first = rows[0]
     assert f"<s>{first['question']}=⟦{first['answer']}</s>⟧" in out
     assert "19 examples of 20 rows (0 truncated, 1 dropped" in out
@@ -63,13 +70,21 @@ def test_counts_and_lengths_are_those_of_the_rows(tmp_path):
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_memory_is_that_of_plan(tmp_path):
+def test_memory_is_that_of_plan_for_the_largest_shape(tmp_path):
+    """One long row of many: four examples of a micro-batch lie in fewer rows of its length."""
     inputs = write_inputs(tmp_path / "in")
-    config = write_config(tmp_path / "c.yaml", inputs, adapter=FEW)
+    rows = sums(24, 0)
+    rows[4]["answer"] = "1" * 36
+    write_rows(inputs / "train.jsonl", rows)
+    config = write_config(tmp_path / "c.yaml", inputs, adapter=FEW, data={"max_length": 48})
     found, out = checked(config, tmp_path)
-    length = found["row_length"]
+    rows, length = found["shapes"][-1]
+    assert rows < 4
+    assert "4 examples in " in out
+    assert found["fill"] > 0.5
+    sizes = {"data.max_length": length, "training.batch_size": 2 * rows}
     file = tmp_path / "plan.json"
-    code, _, err = invoke("plan", config, "--json", file, "--set", f"data.max_length={length}")
+    code, _, err = invoke("plan", config, "--json", file, *settings(sizes))
     assert code == 0, err
     total = json.loads(file.read_text())["rows"][0]["bytes_per_device"]
     assert found["plan"]["rows"][0]["bytes_per_device"] == total

@@ -65,7 +65,8 @@ def test_resume_on_a_base_with_another_config(place, finished):
         ("training.max_steps", 8, "expected training.max_steps to stay 4, got 8"),
         ("training.max_steps", 3, "expected training.max_steps to stay 4, got 3"),
         ("training.batch_size", 16, "expected training.batch_size to stay 8, got 16"),
-        ("data.packing", "true", "expected data.packing to stay False, got True"),
+        ("data.packing", "true", "expected data.packing to stay 'batch', got 'rows'"),
+        ("data.packing", "none", "expected data.packing to stay 'batch', got 'none'"),
     ],
 )
 def test_resume_with_another_config(place, finished, key, value, phrase):

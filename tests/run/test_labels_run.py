@@ -44,7 +44,7 @@ ADAPTERS = LAYERS * 2 * 2 * (WIDTH + WIDTH)  # two layers of rank 2 each
 METRICS = {
     *("step", "loss", "task_loss", "consistency", "diversity", "spectral"),
     *("lambda1", "lambda2", "lambda3", "learning_rate", "grad_norm"),
-    *("tokens", "tokens_per_second", "step_seconds", "skipped", "skipped_in_a_row"),
+    *("tokens", "tokens_per_second", "step_seconds", "fill", "skipped", "skipped_in_a_row"),
 }
 
 

@@ -27,7 +27,7 @@ from tests.tiny_run import (
 COLUMNS = {
     "step", "loss", "task_loss", "consistency", "diversity", "spectral", "lambda1", "lambda2",
     "lambda3", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "step_seconds",
-    "spectral_residual", "skipped", "skipped_in_a_row",
+    "spectral_residual", "fill", "skipped", "skipped_in_a_row",
 }  # fmt: skip
 TERMS = ("task_loss", "consistency", "diversity", "spectral")
 SHARES = {f"gradient_{kind}_{term}" for kind in ("share", "norm") for term in TERMS}

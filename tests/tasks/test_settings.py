@@ -87,9 +87,18 @@ def test_the_sentence():
     with pytest.raises(InputError) as error:
         parse_config({**tree, "task": "labels", "training": {"epochs": 1}}, "my.yaml")
     assert str(error.value) == (
-        "my.yaml: data.packing: expected false with task labels, got true: labels do not read it. "
+        "my.yaml: data.packing: expected batch with task labels, got rows: labels do not read it. "
         "Leave it out."
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "read"), [(True, "rows"), (False, "none"), ("batch", "batch"), ("none", "none")]
+)
+def test_packing_was_once_true_or_false(given, read, tmp_path):
+    for task in TREES if read in ("none", "batch") else ["text"]:
+        config = parse_config(tree_of(task, tmp_path, data={"packing": given}), "config")
+        assert config.data.packing == read
 
 
 @pytest.mark.parametrize("task", TREES)

@@ -22,10 +22,12 @@ def clock(monkeypatch):
 
 def log_of(tmp_path, clock, rows, *, every, peak):
     log = metrics.MetricsLog(tmp_path / "metrics.jsonl", keep_until=0)
-    report = reporting.Reporter(log, every, lambda tokens: 1e6 * tokens, peak)
+    report = reporting.Reporter(log, every, lambda shape, tokens: 1e6 * tokens, peak)
     with tqdm(disable=True) as bar:
         for i, (seconds, row) in enumerate(rows, 1):
-            report.take(i, ROW | row, bar)  # waits for the step before
+            report.take(
+                i, ROW | row, bar, reporting.Filled((2, 3, 4), 6 * i)
+            )  # waits for the step before
             clock[0] += seconds
         report.flush(bar)
     log.close()
@@ -44,6 +46,7 @@ def test_speeds_are_those_of_the_steps_since_the_last_row(tmp_path, clock):
     assert third["step_seconds"] == 2.0
     assert third["mfu"] == pytest.approx(16e6 / 4 / 50e6)
     assert third["tokens"] == 6
+    assert (first["fill"], third["fill"]) == (6 / 24, (12 + 18) / 48)
 
 
 def test_without_a_peak_there_is_no_mfu(tmp_path, clock):

@@ -16,7 +16,7 @@ from balora_jax.registry import Registry
 
 OF_THE_STEP = (
     *("step", "loss", "task_loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second"),
-    *("step_seconds", "mfu", "skipped", "skipped_in_a_row"),
+    *("step_seconds", "mfu", "fill", "skipped", "skipped_in_a_row"),
 )
 """Columns of the metrics that no term can be called."""
 

@@ -1,7 +1,7 @@
 """A checked run of an encoder on labels, and what ``balora eval`` does with one."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,7 @@ class LabelsRun(LabelsProgram):
         task: columns, labels and metrics.
         data: encoded training rows and what became of them.
         validation: title → encoded rows of the score; empty for none.
-        length: tokens of every row of a batch.
+        length: most tokens of a row of a batch.
     """
 
     base: EncoderBase
@@ -83,12 +83,11 @@ class LabelsRun(LabelsProgram):
             pad_id=self.pad_id,
         )
 
-    def step_flops(self, counted: float) -> float:
+    def step_flops(self, shape: Sequence[int], counted: float) -> float:
         """Operations of a step, counted as for decoders; padding is computed as well."""
         del counted  # the head is small, whatever it reads
-        training, config = self.config.training, self.base.config
+        config = self.base.config
         linear = sum(v.size for path, v in self.plain.parameters.items() if "layers." in path)
-        shape = (1, training.batch_size, self.length)
         taught = self.objective.needs_teacher and not self.config.regularizers.teacher_cache
         layers, width = config.num_layers, config.hidden_size
         return encoder_flops(linear, layers, width, shape, taught=taught)
@@ -194,7 +193,7 @@ class LabelsRun(LabelsProgram):
         """Lines about the data, for the start of a run."""
         first = describe_labels(self.data.examples[0], self.tokenizer, self.task)
         return [
-            f"data: {self.data.report}; rows of {self.length} tokens",
+            f"data: {self.data.report}; {self.batches().describe()}",
             *(f"{title}: {rows.report}" for title, rows in self.validation.items()),
             f"first example: {first}",
         ]

@@ -16,9 +16,11 @@ from balora_jax.data.labels import (
     labels_epoch,
     padded_length,
 )
+from balora_jax.data.layout import LENGTH_MULTIPLE
 from balora_jax.data.sources import load_rows
 from balora_jax.evals.classification import score_labels
 from balora_jax.models.encoder import Encoder
+from balora_jax.numerics.few import batches_by_length
 from balora_jax.parallel import hosts, sharding
 from balora_jax.parallel.sharding import rows_sharding
 from balora_jax.progress import progress_bar
@@ -148,14 +150,19 @@ def over_rows(
 ) -> np.ndarray:
     """``forward(parts, input_ids, attention_mask, token_type_ids)`` [B, C] of all rows: [rows, C].
 
-    ``forward`` is jitted by the caller; it sees one shape. With a progress bar on long sets.
+    ``forward`` is jitted by the caller; it sees few shapes, as rows of like lengths go together.
+    ``length`` is that of the longest row, padded. With a progress bar on long sets.
     """
     place, found = rows_sharding(mesh), []
+    lengths = [len(example.input_ids) for example in examples]
+    batches = batches_by_length(lengths, length, batch_size=batch_size, multiple=LENGTH_MULTIPLE)
     quiet = len(examples) < SHOW_PROGRESS_ABOVE or not hosts.is_first()
     with progress_bar(total=len(examples), desc=title, unit="row", disable=quiet) as bar:
-        for batch in labels_epoch(examples, batch_size, length, pad_id):
+        for places, padded in batches:
+            part = [examples[i] for i in places]
+            (batch,) = labels_epoch(part, batch_size, padded, pad_id)
             arrays = [hosts.place(batch[name], place) for name in NAMES]
-            real = batch["row"] >= 0
-            found.append(hosts.gathered(forward(parts, *arrays))[real])
-            bar.update(int(real.sum()))
-    return np.concatenate(found)
+            found.append(hosts.gathered(forward(parts, *arrays))[: len(places)])
+            bar.update(len(places))
+    order = np.array([i for places, _ in batches for i in places])
+    return np.concatenate(found)[np.argsort(order)]

@@ -33,6 +33,9 @@ UNREAD = (
     "eval.gold_column",
 )
 
+NO_REQUEST = {"data.packing": "none"}
+"""Values of unread keys that ask for nothing, beside their defaults."""
+
 SAID_BY_GLUE = ("text_columns", "label_column", "labels", "regression")
 """Of ``data``: what a GLUE task brings along."""
 

@@ -1,6 +1,6 @@
 """A checked run of a decoder on text, and what ``balora eval`` and ``generate`` do with one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from balora_jax.array_types import PRNGKeyArray
 from balora_jax.config import DataConfig, ModelConfig, RunConfig
-from balora_jax.data.batches import TextBatches, common_length
+from balora_jax.data.batches import Mode, TextBatches, common_length
 from balora_jax.data.examples import describe_example, encode_prompt, text_ids
 from balora_jax.data.training_sets import TrainingData, TrainingSet, encode_sets, load_sets
 from balora_jax.errors import InputError
@@ -37,6 +37,9 @@ from balora_jax.tasks.text.score import (
 )
 from balora_jax.training.run import Arrays, Loaded, Scorer
 
+MODES: Mapping[str, Mode] = {"none": "padding", "batch": "batch", "rows": "packing"}
+"""What ``data.packing`` asks for, in the words of checkpoints."""
+
 
 @dataclass(frozen=True)
 class TextRun(TextProgram):
@@ -47,7 +50,7 @@ class TextRun(TextProgram):
         tokenizer: its tokenizer.
         data: encoded training rows and what became of them.
         exam: the rows of the score; None for no score.
-        length: tokens of every row of a batch.
+        length: tokens of every row of a batch that is not packed by ``packing: batch``.
     """
 
     base: Base
@@ -56,25 +59,26 @@ class TextRun(TextProgram):
     exam: Exam | None
     length: int
 
-    def batches(self) -> TextBatches:
-        """The training batches, from the beginning."""
+    def batches(self, mode: Mode | None = None) -> TextBatches:
+        """The training batches, from the beginning; ``mode`` instead of ``data.packing``'s."""
         training = self.config.training
         return TextBatches(
             self.data.examples,
             batch_size=training.batch_size // training.accumulation,
             accumulation=training.accumulation,
             length=self.length,
-            mode="packing" if self.config.data.packing else "padding",
+            mode=mode or MODES[self.config.data.packing],
             seed=training.seed,
             pad_id=self.base.padding_id(self.tokenizer),
             weighted=self.data.weighted,
+            row_multiple=sharding.row_parts(self.mesh),
+            length_multiple=sharding.token_parts(self.mesh),
+            numbered=False,
         )
 
-    def step_flops(self, counted: float) -> float:
+    def step_flops(self, shape: Sequence[int], counted: float) -> float:
         """Operations of a step with so many tokens in the loss; padding is computed as well."""
-        training = self.config.training
-        rows = training.batch_size // training.accumulation
-        return model_flops(self, (training.accumulation, rows, self.length), counted)
+        return model_flops(self, shape, counted)
 
     def load(self) -> Loaded:
         """The frozen weights and the adapters' start."""
@@ -134,7 +138,7 @@ class TextRun(TextProgram):
     def describe(self) -> list[str]:
         """Lines about the data, for the start of a run."""
         return [
-            f"data: {self.data.report}; rows of {self.length} tokens",
+            f"data: {self.data.report}; {self.batches().describe()}",
             *self.data.notes,
             f"first example: {describe_example(self.data.examples[0], self.tokenizer)}",
             *(f"first {name}: {text}" for name, text in self.data.others),
@@ -171,7 +175,7 @@ def check(config: RunConfig) -> TextRun:
         tokenizer=opened.tokenizer,
         data=data,
         exam=opened.exam,
-        length=_row_length(config.data, data, opened.base, opened.program.mesh),
+        length=row_length(config.data, data, opened.base, opened.program.mesh),
     )
 
 
@@ -190,8 +194,9 @@ def _open(config: RunConfig) -> _Opened:
     return _Opened(program, base, tokenizer, sets, exam)
 
 
-def _row_length(config: DataConfig, data: TrainingData, base: Base, mesh: Mesh) -> int:
-    length = config.max_length if config.packing else None
+def row_length(config: DataConfig, data: TrainingData, base: Base, mesh: Mesh) -> int:
+    """Tokens of a row that holds one example, or with ``packing: rows`` as many as fit."""
+    length = config.max_length if config.packing == "rows" else None
     length = length or common_length(data.examples, config.max_length)
     longest = max(len(example.input_ids) for example in data.examples)
     if longest > base.config.max_length:
