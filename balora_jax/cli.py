@@ -7,9 +7,10 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
-from balora_jax import __version__, signals
+from balora_jax import __version__, hardware, signals
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.options import Parser
 from balora_jax.parallel import child
@@ -49,6 +50,7 @@ def command(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    hardware.settle_for_cpu(Path("/dev"))
     with signals.taken(for_good=True):
         signals.leave(main(arguments))
 

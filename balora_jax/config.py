@@ -20,6 +20,11 @@ Dtype = Literal["float32", "bfloat16"]
 Grader = Literal["auto", "math_verify", "plain", "authors", "lm_eval_strict", "lm_eval_flexible"]
 
 
+OF_THE_TEACHER = {
+    *("teacher", "teacher_head", "teacher_cache", "teacher_cache_folder", "teacher_fraction"),
+}
+"""Keys of ``regularizers`` that say how the teacher is made, not what is computed with it."""
+
 PAPER_NAMES = {"nlg": "text", "nlu": "labels"}
 """The paper's names of the two tasks, which configs may use too."""
 
@@ -137,8 +142,13 @@ class RegularizersConfig(Section):
         teacher_head: of ``task: labels``, the frozen head behind the frozen encoder:
             ``student_init``, the student's own first head, or ``probe``, a head fitted on the
             teacher's features before the run; the student begins with the same head either way.
-        teacher_cache: of ``task: labels``, compute the teacher's logits of every row once, before
-            the first step, instead of in each step.
+        teacher_cache: compute the teacher once, before the first step, instead of in each step,
+            and keep it beside the run: its logits of every row (labels, where not given) or its
+            last hidden states of every counted position (text, if asked for).
+        teacher_cache_folder: of ``task: text``, another folder for them, which several runs share.
+        teacher_fraction: of ``task: text``, share of the rows of each micro-batch, on each device
+            rounded up, on which the terms that read the teacher are computed; drawn anew each time,
+            and on average what all rows give.
     """
 
     variant: Variant = "iclr2026"
@@ -146,11 +156,13 @@ class RegularizersConfig(Section):
     mask_alignment: MaskAlignment = "shifted"
     teacher: Literal["base", "start"] = "base"
     teacher_head: Literal["student_init", "probe"] = "student_init"
-    teacher_cache: bool = True
+    teacher_cache: bool | None = None
+    teacher_cache_folder: str | None = None
+    teacher_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     def of_the_terms(self) -> dict[str, Any]:
         """What :func:`balora_jax.numerics.objective.objective_of` reads."""
-        return self.model_dump(exclude={"teacher", "teacher_head", "teacher_cache"})
+        return self.model_dump(exclude=OF_THE_TEACHER)
 
 
 class TrainingConfig(Section):

@@ -31,7 +31,13 @@ from balora_jax.training.trackers.tracker import last_seen
 from balora_jax.training.workdir import CURVES, METRICS, SUMMARY, check_workdir, held, recorded_day
 
 
-def fit(config: RunConfig, *, workdir: str | Path, resume: bool = False) -> dict[str, Any]:
+def fit(
+    config: RunConfig,
+    *,
+    workdir: str | Path,
+    resume: bool = False,
+    shared: Path | None = None,
+) -> dict[str, Any]:
     """Fine-tune as the config says; everything a run leaves lies in ``workdir``.
 
     Args:
@@ -39,6 +45,8 @@ def fit(config: RunConfig, *, workdir: str | Path, resume: bool = False) -> dict
         workdir: gets ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``adapter/`` (PEFT),
             ``summary.json`` and ``curves.png``.
         resume: go on from the newest checkpoint in ``workdir`` (from the start if there is none).
+        shared: folder for what several runs need of one teacher (``regularizers.teacher_cache`` of
+            ``task: text``); ``workdir`` where it is not given.
 
     Returns:
         The contents of ``summary.json``.
@@ -61,12 +69,20 @@ def fit(config: RunConfig, *, workdir: str | Path, resume: bool = False) -> dict
             template = chat_template_of(config)
         with held(folder, resume=resume) as check:
             with reading():
+                hosts.by_first(functools.partial(run.check_folders, folder, shared))
                 found = resumable(run, folder) if resume else None
                 loaded = run.load()
             describe(run)
             with jax.set_mesh(run.mesh):
                 training = Training(
-                    run, loaded, folder, signals, trackers=trackers, found=found, check=check
+                    run,
+                    loaded,
+                    folder,
+                    signals,
+                    trackers=trackers,
+                    found=found,
+                    shared=shared,
+                    check=check,
                 )
                 with training.trackers as told:
                     training.score_before()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import balora_jax
+from balora_jax.config import OF_THE_TEACHER
 from balora_jax.config_schema import run_schema
 from balora_jax.io.checkpoint import FREE_KEYS
 from balora_jax.numerics.objective import objective_of
@@ -374,7 +375,6 @@ def attributes_read():
 READ = attributes_read()
 
 
-OF_THE_TEACHER = {"teacher", "teacher_head", "teacher_cache"}  # say how the teacher is made
 # Another value of each key that the objective reads, and what else it then takes.
 OTHER = {
     "variant": ("arxiv_v1", {}),

@@ -106,6 +106,7 @@ def compiled_for(target: Target, config: RunConfig, cases: Sequence[Case]) -> li
     Raises:
         InputError: no compiler, or a step that it refuses for another reason than memory.
     """
+    config = ahead.without_libraries(config, target)
     with ahead.compiler(target) as compile_one:
         return [
             compile_one(configured(config, case), case.name, head_alone=False) for case in cases

@@ -39,7 +39,7 @@ def compiled_case(config: RunConfig, case: Case) -> LabelsCase:
     loaded = run.load()
     constants = run.constants(loaded)
     batch: dict[str, Any] = next(run.batches())
-    if run.objective.needs_teacher and run.config.regularizers.teacher_cache:
+    if run.keeps_teacher:
         # Any logits will do for the time of a step; a run computes them once, before the first.
         shape = (*batch["labels"].shape, run.outputs)
         batch = run.prepare(batch, np.zeros((len(run.data.examples), run.outputs), np.float32))

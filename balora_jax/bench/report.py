@@ -104,7 +104,8 @@ def ahead_table(figures: Mapping[str, Any]) -> str:
         flops = f"{row['flops_per_device'] / 1e12:.1f}"
         rows.append([row["case"], *gib, flops, f"{row['compile_seconds']:.0f}"])
     title = f"per device of {figures['topology']}, compiled ahead; jax {figures['versions']['jax']}"
-    return "\n".join([title, "", *markdown(header, rows)])
+    notes = [f"note: {note}." for note in figures["notes"]]
+    return "\n".join([title, *notes, "", *markdown(header, rows)])
 
 
 def draw(figures: Mapping[str, Any], path: Path) -> bool:

@@ -58,7 +58,7 @@ def bench(
             as the config's would, and at least one row.
         tokenizer: folder of the tokenizer for the rows of ``data.train``, of a model without one;
             they are a setting after those of ``lengths``.
-        topology: compile for this TPU slice instead of measuring here.
+        topology: compile for these devices, which need not be here, instead of measuring here.
         picture: PNG of time and memory of each case, of the first setting.
 
     Raises:
@@ -71,7 +71,8 @@ def bench(
     figures: dict[str, Any] = {"versions": hardware.versions()}
     if topology is not None:
         target = parse_target(topology)
-        figures |= {"topology": topology, "rows": compiled_for(target, config, todo)}
+        figures |= {"topology": topology, "notes": list(target.notes)}
+        figures |= {"rows": compiled_for(target, config, todo)}
         print(report.ahead_table(figures))
         return figures
     figures |= {"machine": _machine(config.model.dtype), "tables": []}

@@ -39,6 +39,7 @@ FREE_KEYS = (
     "data.validation_limit",
     "data.validation_split",
     "regularizers.teacher_cache",
+    "regularizers.teacher_cache_folder",
     "training.stop_at",
     "training.head",
     "training.head_chunk",

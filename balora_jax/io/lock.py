@@ -60,6 +60,31 @@ def locked(folder: Path) -> Iterator[Callable[[], bool]]:
                 parent.rmdir()
 
 
+@contextmanager
+def turn(file: Path, wait: Callable[[], None]) -> Iterator[None]:
+    """Hold the right to write a file in a folder that runs share, once nobody else has it.
+
+    ``wait`` is called where somebody does. A crash releases it.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    name = file.with_name(f".{file.name}.lock")
+    lock = FileLock(name, thread_local=False)
+    try:
+        lock.acquire(timeout=_WAIT)
+    except Timeout:
+        wait()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # while it is held; the next one makes it anew
+            name.unlink()
+        lock.release()
+
+
 def check_not_held(folder: Path) -> None:
     """Raises InputError where another process holds the lock; writes nothing that was not there."""
     _check_ours(folder)

@@ -102,7 +102,7 @@ def head_loss(
     tables = embedding, original
     rows, tables, scales, factor = jax.lax.stop_gradient((rows, tables, scales, factor))
     if not chosen.needs_teacher:
-        rows = rows._replace(teacher=None)
+        rows = rows._replace(teacher=None, taught=None)
 
     def compute(
         rows: Rows, tables: tuple[Array, Array | None], scales: Scales, factor: Array | None
@@ -226,8 +226,9 @@ def _plain_sum(term: Term, rows: Rows, logits: Array, teacher: Array | None) -> 
         return head_pass.hidden_sum(
             jax.lax.stop_gradient(rows)._replace(student=rows.student), term
         )
-    value = term.on_tokens(logits, teacher, rows.term_mask)
-    return value if term.couples_rows else value * jnp.sum(rows.term_mask, dtype=value.dtype)
+    mask = rows.mask_of(needs_teacher=term.needs_teacher)
+    value = term.on_tokens(logits, teacher, mask)
+    return value if term.couples_rows else value * jnp.sum(mask, dtype=value.dtype)
 
 
 def _masked_sum(values: Array, mask: Array) -> Scalar:

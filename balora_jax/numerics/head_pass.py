@@ -67,11 +67,16 @@ def terms_and_gradient(
     }
     if entropies and adapt is not None:
         scales = adapt(scales, {k: ratio(total, term_count) for k, total in entropies.items()})
-    plan = Chunks.of(rows.label_mask | rows.term_mask, head.chunk)
     by_logits = tuple(term for term in chosen.terms if term.reads == "logits")
     prepared = {term.name: term.prepare(rows, head) for term in by_logits}
+    used = rows.label_mask | rows.term_mask
+    plan = Chunks.of(used if rows.taught is None else used & rows.taught, head.chunk)
     given = _Pass(plan, rows, head, scales, by_logits, prepared, head.unchanged())
     sums, gradient, by_head = _over_chunks(given, dtype)
+    if rows.taught is not None:
+        more, others, of_head = _over_chunks(_untaught(given, used & ~rows.taught), dtype)
+        sums = {name: total + more.get(name, 0) for name, total in sums.items()}
+        gradient, by_head = jax.tree.map(jnp.add, (gradient, by_head), (others, of_head))
     task = sums.pop(TASK)
     found = {name: sum_over(total, axes) for name, total in sums.items()}
     coupled = {name: one for name, one in prepared.items() if one is not None}
@@ -131,6 +136,15 @@ def _over_chunks(given: _Pass, dtype: jnp.dtype) -> _Carry:
     return sums, plan.put_back(gradient), by_head
 
 
+def _untaught(given: _Pass, used: Array) -> _Pass:
+    """The pass over the rows without a teacher: no product for it, no term that reads it."""
+    return given._replace(
+        plan=Chunks.of(used, given.head.chunk),
+        rows=given.rows._replace(teacher=None),
+        terms=tuple(term for term in given.terms if not term.needs_teacher),
+    )
+
+
 def _one_chunk(given: _Pass, index: Array) -> _Carry:
     """Sums of one chunk, its rows of the gradient by the hidden states, its part of the head's."""
     rows, head, scales = given.rows, given.head, given.scales
@@ -178,7 +192,8 @@ def hidden_sum(rows: Rows, term: Term) -> Scalar:
         for hidden in (rows.student, rows.teacher)
     )
     assert student is not None
-    return jnp.sum(jnp.where(rows.term_mask, term.hidden_rows(student, teacher), 0))
+    mask = rows.mask_of(needs_teacher=term.needs_teacher)
+    return jnp.sum(jnp.where(mask, term.hidden_rows(student, teacher), 0))
 
 
 def _teacher_entropy(rows: Rows, head: Head, term: Term) -> Scalar:

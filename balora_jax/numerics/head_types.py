@@ -61,6 +61,8 @@ class Rows(NamedTuple):
         labels: Token to predict, ``[N]``; read where ``label_mask``.
         label_mask: Rows of the cross-entropy, ``[N]``.
         term_mask: Rows of the regularizers, ``[N]``.
+        taught: Rows whose ``teacher`` is there, ``[N]``; None for all. Terms that read the teacher
+            count no others.
     """
 
     student: Float[Array, "N D"]
@@ -68,6 +70,13 @@ class Rows(NamedTuple):
     labels: Int[Array, "N"]
     label_mask: Bool[Array, "N"]
     term_mask: Bool[Array, "N"]
+    taught: Bool[Array, "N"] | None = None
+
+    def mask_of(self, *, needs_teacher: bool) -> Bool[Array, "N"]:
+        """Rows that a term counts."""
+        if self.taught is None or not needs_teacher:
+            return self.term_mask
+        return self.term_mask & self.taught
 
 
 class HeadSums(NamedTuple):

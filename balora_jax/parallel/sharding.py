@@ -170,6 +170,15 @@ def across_devices(mesh: AnyMesh) -> Callable[[Callable[..., Any]], Callable[...
     return lambda compute: jax.shard_map(compute, mesh=mesh, check_vma=False, **specs)
 
 
+def across_rows(mesh: AnyMesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Run ``(array [B, T, …], numbers [parts, …]) -> [B, T, …]`` on each device's own rows."""
+    if mesh.size == 1:
+        return unwrapped
+    own = P(ROWS, TOKENS)
+    specs = {"in_specs": (own, P(ROWS)), "out_specs": own}
+    return lambda compute: jax.shard_map(compute, mesh=mesh, check_vma=False, **specs)
+
+
 def head_layout(mesh: AnyMesh) -> Callable[[Any, Any], tuple[Any, Any]]:
     """Lay out rows over the axes of tokens and the head over its vocabulary, for the plain head.
 

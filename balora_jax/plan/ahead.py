@@ -1,8 +1,9 @@
 """Compile steps for devices that are not here, in a process that has their compiler.
 
 ``python -m balora_jax.plan.ahead TOPOLOGY`` answers each line of its input, a case, with a line.
-The TPU compiler (``libtpu``, extra ``plan``) must not be loaded where an ordinary start on a CPU or
-a GPU would then look for a TPU, and virtual devices are a matter of the environment.
+The TPU compiler (``libtpu``, extra ``plan``) and the GPU compiler (``jax-cuda12-plugin``, extra
+``plan-gpu``) must not be loaded where an ordinary start on a CPU would then look for a TPU or a
+GPU, and virtual devices are a matter of the environment.
 """
 
 import json
@@ -11,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from importlib import metadata
 from typing import IO, Any, Protocol, runtime_checkable
 
 from balora_jax.config import RunConfig
@@ -20,6 +22,9 @@ from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 from balora_jax.parallel import sharding
 from balora_jax.plan.targets import Target, described_devices, parse_target
+
+GPU_COMPILER = "jax-cuda12-plugin"
+"""The package with XLA's GPU compiler, of the same version as jaxlib."""
 
 
 @runtime_checkable
@@ -38,10 +43,16 @@ class Compile(Protocol):
 
 @contextmanager
 def compiler(target: Target) -> Iterator[Compile]:
-    """What compiles for a target: this process for the devices here, else one of its own."""
-    if target.name == "auto":
+    """What compiles for a target: this process for the devices here, else one of its own.
+
+    Raises:
+        InputError: GPUs that are not here, and no compiler for them.
+    """
+    if target.is_here:
         yield partial(_compile, target)
         return
+    if target.described:
+        check_gpu_compiler(target.name)
     command = [sys.executable, "-m", "balora_jax.plan.ahead", target.name]
     environment = os.environ | target.environment
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
@@ -49,10 +60,32 @@ def compiler(target: Target) -> Iterator[Compile]:
         command, env=environment, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
     ) as process:  # fmt: skip
+        assert process.stdin is not None
         try:
             yield partial(_ask, process, log, target)
         finally:
             process.kill()
+            with suppress(BrokenPipeError):  # what it never read
+                process.stdin.close()
+
+
+def check_gpu_compiler(topology: str) -> None:
+    """That XLA's GPU compiler is here, in the version of jaxlib.
+
+    Raises:
+        InputError: it is not.
+    """
+    wanted = metadata.version("jaxlib")
+    try:
+        found = metadata.version(GPU_COMPILER)
+    except metadata.PackageNotFoundError:
+        found = "none"
+    if found != wanted:
+        raise InputError(
+            f"--topology {topology}: expected XLA's GPU compiler, {GPU_COMPILER} {wanted} (the "
+            f"version of jaxlib), got {found}. Install it with pip install "
+            f"{GPU_COMPILER}=={wanted}, best in an environment for plans alone."
+        )
 
 
 def _ask(
@@ -69,17 +102,19 @@ def _ask(
     case = {"config": config.model_dump(mode="json"), "name": name, "head_alone": head_alone}
     answer = ""
     # A process that could not start has closed its end: its message is in the log.
-    if process.poll() is None:
+    with suppress(BrokenPipeError):
         process.stdin.write(json.dumps(case) + "\n")
         process.stdin.flush()
         answer = process.stdout.readline()
     if not answer:
         process.wait()
         log.seek(0)
-        last = (log.read().strip().splitlines() or ["no message"])[-1]
+        said = (log.read().strip().splitlines() or ["no message"])[-1][:400].rstrip(".")
+        install = "Install the TPU compiler with pip install '.[plan]', or change"
+        advice = install if target.platform == "tpu" else "Change"
         raise InputError(
-            f"--topology {target.name}: expected the step to compile, got: {last[:400]} Install "
-            "the TPU compiler with pip install '.[plan]', or change topology, mesh or batch."
+            f"--topology {target.name}: expected the step to compile, got: {said}. {advice} "
+            "topology, mesh or batch."
         )
     found = json.loads(answer)
     if "error" in found:
@@ -94,6 +129,15 @@ def _compile(target: Target, config: RunConfig, name: str, *, head_alone: bool) 
     mesh = sharding.make_mesh(config.mesh, described_devices(target))
     base = arguments.opened_base(config.model)
     return compiled.compile_case(config, name, base.config, mesh, head_alone=head_alone)
+
+
+def without_libraries(config: RunConfig, target: Target) -> RunConfig:
+    """The config with attention that needs no cuDNN, for GPUs that are not here."""
+    if target.platform != "gpu" or target.is_here:
+        return config
+    tree = config.model_dump(mode="json")
+    tree["model"]["attention"] = "xla"
+    return parse_config(tree, "plan")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from balora_jax.parallel import sharding
 from balora_jax.paths import resolve_path
 from balora_jax.pretrained.checkpoint import Base, open_base
 from balora_jax.tasks import teacher
-from balora_jax.tasks.text.loss import Constants
+from balora_jax.tasks.text.loss import HIDDEN, Constants
 from balora_jax.tasks.text.program import TextProgram
 from balora_jax.training import optim, steps
 
@@ -88,6 +88,10 @@ def abstract_arguments(program: TextProgram, total_steps: int) -> tuple[Any, ...
             program.config.training, length, program.decoder.vocab_size
         ).items()
     }
+    if program.keeps_teacher:
+        shape = (*batch["input_ids"].shape, width)
+        dtype, place = jnp.dtype(program.config.model.dtype), sharding.batch_sharding(mesh)
+        batch[HIDDEN] = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
     return state, Constants(frozen, origin, factor, taught), batch, key

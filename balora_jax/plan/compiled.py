@@ -19,7 +19,7 @@ from balora_jax.numerics import head
 from balora_jax.numerics.head_types import Rows
 from balora_jax.numerics.objective import TASK
 from balora_jax.parallel import sharding
-from balora_jax.plan import arguments, hlo
+from balora_jax.plan import arguments, gpus, hlo
 from balora_jax.tasks import flops
 from balora_jax.tasks.text.program import TextProgram, text_program
 from balora_jax.training import steps
@@ -50,7 +50,8 @@ def compile_case(
         ``bytes_per_device`` (arguments, temporaries, output, total; None where the step does not
         fit, and ``does_not_fit`` then says what it needs), ``bytes_by_kind``, ``model_flops``,
         ``recomputed_flops``, ``flops_per_device`` (the model's, over devices), ``collectives``,
-        ``traffic`` (bytes between each device and its memory), ``compile_seconds``.
+        ``sent`` (their ``bytes``, and of these ``between_hosts``), ``traffic`` (bytes between each
+        device and its memory), ``compile_seconds``.
     """
     program = text_program(config, decoder, mesh)
     inputs = arguments.abstract_arguments(program, STEPS)
@@ -70,25 +71,28 @@ def compile_case(
 
 
 def dump_options(mesh: Any, folder: str) -> dict[str, Any]:
-    """Options that let the TPU compiler write the text of a program to a folder."""
-    if sharding.platform_of(mesh) != "tpu":
-        return {}
-    return {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    """Options that let a compiler write the text of a program where it may not give it back."""
+    platform = sharding.platform_of(mesh)
+    if platform == "tpu" or (platform == "gpu" and gpus.is_old()):
+        return {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    return {}
 
 
-def program_text(compiled: Any, dump: Path) -> str:
-    """The text of a compiled program.
+def program_text(compiled: Any, dump: Path) -> str | None:
+    """The text of a compiled program; None where there is none.
 
     For a v5p libtpu 0.0.52 compiles programs that it cannot give back (JAX reports an error of
-    ``async-update``); what it wrote to ``dump`` on the way is the same program.
+    ``async-update``), and an old GPU compiler gives none back; what was written to ``dump`` on the
+    way is the same program.
     """
+    written = sorted(dump.glob("*jit_step*after_optimizations.txt"))
     try:
-        return compiled.as_text()
+        text = compiled.as_text()
     except jax.errors.JaxRuntimeError:
-        written = sorted(dump.glob("*jit_step*.after_optimizations.txt"))
         if not written:
             raise
-        return written[-1].read_text(encoding="utf-8")
+        text = None
+    return written[-1].read_text(encoding="utf-8") if text is None and written else text
 
 
 def compile_or_size(
@@ -264,14 +268,22 @@ def head_chunks(program: TextProgram) -> int:
     return -(-rows * length // split // program.head_plan.chunk)
 
 
+def hosts_between(mesh: Any) -> int:
+    """Hosts of a mesh of GPUs, which speak over a network; one for TPUs, whose links go on."""
+    if sharding.platform_of(mesh) != "gpu":
+        return 1
+    return len({device.process_index for device in mesh.devices.flat})
+
+
 def _moved(program: TextProgram, text: str | None) -> Row:
     """What a step moves, from the text of the program."""
     if text is None:
-        return {"collectives": None, "traffic": None, "open_loops": None}
+        return {"collectives": None, "sent": None, "traffic": None, "open_loops": None}
     module = hlo.Module(text, head_chunks(program))
-    found = module.collectives(dict(program.mesh.shape))
+    found = module.collectives(dict(program.mesh.shape), hosts_between(program.mesh))
     return {
         "collectives": [vars(one) | {"axes": list(one.axes)} for one in found],
+        "sent": hlo.total(found),
         "traffic": module.traffic(),
         "open_loops": module.unknown_loops,
     }

@@ -5,10 +5,10 @@ as the loop runs, one that may stop early as often as it may run at most.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from balora_jax.plan.hlo_groups import AxesOfGroups
+from balora_jax.plan.hlo_groups import AxesOfGroups, Group
 from balora_jax.plan.hlo_text import (
     Computation,
     Instruction,
@@ -36,12 +36,23 @@ class Collective:
         bytes: sent by each device in a step, by a ring: of a result or operand of S bytes over n
             devices, ``S·(n-1)/n`` for all-gather (S whole), reduce-scatter and all-to-all, twice
             that for all-reduce, S for a permutation.
+        between_hosts: those that each device sends to other hosts when its group first does what
+            it can on its own host.
     """
 
     kind: str
     axes: tuple[str, ...]
     count: int
     bytes: int
+    between_hosts: int
+
+
+def total(collectives: Sequence[Collective]) -> dict[str, int]:
+    """What a device sends in all: ``bytes``, and of these ``between_hosts``."""
+    return {
+        "bytes": sum(one.bytes for one in collectives),
+        "between_hosts": sum(one.between_hosts for one in collectives),
+    }
 
 
 class Module:
@@ -88,30 +99,39 @@ class Module:
         (condition,) = (self.computations[name] for name in loop.called("condition"))
         first = computation.instructions.get(loop.operands[0])
 
-        def value(name: str) -> int | None:
-            one: Instruction | None = condition.instructions[name]
-            if one.opcode == "get-tuple-element":
-                one = _passed(one, first, computation)
-            return constant_of(one)
+        def value(one: Instruction) -> int | None:
+            passed = _passed(one, first, computation) if one.opcode == "get-tuple-element" else one
+            return constant_of(passed)
 
-        def bound(name: str) -> int | None:
-            one = condition.instructions[name]
+        def bound(one: Instruction, seen: Mapping[str, Instruction]) -> int | None:
+            operands = [seen[name] for name in one.operands]
+            if one.opcode == "fusion":
+                return bound(*self._inside(one, operands))
             if one.opcode == "and":
-                found = [trips for trips in map(bound, one.operands) if trips is not None]
+                found = [trips for part in operands if (trips := bound(part, seen)) is not None]
                 return min(found, default=None)
-            if one.opcode == "fusion" and len(one.operands) == 2:
-                less = "direction=LT" in self._result_of(one).rest
-            else:
-                less = one.opcode == "compare" and "direction=LT" in one.rest
-            if not less:
+            if one.opcode != "compare" or "direction=LT" not in one.rest:
                 return None
-            begin, end = map(value, one.operands)
-            step = self._step(loop, condition.instructions[one.operands[0]])
+            begin, end = map(value, operands)
+            step = self._step(loop, operands[0])
             if begin is None or step is None:
                 return None
             return self.chunks if end is None else max(-(-(end - begin) // step), 0)
 
-        return bound(condition.root)
+        return bound(condition.instructions[condition.root], condition.instructions)
+
+    def _inside(
+        self, fusion: Instruction, operands: Sequence[Instruction]
+    ) -> tuple[Instruction, dict[str, Instruction]]:
+        """The result of a fusion, and what its names stand for: parameters for the operands."""
+        inner = self.computations[fusion.called("calls")[0]]
+        seen = dict(inner.instructions)
+        for place, name in inner.parameters.items():
+            seen[name] = operands[place]
+        for name, one in inner.instructions.items():
+            if one.opcode in ("copy", "bitcast", "convert"):
+                seen[name] = seen[one.operands[0]]
+        return inner.instructions[inner.root], seen
 
     def _result_of(self, fusion: Instruction) -> Instruction:
         inner = self.computations[fusion.called("calls")[0]]
@@ -144,13 +164,14 @@ class Module:
             one = others[0]
         return step or None
 
-    def collectives(self, mesh_shape: Mapping[str, int]) -> list[Collective]:
+    def collectives(self, mesh_shape: Mapping[str, int], hosts: int = 1) -> list[Collective]:
         """What a step exchanges, summed by kind and axes, most bytes first.
 
         Args:
             mesh_shape: size of each axis; devices are numbered in the mesh's own order.
+            hosts: that the devices are spread over, one after another.
         """
-        axes_of = AxesOfGroups(mesh_shape)
+        group_of = AxesOfGroups(mesh_shape, hosts)
         total: dict[tuple[str, tuple[str, ...]], list[int]] = {}
         for computation, times in self.executed:
             for where, one in self._collectives_in(computation):
@@ -158,10 +179,11 @@ class Module:
                 if kind == "all-reduce" and "all-reduce-scatter" in where.name:
                     kind = "reduce-scatter"  # a TPU writes it as a sum and a slice in one fusion
                 size = sum(bytes_of(where.instructions[name].shape) for name in one.operands)
-                axes, group = axes_of(one)
-                counted = total.setdefault((kind, axes), [0, 0])
+                group = group_of(one)
+                counted = total.setdefault((kind, group.axes), [0, 0, 0])
                 counted[0] += times
-                counted[1] += times * _ring_bytes(kind, size, group)
+                counted[1] += times * ring_bytes(kind, size, group.size)
+                counted[2] += times * network_bytes(kind, size, group)
         found = [Collective(*key, *values) for key, values in total.items()]
         return sorted(found, key=lambda one: -one.bytes)
 
@@ -302,7 +324,7 @@ def _passed(one: Instruction, first: Instruction | None, outer: Computation) -> 
     return value
 
 
-def _ring_bytes(kind: str, size: int, group: int) -> int:
+def ring_bytes(kind: str, size: int, group: int) -> int:
     """Bytes that one device sends, of operands of ``size`` bytes on it."""
     if kind == "all-gather":
         return size * (group - 1)
@@ -311,3 +333,14 @@ def _ring_bytes(kind: str, size: int, group: int) -> int:
     if kind in ("collective-permute", "collective-broadcast"):
         return size
     return size * (group - 1) // group
+
+
+def network_bytes(kind: str, size: int, group: Group) -> int:
+    """Bytes of those that one device sends to other hosts.
+
+    Sums are first formed, and what is gathered is last handed on, among the devices of a host.
+    """
+    if group.hosts == 1:
+        return 0
+    local = group.size // group.hosts if kind in ("all-reduce", "reduce-scatter") else 1
+    return ring_bytes(kind, size // max(local, 1), group.hosts)

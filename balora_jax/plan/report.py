@@ -46,8 +46,7 @@ def _title(figures: Mapping[str, Any]) -> str:
         f"{target['name']}: {target['devices']} x {target['kind']}, {memory}{hosts}; jax "
         f"{figures['versions']['jax']}",
     ]
-    if target["estimate"]:
-        lines.append(f"note: {target['estimate']}.")
+    lines += [f"note: {note}." for note in target["notes"]]
     return "\n".join([*lines, ""])
 
 
@@ -92,8 +91,8 @@ def _speed_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _speed_cells(number: int, row: Mapping[str, Any]) -> list[str]:
     devices, seconds = row["devices"], row["seconds"]
     moved = [None, None]
-    if row["collectives"] is not None:
-        moved = [row["traffic"], sum(one["bytes"] for one in row["collectives"])]
+    if row["sent"] is not None:
+        moved = [row["traffic"], row["sent"]["bytes"]]
     times = ["–"] * 5
     if seconds is not None:
         names = ("compute", "memory", "links", "bound", "apart")
@@ -112,12 +111,17 @@ def _speed_cells(number: int, row: Mapping[str, Any]) -> list[str]:
 
 
 def _collectives_table(row: Mapping[str, Any]) -> list[str]:
+    """What is exchanged; the bytes between hosts where there are some."""
+    found = row["collectives"]
+    sizes = {"bytes": "MB"}
+    if any(one["between_hosts"] for one in found):
+        sizes["between_hosts"] = "MB to other hosts"
     cells = [
         [one["kind"], " x ".join(one["axes"]) or "other", f"{one['count']:,}",
-         f"{one['bytes'] / 1e6:,.2f}"]
-        for one in row["collectives"]
+         *(f"{one[key] / 1e6:,.2f}" for key in sizes)]
+        for one in found
     ]  # fmt: skip
-    return markdown(("collective", "axes", "count", "MB"), cells)
+    return markdown(("collective", "axes", "count", *sizes.values()), cells)
 
 
 def _remarks(figures: Mapping[str, Any], config: RunConfig) -> list[str]:
@@ -125,7 +129,8 @@ def _remarks(figures: Mapping[str, Any], config: RunConfig) -> list[str]:
     lines = [
         "FLOPs are the model's; recomputed are those of remat, per device. compute = (model + "
         "recomputed) / devices / peak, memory = bytes read and written / bandwidth, links = bytes "
-        "sent / links of a chip; bound = their maximum, apart = their sum. tokens/s at "
+        "sent / links of a chip, or for GPUs those between hosts / network where that is more; "
+        "bound = their maximum, apart = their sum. tokens/s at "
         f"utilisation {share:g}: products at {share:.0%} of the peak, or memory or links where "
         "they are slower.",
     ]

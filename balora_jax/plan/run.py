@@ -53,12 +53,14 @@ def plan(
         config = _with(config, {"training": {"head": head}})
     if mesh is not None and mesh != "auto":
         config = _with(config, {"mesh": mesh_sizes(mesh)})
-    config = search.default_head_memory(config, target)
+    config = search.default_head_memory(ahead.without_libraries(config, target), target)
     with ahead.compiler(target) as compile_one:
         if mesh == "auto":
             rows = _searched(config, target, compile_one, candidates)
         else:
             rows = [compile_one(config, layout_name(config), head_alone=True)]
+    if target.stands_in:
+        rows = [row | search.least_moved(row, config, target) for row in rows]
     rows = [judged(row, target, utilisation) for row in rows]
     figures = {
         "versions": hardware.versions(),
@@ -153,10 +155,10 @@ def judged(row: Row, target: Target, utilisation: float) -> Row:
     """A row with its verdict: whether it fits, and how fast it could be.
 
     Seconds of a step have three lower bounds per device: ``compute`` = (model FLOPs + recomputed) /
-    devices / peak, ``memory`` = traffic / bandwidth, ``links`` = bytes of collectives / link. The
-    step takes at least their maximum (``bound``, all at once) and, with nothing overlapped, their
-    sum (``apart``). ``expected`` lets products reach a share of the peak: max(compute / share,
-    memory, links).
+    devices / peak, ``memory`` = traffic / bandwidth, ``links`` = bytes of collectives / link, or
+    those between hosts / network where that is more. The step takes at least their maximum
+    (``bound``, all at once) and, with nothing overlapped, their sum (``apart``). ``expected`` lets
+    products reach a share of the peak: max(compute / share, memory, links).
     """
     memory = row["bytes_per_device"]
     fits = search.fits(row, target)
@@ -166,11 +168,10 @@ def judged(row: Row, target: Target, utilisation: float) -> Row:
     if memory is None or target.peak is None or target.bandwidth is None or target.link is None:
         return row
     worked = (row["model_flops"] + row["recomputed_flops"]) / row["devices"]
-    moved = sum(one["bytes"] for one in row["collectives"])
     parts = {
         "compute": worked / target.peak,
         "memory": row["traffic"] / target.bandwidth,
-        "links": moved / target.link,
+        "links": search.link_seconds(row["sent"], target.link, target.network),
     }
     expected = max(parts["compute"] / utilisation, parts["memory"], parts["links"])
     tokens = row["batch"][0] * row["batch"][1] * row["batch"][2]
@@ -190,7 +191,7 @@ def speed_key(row: Row) -> tuple[float, ...]:
     """What a ranking compares: the bound, then the sum; work and bytes where no speed is known."""
     if row["seconds"] is not None:
         return row["seconds"]["bound"], row["seconds"]["apart"]
-    moved = sum(one["bytes"] for one in row["collectives"] or ())
+    moved = 0 if row["sent"] is None else row["sent"]["bytes"]
     return row["model_flops"] + row["recomputed_flops"], moved, row["traffic"] or 0
 
 

@@ -19,7 +19,8 @@ from balora_jax.errors import InputError
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.numerics import head
 from balora_jax.parallel import sharding
-from balora_jax.plan import arguments, compiled
+from balora_jax.plan import arguments, compiled, hlo
+from balora_jax.plan.hlo_groups import group_over
 from balora_jax.plan.targets import Target
 from balora_jax.tasks import flops
 from balora_jax.tasks.text.program import TextProgram, text_program
@@ -81,6 +82,18 @@ def fits(row: Row, target: Target) -> bool | None:
     if row["does_not_fit"] is not None:
         return False
     return None if target.memory is None else row["bytes_per_device"]["total"] <= target.memory
+
+
+def link_seconds(sent: Mapping[str, int], link: float, network: float | None) -> float:
+    """Least seconds of what a device sends: over its links, and over its part of the network.
+
+    Args:
+        sent: ``bytes`` of all, and of these ``between_hosts``.
+        link: bytes per second over its links.
+        network: bytes per second to other hosts; None where hosts are no border.
+    """
+    inside = sent["bytes"] / link
+    return inside if network is None else max(inside, sent["between_hosts"] / network)
 
 
 class Space:
@@ -283,43 +296,69 @@ class Estimate:
         work = flops.model_flops(self.program, shape, compiled.counted_tokens(shape))
         work += flops.recomputed_flops(self.program, shape, self.remat)
         work /= self.program.mesh.size
-        memory, links = self._traffic(), self._link_bytes()
+        memory, sent = self.traffic, self.sent
         target = self.target
         if target.peak is None or target.bandwidth is None or target.link is None:
-            return work, links, memory
-        seconds = (work / target.peak, memory / target.bandwidth, links / target.link)
+            return work, sent["bytes"], memory
+        links = link_seconds(sent, target.link, target.network)
+        seconds = (work / target.peak, memory / target.bandwidth, links)
         return max(seconds), sum(seconds)
 
     @property
     def _passes(self) -> int:
         """Times that a micro-batch needs the weights: teacher, forward, backward."""
-        return 2 + self.program.objective.needs_teacher
+        program = self.program
+        return 2 + (program.objective.needs_teacher and not program.keeps_teacher)
 
-    def _traffic(self) -> float:
+    @property
+    def traffic(self) -> float:
+        """Bytes that a device reads and writes at least: weights, and what the backward needs."""
         plain = self.program.plain.parameters
         weights = self.spread(plain, *plain) * self.item / self.size("tensor")
         passes = self._passes + (self.remat == "full")
         return self.accumulation * (passes * weights + 2 * self.saved_bytes)
 
-    def _link_bytes(self) -> float:
-        """Gathered weights, keys and values, summed activations and summed gradients."""
-        decoder, fsdp, tensor = self.program.decoder, self.size("fsdp"), self.size("tensor")
-        plain, experts = self.program.plain.parameters, self.size("expert")
-        weights = self.spread(plain, *plain) * self.item / tensor
+    @property
+    def sent(self) -> dict[str, int]:
+        """Bytes of gathered weights, keys and values, summed activations and summed gradients."""
+        decoder, tensor, experts = self.program.decoder, self.size("tensor"), self.size("expert")
+        plain = self.program.plain.parameters
         passes = self._passes + (self.remat == "full")
-        gathered = passes * weights * (fsdp - 1) / fsdp
-        width = decoder.num_layers * self.tokens * decoder.hidden_size * self.item
-        summed = 2 * passes * width * 2 * (tensor - 1) / tensor
-        sequence = self.size("sequence")
+        weights = self.spread(plain, *plain) * self.item / tensor
+        width = decoder.num_layers * self.tokens * decoder.hidden_size
         heads = 2 * decoder.num_kv_heads * decoder.head_dim / tensor
-        layers = decoder.num_layers * self.tokens * self.item
-        gathered += passes * heads * layers * (sequence - 1)
+        values = heads * decoder.num_layers * self.tokens * self.item
+        gradients = 4 * self.program.trainable / tensor
+        found = [
+            self._exchange("all-gather", passes * weights / self.size("fsdp"), "fsdp"),
+            self._exchange("all-reduce", 2 * passes * width * self.item, "tensor"),
+            self._exchange("all-gather", passes * values, "sequence"),
+            self._exchange("all-reduce", gradients, "data", "fsdp", "expert", "sequence"),
+        ]
         if experts > 1:
             # Rows of all gathered, and what experts add to them summed, both in float32.
-            gathered += 3 * passes * width / self.item * 4 * (experts - 1)
-        copies = self.size("data") * fsdp * sequence * experts
-        gradients = 4 * self.program.trainable / tensor * 2 * (copies - 1) / copies
-        return self.accumulation * (gathered + summed + gradients)
+            found.append(self._exchange("all-gather", 3 * passes * width * 4, "expert"))
+        return hlo.total(found)
+
+    def _exchange(self, kind: str, size: float, *axes: str) -> hlo.Collective:
+        """What a device sends in a step, of operands of so many bytes over mesh axes."""
+        group = group_over(self.program.mesh.shape, axes, self.target.borders)
+        size = int(self.accumulation * size)
+        whole, between = (
+            hlo.ring_bytes(kind, size, group.size),
+            hlo.network_bytes(kind, size, group),
+        )
+        return hlo.Collective(kind, axes, self.accumulation, whole, between)
+
+
+def least_moved(row: Row, config: RunConfig, target: Target) -> Row:
+    """``traffic`` and ``sent`` of a compiled row, as :class:`Estimate` counts them."""
+    if row["traffic"] is None:
+        return {}
+    decoder = arguments.opened_base(config.model).config
+    program = text_program(config, decoder, abstract_mesh(tuple(row["mesh"].values())))
+    least = Estimate(program, config, target, row["accumulation"], row["remat"])
+    return {"traffic": int(least.traffic), "sent": least.sent}
 
 
 def default_head_memory(config: RunConfig, target: Target) -> RunConfig:

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from balora_jax.errors import InputError
-from balora_jax.hardware import TPUS, Accelerator, accelerator_named, accelerator_of, gpu_of_memory
+from balora_jax.hardware import (
+    GIB,
+    GPUS,
+    TPUS,
+    Accelerator,
+    accelerator_named,
+    accelerator_of,
+    gpu_of_memory,
+)
+from balora_jax.plan import gpus
 
 TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -17,6 +26,12 @@ TPU_ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
 """Environment in which libtpu compiles with no TPU and asks no metadata server for one."""
+
+GPU_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+"""Environment in which XLA's GPU compiler is loaded and no GPU nor CUDA is looked for."""
+
+MEMORY_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+"""The variable with the share of a GPU's memory that JAX takes."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +44,9 @@ class Target:
         chips: how many; a TPU v4 chip is two devices.
         memory: bytes that a program may use on one device; None where it is not known.
         accelerator: what is published; None for a CPU and for a GPU of unknown speed.
-        estimate: what the figures are not, where another compiler stands in.
+        hosts: that the chips are spread over evenly; None where it is not known.
+        described: whether the compiler is told of a GPU that is not here.
+        notes: what the figures rest on.
     """
 
     name: str
@@ -37,7 +54,19 @@ class Target:
     chips: int
     memory: int | None
     accelerator: Accelerator | None
-    estimate: str | None = None
+    hosts: int | None = None
+    described: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the devices are those of this machine."""
+        return self.name == "auto"
+
+    @property
+    def stands_in(self) -> bool:
+        """Whether these are GPUs of unknown make, for which the CPU's compiler stands in."""
+        return self.platform == "gpu" and not self.described and not self.is_here
 
     @property
     def devices(self) -> int:
@@ -47,7 +76,7 @@ class Target:
     @property
     def cores(self) -> int:
         """Devices of a chip: libtpu describes a v4 as two cores."""
-        return 1 if self.accelerator is None or self.name == "auto" else self.accelerator.cores
+        return 1 if self.accelerator is None or self.is_here else self.accelerator.cores
 
     @property
     def peak(self) -> float | None:
@@ -65,20 +94,30 @@ class Target:
         return None if self.accelerator is None else self.accelerator.link / self.cores
 
     @property
+    def network(self) -> float | None:
+        """Bytes per second that one device sends to other hosts; None where hosts are no border."""
+        return None if self.accelerator is None else self.accelerator.network
+
+    @property
+    def borders(self) -> int:
+        """Groups of devices, one after another, between which the network is."""
+        return 1 if self.network is None or self.hosts is None else self.hosts
+
+    @property
     def summary(self) -> dict[str, Any]:
         """What a report says of the devices."""
-        host_chips = None if self.accelerator is None else self.accelerator.host_chips
         return {
             "name": self.name,
             "platform": self.platform,
             "kind": "CPU" if self.accelerator is None else self.accelerator.kinds[0],
             "devices": self.devices,
-            "hosts": None if host_chips is None else -(-self.chips // host_chips),
+            "hosts": self.hosts,
             "memory": self.memory,
             "peak_flops": self.peak,
             "bandwidth": self.bandwidth,
             "link": self.link,
-            "estimate": self.estimate,
+            "network": self.network,
+            "notes": list(self.notes),
         }
 
     @property
@@ -87,7 +126,10 @@ class Target:
         if self.platform == "tpu" and self.accelerator is not None:
             kind = f"{self.accelerator.slice_type}-{self.chips}"
             return TPU_ENVIRONMENT | {"TPU_ACCELERATOR_TYPE": kind}
-        kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if _COUNT not in flag]
+        told = os.environ.get("XLA_FLAGS", "")
+        if self.described:
+            return GPU_ENVIRONMENT | {"XLA_FLAGS": " ".join([told, *gpus.flags()])}
+        kept = [flag for flag in told.split() if _COUNT not in flag]
         return {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": " ".join([*kept, f"{_COUNT}={self.devices}"]),
@@ -95,6 +137,7 @@ class Target:
 
 
 _TPU_NAMES = "|".join(one.name for one in TPUS)
+_GPU_NAMES = "|".join(one.name for one in GPUS)
 _NUMBER = "[0-9]{1,9}"
 _MOST_CHIPS = 2**20
 _COUNT = "--xla_force_host_platform_device_count"
@@ -104,14 +147,17 @@ def parse_target(text: str) -> Target:
     """The devices that a name stands for.
 
     Args:
-        text: ``auto`` (those that JAX sees here), a TPU slice (``v5e:4x4``), ``gpu:8xH100`` or
-            ``gpu:8x80GB``, or ``cpu:8``.
+        text: ``auto`` (those that JAX sees here), a TPU slice (``v5e:4x4``), GPUs of one host
+            (``gpu:8xH100``) or of several (``gpu:2x8xA100``), ``gpu:8x48GB`` for GPUs of which only
+            the memory is known, or ``cpu:8``.
 
     Raises:
         InputError: none of these.
 
     >>> parse_target("v5p:2x2x2").devices, parse_target("gpu:8x80GB").memory
     (8, 80000000000)
+    >>> parse_target("gpu:2x8xA100").hosts
+    2
     """
     if text == "auto":
         return _target_here()
@@ -120,29 +166,66 @@ def parse_target(text: str) -> Target:
         assert accelerator is not None
         chips = math.prod(int(size) for size in match[2].split("x"))
         memory = accelerator.memory // accelerator.cores
-        return _positive(Target(text, "tpu", chips, memory, accelerator))
-    if match := re.fullmatch(rf"gpu:({_NUMBER})x(?:({_NUMBER})GB|([A-Z]\d+))", text):
-        return _positive(_gpu(text, int(match[1]), match[2], match[3]))
+        hosts = -(-chips // accelerator.host_chips)
+        return _positive(Target(text, "tpu", chips, memory, accelerator, hosts))
+    if match := re.fullmatch(rf"gpu:({_NUMBER})x({_NUMBER})GB", text):
+        return _positive(_unnamed(text, int(match[1]), int(match[2])))
+    if match := re.fullmatch(rf"gpu:(?:({_NUMBER})x)?({_NUMBER})x({_GPU_NAMES})", text):
+        return _card(text, int(match[1] or 1), int(match[2]), match[3])
     if match := re.fullmatch(rf"cpu:({_NUMBER})", text):
         count = int(match[1])
         return _positive(Target(text, "cpu", count, _share_of_memory(count), None))
     raise _unknown(text)
 
 
-def _gpu(text: str, count: int, gigabytes: str | None, name: str | None) -> Target:
-    accelerator = gpu_of_memory(int(gigabytes)) if gigabytes else accelerator_named(name or "")
-    if gigabytes:
-        memory = int(gigabytes) * 10**9
-    elif accelerator is not None:
-        memory = accelerator.memory
-    else:
-        raise _unknown(text)
-    speed = "unknown" if accelerator is None else f"those of {accelerator.kinds[0]}"
-    note = (
-        "memory and collectives are an estimate by the CPU's compiler, which may compute bfloat16 "
-        f"in float32 and then takes more; speeds are {speed}"
+def _card(text: str, hosts: int, count: int, name: str) -> Target:
+    """GPUs that a table knows, for which their own compiler compiles."""
+    accelerator = accelerator_named(name)
+    assert accelerator is not None
+    if count > accelerator.host_chips:
+        raise InputError(
+            f"--topology: expected up to {accelerator.host_chips} {name} on a host, got {count} in "
+            f"{text!r}. Write hosts x GPUs of a host, such as gpu:2x8x{name}."
+        )
+    share = memory_share()
+    memory = int(share * accelerator.memory)
+    notes = (
+        f"JAX takes {share:g} of the {accelerator.memory / GIB:.1f} GiB of a GPU; {MEMORY_SHARE} "
+        "is that share",
+        "attention is compiled as model.attention: xla; auto takes cuDNN's on a GPU, which keeps "
+        "less",
     )
-    return Target(text, "gpu", count, memory, accelerator, note)
+    return _positive(Target(text, "gpu", hosts * count, memory, accelerator, hosts, True, notes))
+
+
+def memory_share() -> float:
+    """The share of a GPU's memory that JAX takes: 0.75 where the environment says nothing.
+
+    Raises:
+        InputError: the environment names no share.
+    """
+    told = os.environ.get(MEMORY_SHARE, "")
+    if not told:
+        return 0.75
+    if not re.fullmatch(r"[0-9]*\.?[0-9]+", told) or not 0 < float(told) <= 1:
+        raise InputError(
+            f"{MEMORY_SHARE}: expected a share above 0 and up to 1, got {told!r}. Correct it."
+        )
+    return float(told)
+
+
+def _unnamed(text: str, count: int, gigabytes: int) -> Target:
+    """GPUs of which only the memory is known: the CPU's compiler stands in."""
+    accelerator = gpu_of_memory(gigabytes)
+    speed = "unknown" if accelerator is None else f"those of {accelerator.kinds[0]}"
+    names = ", ".join(one.name for one in GPUS)
+    note = (
+        "bytes of a device and collectives are an estimate by the CPU's compiler, which computes "
+        "bfloat16 in float32 and takes more; times are of the least that must be moved; speeds are "
+        f"{speed}. For the GPU's own compiler name the card: {names}"
+    )
+    hosts = None if accelerator is None else -(-count // accelerator.host_chips)
+    return Target(text, "gpu", count, gigabytes * 10**9, accelerator, hosts, notes=(note,))
 
 
 def _positive(target: Target) -> Target:
@@ -153,9 +236,11 @@ def _positive(target: Target) -> Target:
 
 def _unknown(text: str) -> InputError:
     names = ", ".join(one.name for one in TPUS)
+    cards = ", ".join(one.name for one in GPUS)
     return InputError(
-        f"--topology: expected {names} and a shape, such as v5e:4x4 or v5p:2x2x1, or "
-        f"gpu:8x80GB, gpu:8xH100, cpu:8 or auto, got {text!r}. Correct it."
+        f"--topology: expected {names} and a shape, such as v5e:4x4 or v5p:2x2x1, GPUs ({cards}), "
+        "such as gpu:8xH100 or gpu:2x8xA100 (hosts x GPUs), gpu:8x48GB, cpu:8 or auto, got "
+        f"{text!r}. Correct it."
     )
 
 
@@ -175,16 +260,25 @@ def _target_here() -> Target:
         limit = _share_of_memory(len(devices))
     elif limit is None and found is not None:
         limit = found.memory
-    return Target("auto", platform, len(devices), limit, found)
+    hosts = None if found is None else -(-len(devices) // found.host_chips)
+    return Target("auto", platform, len(devices), limit, found, hosts)
 
 
 def described_devices(target: Target) -> list[Any]:
     """The devices to compile for; in a process with the target's environment unless ``auto``."""
     import jax
 
-    if target.platform != "tpu" or target.name == "auto":
+    if target.is_here or not (target.platform == "tpu" or target.described):
         return list(jax.devices())
     from jax.experimental import topologies
 
-    described = topologies.get_topology_desc(platform="tpu", topology_name=target.name)
-    return list(described.devices)
+    if target.platform == "tpu":
+        found = topologies.get_topology_desc(platform="tpu", topology_name=target.name)
+        return list(found.devices)
+    assert target.accelerator is not None
+    assert target.hosts is not None
+    # What NVLink connects is a slice: GPUs of one host.
+    shape = f"{target.hosts}x1x{target.chips // target.hosts}"
+    card = gpus.description(target.accelerator)
+    found = topologies.get_topology_desc(platform="cuda", target_config=card, topology=shape)
+    return list(found.devices)

@@ -78,7 +78,7 @@ def _done(
     with bar, _stoppable() as signals:
         for run in todo:
             bar.set_description_str(run.name)
-            records[run.name] = _perform(run, signals)
+            records[run.name] = _perform(run, signals, folder)
             _save(folder, figures_of(runs, records))
             bar.set_postfix_str(_last_score(records[run.name]), refresh=False)
             bar.update(1)
@@ -192,14 +192,14 @@ def _first_difference(old: RunConfig, new: RunConfig) -> tuple[str, Any, Any]:
     return key, before.get(key), after.get(key)
 
 
-def _perform(run: StudyRun, signals: Signals) -> Figures:
+def _perform(run: StudyRun, signals: Signals, shared: Path) -> Figures:
     """One run, its output in ``log.txt``; what it scored, or why it failed."""
     run.folder.mkdir(parents=True, exist_ok=True)
     with (run.folder / LOG).open("a", encoding="utf-8") as log:
         try:
             with redirect_stdout(log), redirect_stderr(log):
                 # With nothing to go on from, `resume` begins at the beginning.
-                return _record(fit(run.config, workdir=run.folder, resume=True))
+                return _record(fit(run.config, workdir=run.folder, resume=True, shared=shared))
         except RunStoppedError as error:
             log.write(f"balora: {error}\n")
             if signals.received:

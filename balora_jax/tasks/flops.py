@@ -15,7 +15,8 @@ def model_flops(program: TextProgram, shape: Sequence[int], counted: float) -> f
     there and no second half; a full fine-tuning has 6 for P and for the head, and no adapters.
     Attention is causal, so half of the square. Rematerialisation is not counted, nor what does not
     grow with the tokens, such as DoRA's norms. A teacher that is the start of a run from an adapter
-    has ``2·P_A·N`` more.
+    has ``2·P_A·N`` more. Of a teacher on a share of the rows, that share is counted; of one that is
+    kept on disk, its head alone.
 
     Args:
         program: the step.
@@ -28,9 +29,12 @@ def model_flops(program: TextProgram, shape: Sequence[int], counted: float) -> f
     head = program.decoder.vocab_size * program.decoder.hidden_size * counted
     flops = passes * (linear * tokens + head) + adapter_flops(program) * tokens + 3 * attention
     if program.objective.needs_teacher:
-        flops += 2.0 * linear * tokens + 2.0 * head + attention
+        forward = 2.0 * linear * tokens + attention
         if program.taught_by_start:
-            flops += adapter_flops(program, forward=True) * tokens
+            forward += adapter_flops(program, forward=True) * tokens
+        sample = None if program.share is None else program.share.of(shape[1])
+        share = 1.0 if sample is None else 1.0 / sample.factor
+        flops += share * (2.0 * head + (0.0 if program.keeps_teacher else forward))
     return flops
 
 

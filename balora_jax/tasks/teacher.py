@@ -54,17 +54,18 @@ def remarks(
         trained_head: the start brings an encoder's head.
     """
     if not objective.needs_teacher:
-        unread = config.teacher == "start"
-        return [_UNREAD] if unread else []
+        asked = {
+            "teacher: start": config.teacher == "start",
+            "teacher_cache: true": config.teacher_cache is True,
+            "teacher_fraction": config.teacher_fraction < 1,
+        }
+        return [_UNREAD.format(key) for key, is_asked in asked.items() if is_asked]
     if trained_head and config.teacher == "base":
         return [_APART]
     return []
 
 
-_UNREAD = (
-    "note: regularizers.teacher: start is not read, as no term that compares with a teacher has a "
-    "weight."
-)
+_UNREAD = "note: regularizers.{} is not read, as no term that compares with a teacher has a weight."
 _APART = (
     "note: the adapter of adapter.start brings its trained head, and regularizers.teacher: base "
     "puts that head on the encoder without the adapter, so that consistency does not begin at 0. "

@@ -47,6 +47,7 @@ class Training:
         signals: what takes SIGTERM and SIGINT.
         trackers: those that the config names.
         found: the checkpoints of a run to go on with; None for a new one.
+        shared: for what several runs need of one teacher; None for the run's own folder.
         check: raises where the folder is no longer the run's.
     """
 
@@ -59,6 +60,7 @@ class Training:
         *,
         trackers: Sequence[Tracker] = (),
         found: checkpoint_folder.Found | None,
+        shared: Path | None = None,
         check: Callable[[], None],
     ):
         self.check_folder = check
@@ -91,7 +93,7 @@ class Training:
         self.report = Reporter(
             self.log, training.log_every, run.step_flops, peak_of(run.mesh), self.trackers
         )
-        self.teacher: Any = run.teacher(self.constants, folder)
+        self.teacher: Any = run.teacher(self.constants, folder, shared)
 
     def open_store(self) -> checkpoint.Checkpoints:
         """The checkpoints of the run."""

@@ -146,8 +146,15 @@ class Run(Protocol):
         """The training batches, from the beginning."""
         ...
 
-    def teacher(self, constants: Any, folder: Path) -> Any:
-        """What is computed of the teacher before the first step, kept in ``folder``; or None."""
+    def check_folders(self, folder: Path, shared: Path | None = None) -> None:
+        """Raises InputError where what is kept of the teacher cannot be written; writes nothing."""
+        ...
+
+    def teacher(self, constants: Any, folder: Path, shared: Path | None = None) -> Any:
+        """What is computed of the teacher before the first step; None for nothing.
+
+        Kept in ``folder``, that of the run, or in ``shared``, that of several runs, if given.
+        """
         ...
 
     def prepare(self, batch: dict[str, Any], teacher: Any) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class StepParts(NamedTuple):
         weights: step → λ of every term by name.
         optimizer: the optax chain.
         learning_rate: step → its learning rate.
-        dropout: whether the loss wants a key.
+        dropout: whether the loss wants a key, for dropout or to draw rows.
         spike_sigmas: of :func:`guard.accepts`.
     """
 

@@ -27,9 +27,10 @@ HEADER = "# The resolved config of a run of balora_jax.\n"
 METRICS, SUMMARY, CURVES = "metrics.jsonl", "summary.json", "curves.png"
 CHECKPOINTS, PROFILE = "checkpoints", "profile"
 TEACHER = "teacher_logits.safetensors"
+TEACHER_ROWS = "teacher_hidden.safetensors"
 SKIPPED = "skipped_rows.jsonl"
 
-FILES = (CONFIG, METRICS, metrics.ASIDE, SUMMARY, CURVES, SEEN, TEACHER, SKIPPED)
+FILES = (CONFIG, METRICS, metrics.ASIDE, SUMMARY, CURVES, SEEN, TEACHER, TEACHER_ROWS, SKIPPED)
 FOLDERS = (CHECKPOINTS, ADAPTER, MODEL, PROFILE)
 """Everything that a run writes into its folder, and replaces there when it goes on."""
 

@@ -20,7 +20,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", help="folder of one for the rows of data.train, of a model without one"
     )
-    parser.add_argument("--topology", help="compile for a TPU slice instead, such as v5e:4x4")
+    devices = "compile for devices that are not here instead, such as v5e:4x4 or gpu:8xH100"
+    parser.add_argument("--topology", help=devices)
     parser.add_argument("--picture", help="draw time and memory to this PNG")
     parser.add_argument("--json", help="write the figures to this file")
 

@@ -60,6 +60,7 @@ def cases() -> Iterator[Case]:
 TOPOLOGIES = {
     "chips-none": "v5e:", "shape-zero": "v5e:0x4", "shape-one": "v5e:4", "shape-four": "v5e:2x2x2x2",
     "unknown": "v99:4x4", "gpu-none": "gpu:0x80GB", "gpu-unknown": "gpu:8xZ9", "gpu-memory": "gpu:8x0GB",
+    "gpu-crowded": "gpu:2x16xH100", "gpu-parts": "gpu:2x2x2xH100", "gpu-hosts": "gpu:0x8xH100",
     "cpu-none": "cpu:0", "cpu-word": "cpu:x", "superscript": "cpu:²", "tpu-digits": "v5e:" + "9" * 99 + "x4",
     "cpu-digits": "cpu:" + "9" * 99, "gpu-digits": f"gpu:{'9' * 99}x80GB", "cpu-huge": "cpu:1000000",
     "cpu-5000digits": "cpu:" + "9" * 5000,

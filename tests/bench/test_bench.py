@@ -207,7 +207,9 @@ def test_command_line_and_messages(tree, tmp_path, capsys):
         ("--tokenizer", "nowhere"): "nowhere: expected a tokenizer (tokenizer.json), got: no file "
         "of one. Save the tokenizer beside the weights.",
         ("--topology", "v5e"): "--topology: expected v4, v5e, v5p, v6e and a shape, such as "
-        "v5e:4x4 or v5p:2x2x1, or gpu:8x80GB, gpu:8xH100, cpu:8 or auto, got 'v5e'. Correct it.",
+        "v5e:4x4 or v5p:2x2x1, GPUs (A100, A100-40GB, H100, H200, L4, A10G, T4), such as "
+        "gpu:8xH100 or gpu:2x8xA100 (hosts x GPUs), gpu:8x48GB, cpu:8 or auto, got 'v5e'. Correct "
+        "it.",
     }.items():
         assert cli.main(["bench", str(config), *extra]) == 2
         assert capsys.readouterr().err == f"balora: {message}\n"
@@ -220,7 +222,14 @@ def test_table_of_steps_compiled_ahead():
         {"case": "LoRA", "bytes_per_device": size, "does_not_fit": None, **common},
         {"case": "BA-LoRA", "bytes_per_device": None, "does_not_fit": "25.9G of 15.8G", **common},
     ]
-    shown = report.ahead_table({"topology": "v5e:4x4", "versions": {"jax": "0"}, "rows": rows})
+    figures = {
+        "topology": "v5e:4x4",
+        "notes": ["so and so"],
+        "versions": {"jax": "0"},
+        "rows": rows,
+    }
+    shown = report.ahead_table(figures)
+    assert shown.splitlines()[1] == "note: so and so."
     assert shown.splitlines()[-2:] == [
         "| LoRA | 1.00 | 0.50 | 1.50 | 2.0 | 31 |",
         "| BA-LoRA | – | – | does not fit: 25.9G of 15.8G | 2.0 | 31 |",

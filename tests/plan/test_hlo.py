@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from balora_jax.plan import hlo
+from balora_jax.plan import hlo, hlo_groups
 from tests import compiler
 
 PROGRAM = """
 import json, jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from balora_jax.plan import hlo
+from balora_jax.plan import hlo, hlo_groups
 
 mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
@@ -194,3 +194,31 @@ def test_axes_of_groups_that_are_no_axes():
     text = TPU.replace("[4,2]<=[2,4]T(1,0)", "{{0,5},{1,4},{2,7},{3,6}}")
     found = hlo.Module(text).collectives({"a": 2, "b": 4})
     assert ("reduce-scatter", ()) in {(one.kind, one.axes) for one in found}
+
+
+MESHES = {
+    # Devices in columns: 0 and 2 lie side by side, so that along the first axis are 0 and 1.
+    "mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}": [[0, 1], [2, 3]],
+    "mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}": [[0, 2], [1, 3]],
+    "mesh['a'=2,'b'=2], device_ids=(3,1,2,0) {'b'}": [[3, 1], [2, 0]],
+    "mesh['a'=2,'b'=2], device_ids=([4]) {'a','b'}": [[0, 1, 2, 3]],
+    # A part of an axis: numbers that differ in their first digit, or in their last.
+    "mesh['a'=4] {'a':(1)2}": [[0, 2], [1, 3]],
+    "mesh['a'=4] {'a':(2)2}": [[0, 1], [2, 3]],
+    "mesh['a'=2,'b'=2] {'b','a'}": [[0, 2, 1, 3]],
+}
+
+
+@pytest.mark.parametrize("text", MESHES)
+def test_groups_by_the_names_of_a_mesh(text):
+    found = hlo_groups.replica_groups(f"channel_id=1, replica_groups={text}, dimensions={{0}}", 4)
+    assert {frozenset(group) for group in found.tolist()} == {
+        frozenset(group) for group in MESHES[text]
+    }
+
+
+def test_groups_that_nobody_can_read():
+    with pytest.raises(
+        ValueError, match="expected replica_groups as XLA writes them, got 'replica"
+    ):
+        hlo_groups.replica_groups("replica_groups=@mesh<4>, dimensions={0}", 4)

@@ -13,7 +13,7 @@ from balora_jax.plan import report as plan_report
 from balora_jax.tasks import flops
 from balora_jax.tasks.text import run as text_run
 from tests.run.test_teacher import text_adapter
-from tests.tiny_run import LAYERS, VOCAB_SIZE, WIDTH, config_tree, write_inputs
+from tests.tiny_run import LAYERS, LINEAR, VOCAB_SIZE, WIDTH, config_tree, write_inputs
 
 RANK = 2
 FACTORS = LAYERS * RANK * 2 * WIDTH  # of the query's projection alone
@@ -69,6 +69,31 @@ def test_operations_by_hand(run_of):
     """Two for each number of a factor and each token."""
     counts = [flops.model_flops(run_of(t), (2, 4, 16), 20) for t in ("base", "start")]
     assert counts[1] - counts[0] == 2 * FACTORS * 2 * 4 * 16
+
+
+def test_a_kept_and_a_sampled_teacher_by_hand(run_of):
+    """Two operations for each weight of a layer and token, and causal attention; head on 20."""
+    shape, counted = (2, 4, 16), 20
+    tokens, head = 2 * 4 * 16, 2 * VOCAB_SIZE * WIDTH * counted
+    layers = sum(out * into for out, into in LINEAR.values())
+    forward = LAYERS * (2 * layers * tokens + 2 * 2 * WIDTH * 16 * tokens / 2)
+    each, once, some, both = (
+        run_of("base", **regularizers)
+        for regularizers in (
+            {},
+            {"teacher_cache": True},
+            {"teacher_fraction": 0.3},  # two of four rows
+            {"teacher_cache": True, "teacher_fraction": 0.3},
+        )
+    )
+    counts = [flops.model_flops(run, shape, counted) for run in (each, once, some, both)]
+    assert counts[0] - counts[1] == forward
+    assert counts[0] - counts[2] == (forward + head) / 2
+    assert counts[0] - counts[3] == forward + head / 2
+    batch = arguments.abstract_arguments(once, 4)[2]
+    assert batch["teacher_hidden"].shape == (*batch["input_ids"].shape, WIDTH)
+    assert batch["teacher_hidden"].dtype == "bfloat16"
+    assert "teacher_hidden" not in arguments.abstract_arguments(some, 4)[2]
 
 
 def test_the_reference_in_torch_has_another_teacher(run_of):

@@ -68,6 +68,11 @@ class LabelsProgram:
         """The structure of the teacher."""
         return self.student if self.taught_by_start else self.plain
 
+    @property
+    def keeps_teacher(self) -> bool:
+        """Whether the teacher's logits are computed once, before the first step."""
+        return self.objective.needs_teacher and self.config.regularizers.teacher_cache is not False
+
     def step_parts(self, total_steps: int) -> steps.StepParts:
         """The pure functions of a training step."""
         loss = LabelsLoss(self.student, self.taught, self.objective, self.outputs)

@@ -88,7 +88,7 @@ class LabelsRun(LabelsProgram):
         del counted  # the head is small, whatever it reads
         config = self.base.config
         linear = sum(v.size for path, v in self.plain.parameters.items() if "layers." in path)
-        taught = self.objective.needs_teacher and not self.config.regularizers.teacher_cache
+        taught = self.objective.needs_teacher and not self.keeps_teacher
         layers, width = config.num_layers, config.hidden_size
         return encoder_flops(linear, layers, width, shape, taught=taught)
 
@@ -114,12 +114,19 @@ class LabelsRun(LabelsProgram):
         labels = np.asarray([example.label for example in self.data.examples])
         return probe.fit_head(self.plain.bind, parts[0], head, features, labels, self.outputs)
 
-    def teacher(self, constants: Constants, folder: Path) -> np.ndarray | None:
+    def check_folders(self, folder: Path, shared: Path | None = None) -> None:
+        """Logits of rows are few: there is room."""
+        del folder, shared
+
+    def teacher(
+        self, constants: Constants, folder: Path, shared: Path | None = None
+    ) -> np.ndarray | None:
         """The teacher's logits [rows, C] of the training set, computed once and kept in ``folder``.
 
         None where no term reads them, or where each step is to compute its own.
         """
-        if not (self.objective.needs_teacher and self.config.regularizers.teacher_cache):
+        del shared  # it takes longer to say where they are than to compute them
+        if not self.keeps_teacher:
             return None
         own = dict(constants.teacher_head)
         if constants.start is not None:

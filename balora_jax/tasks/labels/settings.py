@@ -7,6 +7,8 @@ UNREAD = (
     "model.attention",  # an encoder's rows are short: one kernel
     "regularizers.top_k",  # the diversity of classes is a covariance
     "regularizers.mask_alignment",  # a row has one label, and no positions
+    "regularizers.teacher_cache_folder",  # logits of rows are few
+    "regularizers.teacher_fraction",  # and are computed once
     "data.template",
     "data.prompt_column",
     "data.response_column",

@@ -16,10 +16,15 @@ from balora_jax.numerics.arithmetic import ratio
 from balora_jax.numerics.head_pass import Adapt, Scales
 from balora_jax.numerics.head_types import ONE_DEVICE, HeadAxes, HeadSums, Rows
 from balora_jax.numerics.objective import Objective
+from balora_jax.tasks.text.sample import RowSample, Share
 
 Arrays = dict[str, Array]
 Batch = dict[str, Array]
 Parts = dict[str, Scalar]
+
+
+HIDDEN = "teacher_hidden"
+"""Key of a batch that brings its teacher's final hidden states [B, T, D] along."""
 
 
 class Constants(NamedTuple):
@@ -102,6 +107,15 @@ def counts_of(batch: Batch, mask_alignment: str) -> Counts:
     return Counts(jnp.sum(task_mask), jnp.sum(term_mask), batch["input_ids"].shape[0])
 
 
+READ = ("input_ids", "positions", "segment_ids")
+"""Keys of what a model reads of a batch."""
+
+
+def tokens_of(batch: Batch) -> tuple[Array, ...]:
+    """What a model reads of a micro-batch."""
+    return tuple(batch[name] for name in READ)
+
+
 def merged(x: Array) -> Array:
     """[B, T, …] as [N, …], row after row."""
     return x.reshape(-1, *x.shape[2:])
@@ -140,6 +154,8 @@ class TextLoss:
         objective: weights, temperatures and schedules.
         head: how the pass over the logits runs.
         trains_head: the table that scores the vocabulary trains; the teacher keeps its own.
+        share: of the rows, on which terms that read the teacher are computed; None for all.
+        drops: a key is for dropout as well, not for the sample alone.
     """
 
     student: Structure
@@ -147,6 +163,8 @@ class TextLoss:
     objective: Objective
     head: HeadPlan
     trains_head: bool = False
+    share: Share | None = None
+    drops: bool = True
 
     def __call__(
         self,
@@ -155,7 +173,7 @@ class TextLoss:
         batch: Batch,
         counts: Counts,
         weights: dict[str, Scalar],
-        dropout_key: PRNGKeyArray | None,
+        key: PRNGKeyArray | None,
         emphasis: Scales | None = None,
     ) -> tuple[Scalar, Parts]:
         """This micro-batch's share of the step's loss, and its named parts.
@@ -165,7 +183,11 @@ class TextLoss:
         place in the loss, for gradients of single terms.
         """
         targets = targets_of(batch, self.objective.mask_alignment, self.head.flatten)
-        rows = Rows(*self._hidden(adapters, constants, batch, dropout_key), *targets)
+        sample = None if self.share is None else self.share.of(batch["input_ids"].shape[0])
+        teacher, taught = self._teacher(constants, batch, sample, key)
+        # After the teacher, so that nothing of the student waits in memory meanwhile.
+        student = self._student(adapters, constants, batch, key)
+        rows = Rows(student, teacher, *targets, taught)
         module = self.student.bind(constants.frozen, constants.origin, adapters)
         divisors = {
             "task_count": counts.task,
@@ -180,23 +202,57 @@ class TextLoss:
         def adapt(scales: Scales, mean_entropy: dict[str, Scalar]) -> Scales:
             return scales | scaled(confident(mean_entropy)) if mean_entropy else scales
 
-        loss, sums = self._head_loss(rows, module, constants, scaled(weights), emphasis, adapt)
+        scales = self._of_all(scaled(weights), sample)
+        loss, sums = self._head_loss(rows, module, constants, scales, emphasis, adapt)
+        sums = sums._replace(terms=self._of_all(sums.terms, sample))
         means = {name: ratio(e, sums.term_count) for name, e in sums.teacher_entropy.items()}
         found = {k: v / counts.micro_batches for k, v in confident(means).items()}
         return loss, objective.parts(self.objective, sums, **divisors) | objective.columns_of(found)
 
-    def _hidden(
+    def _of_all(self, values: Scales, sample: RowSample | None) -> Scales:
+        """Sums or scales by name, of terms that read a sample for all rows that it stands for."""
+        if sample is None:
+            return values
+        terms, factor = self.objective.term_set.terms, sample.factor
+        sampled = [term.name for term in terms if term.needs_teacher]
+        return values | {name: values[name] * factor for name in sampled}
+
+    def _student(
         self, adapters: Arrays, constants: Constants, batch: Batch, key: PRNGKeyArray | None
-    ) -> tuple[Array, Array | None]:
-        """Final hidden states [N, D] of student and, if a term reads them, teacher."""
-        arrays = (batch["input_ids"], batch["positions"], batch["segment_ids"])
-        teacher = None
-        if self.objective.needs_teacher:
-            # First, so that nothing of the student waits in memory meanwhile.
-            teacher = self.teacher.bind(*constants.of_teacher).hidden(*arrays)
-            teacher = self.head.flatten(jax.lax.stop_gradient(teacher))
+    ) -> Float[Array, "N D"]:
+        """Final hidden states of the model in training."""
         module = self.student.bind(constants.frozen, constants.origin, adapters)
-        return self.head.flatten(module.hidden(*arrays, key)), teacher
+        return self.head.flatten(module.hidden(*tokens_of(batch), key if self.drops else None))
+
+    def _teacher(
+        self,
+        constants: Constants,
+        batch: Batch,
+        sample: RowSample | None,
+        key: PRNGKeyArray | None,
+    ) -> tuple[Float[Array, "N D"] | None, Bool[Array, "N"] | None]:
+        """Those of the teacher, if a term reads them, and the rows that have them, None for all."""
+        if not self.objective.needs_teacher:
+            return None, None
+        if sample is None:
+            return self.head.flatten(self._taught(constants, batch, tokens_of(batch))), None
+        assert key is not None  # a step with a share wants one
+        drawn = sample.draw(key)
+        mask = sample.mask(drawn)[:, None]
+        taught = self.head.flatten(jnp.broadcast_to(mask, batch["input_ids"].shape))
+        arrays = tuple(sample.take(array, drawn) for array in tokens_of(batch))
+        hidden = self._taught(constants, batch, arrays)
+        if HIDDEN not in batch:
+            hidden = sample.put_back(hidden, drawn)
+        return self.head.flatten(hidden), taught
+
+    def _taught(
+        self, constants: Constants, batch: Batch, arrays: tuple[Array, ...]
+    ) -> Float[Array, "... D"]:
+        """The teacher's final hidden states: those that the batch brings, or of these tokens."""
+        if HIDDEN in batch:
+            return batch[HIDDEN]
+        return jax.lax.stop_gradient(self.teacher.bind(*constants.of_teacher).hidden(*arrays))
 
     def _head_loss(
         self,

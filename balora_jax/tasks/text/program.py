@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from balora_jax.array_types import Array, Float, Int
-from balora_jax.config import ModelConfig, RunConfig, TrainingConfig
+from balora_jax.config import ModelConfig, RegularizersConfig, RunConfig, TrainingConfig
 from balora_jax.errors import InputError
 from balora_jax.models.adapters import AdapterShape
 from balora_jax.models.decoder_config import DecoderConfig
@@ -21,6 +21,7 @@ from balora_jax.parallel import hosts, sharding
 from balora_jax.parallel.axes import EXPERTS, TOKENS, VOCABULARY
 from balora_jax.tasks import assemble, teacher
 from balora_jax.tasks.text.loss import Constants, HeadPlan, TextLoss, counts_of
+from balora_jax.tasks.text.sample import Share
 from balora_jax.training.adapters import Adapters, adapters_of, check_base
 from balora_jax.training.run import Loaded
 from balora_jax.training.steps import StepParts
@@ -74,6 +75,19 @@ class TextProgram:
         return self.student if self.taught_by_start else self.plain
 
     @property
+    def keeps_teacher(self) -> bool:
+        """Whether the teacher's hidden states are computed once, before the first step."""
+        return self.objective.needs_teacher and self.config.regularizers.teacher_cache is True
+
+    @property
+    def share(self) -> Share | None:
+        """Of the rows that the teacher is asked about; None for all of them."""
+        fraction = self.config.regularizers.teacher_fraction
+        if fraction == 1.0 or not self.objective.needs_teacher:
+            return None
+        return Share(fraction, sharding.row_parts(self.mesh), sharding.across_rows(self.mesh))
+
+    @property
     def needs_factor(self) -> bool:
         """Whether a term reads the factor of the head."""
         fused = self.config.training.head == "fused"
@@ -99,12 +113,13 @@ class TextProgram:
     def step_parts(self, total_steps: int) -> StepParts:
         """The pure functions of a training step."""
         trains_head = self.adapters.trains_head(self.decoder)
-        loss = TextLoss(self.student, self.taught, self.objective, self.head_plan, trains_head)
-        counts = partial(counts_of, mask_alignment=self.objective.mask_alignment)
-        training, dropout = self.config.training, self.config.adapter.dropout > 0.0
-        return assemble.parts_of(
-            training, self.objective, loss, counts, total_steps, dropout=dropout
+        drops, share = self.config.adapter.dropout > 0.0, self.share
+        loss = TextLoss(
+            self.student, self.taught, self.objective, self.head_plan, trains_head, share, drops
         )
+        counts = partial(counts_of, mask_alignment=self.objective.mask_alignment)
+        training, draws = self.config.training, drops or share is not None
+        return assemble.parts_of(training, self.objective, loss, counts, total_steps, dropout=draws)
 
     def constants(self, loaded: Loaded) -> Constants:
         """What a step reads; the head is factorised once if a term reads its factor."""
@@ -142,6 +157,7 @@ def text_program(
     sharding.Layout(plain.axes, mesh).attached(plain.frozen)  # raises where an axis does not divide
     check_base(config.adapter, config.model)
     _check_head(config.training, objective, decoder, adapters)
+    check_teacher(config.regularizers, objective, decoder, config.data.max_length)
     student = model_structure(decoder, config.model, mesh, adapters.shapes, adapters.whole)
     return TextProgram(config, decoder, plain, student, adapters, objective, mesh)
 
@@ -184,6 +200,57 @@ def _check_head(
     for term in objective.term_set.terms:
         where = f"regularizers.{term.name}"
         term.check_head(where, decoder.vocab_size, logit_map, trains=trains)
+
+
+def check_teacher(
+    config: RegularizersConfig, objective: Objective, decoder: DecoderConfig, longest: int
+) -> None:
+    """Raises InputError for a teacher kept or sampled where that would change what it says.
+
+    Args:
+        config: the section ``regularizers``.
+        objective: what it computes.
+        decoder: the model's shape.
+        longest: tokens of the longest row.
+    """
+    if config.teacher_cache_folder is not None and config.teacher_cache is not True:
+        raise InputError(
+            "regularizers.teacher_cache_folder: expected regularizers.teacher_cache true beside "
+            "it, got it off: nothing is kept there. Set it to true, or leave the folder out."
+        )
+    if not objective.needs_teacher:
+        return
+    asked = {"teacher_cache": config.teacher_cache is True}
+    asked["teacher_fraction"] = config.teacher_fraction < 1.0
+    for key in (key for key, is_asked in asked.items() if is_asked):
+        plain = "1" if key == "teacher_fraction" else "false"
+        for rope in filter(None, (decoder.rope, decoder.local_rope)):
+            if rope.kind in ("dynamic", "longrope") and longest > rope.original_length:
+                raise InputError(
+                    f"regularizers.{key}: expected {plain} with rope {rope.kind} and "
+                    f"data.max_length {longest} above {rope.original_length}: a row's positions "
+                    "then depend on the longest of its batch. Leave it out, or lower max_length."
+                )
+    if asked["teacher_fraction"]:
+        _check_sampled(config, objective)
+
+
+def _check_sampled(config: RegularizersConfig, objective: Objective) -> None:
+    """Raises InputError where a sample of rows does not give a term on average."""
+    share = config.teacher_fraction
+    for one in (one for one in objective.active if one.term.needs_teacher):
+        name = one.term.name
+        if one.schedule.by_confidence is not None:
+            raise InputError(
+                f"regularizers.teacher_fraction: expected 1 with {name}_schedule "
+                f"{one.schedule.name}, got {share}: that weight follows the teacher on all rows. "
+                "Leave it out, or choose another schedule."
+            )
+        if one.term.couples_rows:
+            raise InputError(
+                f"regularizers.teacher_fraction: expected 1 with {name}, got {share}: the term "
+                "couples rows, and a sample of them is another term. Leave it out."
+            )
 
 
 def factor_of(

@@ -18,6 +18,7 @@ from balora_jax.data.training_sets import TrainingData, TrainingSet, encode_sets
 from balora_jax.errors import InputError
 from balora_jax.evals.benchmark import TextBenchmark
 from balora_jax.parallel import hosts, sharding
+from balora_jax.paths import named_folder
 from balora_jax.pretrained.checkpoint import Base, open_base
 from balora_jax.pretrained.load import PretrainedModel, load_decoder
 from balora_jax.tasks import assemble, teacher
@@ -35,6 +36,7 @@ from balora_jax.tasks.text.score import (
     question_row,
     training_sets,
 )
+from balora_jax.tasks.text.teacher_rows import Kept, TeacherRows, check_room, planned, said_size
 from balora_jax.training.run import Arrays, Loaded, Scorer
 
 MODES: Mapping[str, Mode] = {"none": "padding", "batch": "batch", "rows": "packing"}
@@ -73,7 +75,7 @@ class TextRun(TextProgram):
             weighted=self.data.weighted,
             row_multiple=sharding.row_parts(self.mesh),
             length_multiple=sharding.token_parts(self.mesh),
-            numbered=False,
+            numbered=self.keeps_teacher,
         )
 
     def step_flops(self, shape: Sequence[int], counted: float) -> float:
@@ -93,14 +95,42 @@ class TextRun(TextProgram):
         )
         return Loaded(frozen, origin, trainable)
 
-    def teacher(self, constants: Constants, folder: Path) -> None:
-        """Nothing is computed ahead: hidden states of every token would fill the disk."""
-        del constants, folder
+    def check_folders(self, folder: Path, shared: Path | None = None) -> None:
+        """Raises InputError where what is kept of the teacher cannot be written, or has no room."""
+        if self.keeps_teacher:
+            key, place, _ = self._teacher_folder(folder, shared)
+            check_room(self, self.data.examples, place, key)
 
-    def prepare(self, batch: dict[str, Any], teacher: None) -> dict[str, Any]:
-        """A batch as the step takes it."""
-        del teacher
-        return batch
+    def _teacher_folder(self, folder: Path, shared: Path | None = None) -> tuple[str, Path, bool]:
+        """What names the folder of the teacher's rows, the folder, and whether runs share it."""
+        key, config = "regularizers.teacher_cache_folder", self.config
+        if (name := config.regularizers.teacher_cache_folder) is not None:
+            return key, named_folder(name, key), True
+        return "--workdir", shared or folder, shared is not None
+
+    def teacher(
+        self, constants: Constants, folder: Path, shared: Path | None = None
+    ) -> Kept | None:
+        """The teacher's hidden states of the training set, computed once and kept on disk.
+
+        None where no term reads them, or where each step is to compute its own.
+        """
+        if not self.keeps_teacher:
+            return None
+        rows = TeacherRows(
+            self,
+            self.data.examples,
+            digest=self.batches().get_state()["examples"],
+            base=self.base.fingerprint,
+            length=self.length,
+            pad_id=self.base.padding_id(self.tokenizer),
+        )
+        _, place, is_shared = self._teacher_folder(folder, shared)
+        return rows.ready(constants.of_teacher, place, shared=is_shared)
+
+    def prepare(self, batch: dict[str, Any], teacher: Kept | None) -> dict[str, Any]:
+        """A batch as the step takes it, with its teacher's hidden states where they are at hand."""
+        return batch if teacher is None else teacher.added(batch)
 
     def scorer(self) -> Scorer | None:
         """What answers the validation rows, with one compiled decoder; None without rows."""
@@ -140,9 +170,16 @@ class TextRun(TextProgram):
         return [
             f"data: {self.data.report}; {self.batches().describe()}",
             *self.data.notes,
+            *self._of_teacher(),
             f"first example: {describe_example(self.data.examples[0], self.tokenizer)}",
             *(f"first {name}: {text}" for name, text in self.data.others),
         ]
+
+    def _of_teacher(self) -> list[str]:
+        if not self.keeps_teacher:
+            return []
+        size = said_size(planned(self, self.data.examples))
+        return [f"teacher: computed once; kept on disk are {size}"]
 
 
 class _Opened(NamedTuple):
@@ -169,7 +206,7 @@ def check(config: RunConfig) -> TextRun:
     opened.base.check_ids(data.examples)
     terms, program = config.regularizers, opened.program
     hosts.warn(*teacher.remarks(terms, program.adapters, program.objective, trained_head=False))
-    return TextRun(
+    run = TextRun(
         **vars(opened.program),
         base=opened.base,
         tokenizer=opened.tokenizer,
@@ -177,6 +214,8 @@ def check(config: RunConfig) -> TextRun:
         exam=opened.exam,
         length=row_length(config.data, data, opened.base, opened.program.mesh),
     )
+    hosts.warn(*_of_the_share(run))
+    return run
 
 
 def _open(config: RunConfig) -> _Opened:
@@ -192,6 +231,16 @@ def _open(config: RunConfig) -> _Opened:
         base.stop_ids()
         base.check_prompts(exam.prompts, config.eval.max_new_tokens)
     return _Opened(program, base, tokenizer, sets, exam)
+
+
+def _of_the_share(run: TextRun) -> list[str]:
+    """A note where ``regularizers.teacher_fraction`` leaves no row out."""
+    if run.share is None or any(run.share.of(shape.rows) for shape in run.batches().shapes):
+        return []
+    return [
+        f"note: regularizers.teacher_fraction {run.share.fraction} leaves out no row: it is a "
+        "share of the rows of a micro-batch on each device, rounded up. Use more rows in each."
+    ]
 
 
 def row_length(config: DataConfig, data: TrainingData, base: Base, mesh: Mesh) -> int:

@@ -5,7 +5,6 @@ from balora_jax.errors import InputError
 
 UNREAD = (
     "regularizers.teacher_head",  # the teacher is the plain model, with the head it has
-    "regularizers.teacher_cache",  # hidden states of every token would fill the disk
     "data.glue",
     "data.text_columns",
     "data.label_column",
