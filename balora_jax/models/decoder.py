@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from balora_jax.array_types import Array, Float, Int, PRNGKeyArray
+from balora_jax.models.attention import Tables, attention_mask, by_blocks, reach
+from balora_jax.models.blockwise import Reach
 from balora_jax.models.decoder_config import DecoderConfig, NormPlace
 from balora_jax.models.experts import SparseMLP
 from balora_jax.models.layers import (
@@ -21,12 +23,10 @@ from balora_jax.models.layers import (
     GatedMLP,
     KeyValues,
     MakeLinear,
-    Tables,
-    attention_mask,
     make_norm,
     stacked_linear,
 )
-from balora_jax.models.options import Options, Remat
+from balora_jax.models.options import AttentionKernel, Options, Remat
 from balora_jax.models.rotary import rotary_tables
 from balora_jax.models.variables import declared
 from balora_jax.numerics.head_types import LogitMap
@@ -126,6 +126,7 @@ class Decoder(nnx.Module):
     ):
         self.config, dtype = config, options.dtype
         self.remat: Remat = options.remat
+        self.kernel: AttentionKernel = options.kernel
         table = (config.vocab_size, config.hidden_size, dtype)
         self.embed_tokens = Embedding(*table, axis="vocabulary")
         if config.rope is None:
@@ -153,8 +154,13 @@ class Decoder(nnx.Module):
         segments: Int[Array, "B T"],
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
-        """Final hidden states; segment 0 is padding, others attend within themselves."""
-        tables = self._tables(positions, segments, positions, segments)
+        """Final hidden states; segment 0 is padding, others attend within themselves.
+
+        Positions rise with the column within a segment. States of padding mean nothing.
+        """
+        blocks = by_blocks(input_ids.shape[1], self.kernel)
+        reach_of = functools.partial(reach, positions, segments) if blocks else None
+        tables = self._tables(positions, segments, positions, segments, reach_of)
         x, _ = self._run_layers(self._embed(input_ids, positions), tables, dropout_key)
         return self.norm(x)
 
@@ -225,11 +231,17 @@ class Decoder(nnx.Module):
         return x + self.embed_positions(positions) if self.config.rope is None else x
 
     def _tables(
-        self, positions: Array, segments: Array, key_positions: Array, key_segments: Array
+        self,
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        key_positions: Int[Array, "B S"],
+        key_segments: Int[Array, "B S"],
+        reach_of: Callable[[int | None], Reach] | None = None,
     ) -> list[Tables]:
-        """What attention reads, for every kind of layer."""
+        """What attention reads, for every kind of layer; by ``reach_of`` a window where given."""
         config = self.config
-        mask = functools.partial(attention_mask, positions, segments, key_positions, key_segments)
+        plain = functools.partial(attention_mask, positions, segments, key_positions, key_segments)
+        mask: Callable[[int | None], Array | Reach] = reach_of or plain
 
         def tables(slides: bool, turns: bool) -> Tables:
             rope = (config.local_rope or config.rope) if slides else config.rope

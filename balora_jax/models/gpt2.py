@@ -4,6 +4,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from balora_jax.array_types import Array, Float, Int
+from balora_jax.models.attention import Tables, attend
+from balora_jax.models.blockwise import Reach
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.layers import (
     ACTIVATIONS,
@@ -13,8 +15,6 @@ from balora_jax.models.layers import (
     OUT_OF_INNER,
     KeyValues,
     MakeLinear,
-    Tables,
-    attend,
     make_norm,
     stacked_linear,
     with_cached,
@@ -37,7 +37,7 @@ class Gpt2Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        mask: Array,
+        mask: Array | Reach,
         keys: dict[str, Array | None],
         cached: KeyValues | None,
         column: Int[Array, ""] | int,

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from balora_jax.array_types import Array, Bool, Float, Int, PRNGKeyArray
+from balora_jax.models.attention import Tables
+from balora_jax.models.blockwise import Reach
 from balora_jax.models.decoder import Embedding, checkpointed, linear_keys
 from balora_jax.models.disentangled import attend_by_scores, products, split_heads
 from balora_jax.models.encoder import ENCODER_ACTIVATIONS, Classifier, HeadLinear
@@ -16,7 +18,6 @@ from balora_jax.models.layers import (
     OUT_OF_INNER,
     LayerNorm,
     MakeLinear,
-    Tables,
     stacked_linear,
 )
 from balora_jax.models.options import Options, Remat
@@ -43,6 +44,7 @@ class ModernAttention(nnx.Module):
         """Attend where the mask allows."""
         assert tables.cos is not None
         assert tables.sin is not None
+        assert not isinstance(tables.mask, Reach)
         q, k, v = jnp.split(self.Wqkv(x, keys["attn.Wqkv"]), 3, axis=-1)
         q, k = (part.reshape(*x.shape[:2], self.heads, -1) for part in (q, k))
         q, k = (rotate(part, tables.cos, tables.sin).transpose(0, 2, 1, 3) for part in (q, k))

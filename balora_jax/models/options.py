@@ -22,14 +22,14 @@ class Options:
         adapters: of stacked linear layers, by path.
         dtype: of frozen weights and activations.
         remat: what the backward computes anew.
-        kernel: of attention; decoders read it.
+        kernel: of attention; decoders read it. ``auto`` is for GPUs: see :func:`kernel_on`.
         quantization: of the linear layers.
     """
 
     adapters: Mapping[str, AdapterShape] = field(default_factory=dict)
     dtype: jnp.dtype = field(default_factory=lambda: jnp.dtype(jnp.float32))
     remat: Remat = "none"
-    kernel: AttentionKernel = "auto"
+    kernel: AttentionKernel = "xla"
     quantization: Quantization = "none"
 
 

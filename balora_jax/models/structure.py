@@ -81,7 +81,7 @@ def structure(
     adapters: Mapping[str, AdapterShape] | None = None,
     dtype: jnp.dtype | str = jnp.float32,
     remat: Remat = "none",
-    kernel: AttentionKernel = "auto",
+    kernel: AttentionKernel = "xla",
     quantization: Quantization = "none",
     whole: Whole = NOTHING,
 ) -> Structure:

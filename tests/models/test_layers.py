@@ -12,7 +12,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from balora_jax.models import layers, rope_settings, rotary
+from balora_jax.models import attention, layers, rope_settings, rotary
 from balora_jax.models.adapters import AdapterShape
 from balora_jax.models.decoder_config import DecoderConfig
 from balora_jax.models.options import Options
@@ -113,16 +113,16 @@ def test_mask_by_hand():
         ],
         bool,
     )
-    got = layers.attention_mask(positions, segments, positions, segments, None)
+    got = attention.attention_mask(positions, segments, positions, segments, None)
     assert np.array_equal(np.asarray(got)[0, 0], want)
     want[2, 0] = False
-    got = layers.attention_mask(positions, segments, positions, segments, 2)
+    got = attention.attention_mask(positions, segments, positions, segments, 2)
     assert np.array_equal(np.asarray(got)[0, 0], want)
 
 
 def test_mask_of_one_query_on_a_cache():
     """Columns not yet written carry segment -1 and are never attended to."""
-    got = layers.attention_mask(
+    got = attention.attention_mask(
         jnp.array([[2]]), jnp.array([[1]]), jnp.array([[0, 1, 2, 0]]), jnp.array([[1, 1, 1, -1]]), 2
     )
     assert np.asarray(got)[0, 0].tolist() == [[False, True, True, False]]
@@ -133,7 +133,7 @@ def test_grouped_attention_equals_torch(kernel):
     q, k, v = random(2, 5, 6, 4), random(2, 7, 2, 4, seed=1), random(2, 7, 2, 4, seed=2)
     mask = np.random.default_rng(3).random((2, 1, 5, 7)) < 0.6
     mask[..., 0] = True
-    got = layers.attend(*map(jnp.asarray, (q, k, v, mask)), kernel)
+    got = attention.attend(*map(jnp.asarray, (q, k, v, mask)), kernel)
     torch_q, torch_k, torch_v = (torch.tensor(x).double().transpose(1, 2) for x in (q, k, v))
     want = torch.nn.functional.scaled_dot_product_attention(
         torch_q, torch_k, torch_v, attn_mask=torch.tensor(mask), enable_gqa=True

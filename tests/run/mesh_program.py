@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 
 from balora_jax.config import MeshConfig
 from balora_jax.config_file import parse_config
+from balora_jax.models import attention
 from balora_jax.models.structure import structure
 from balora_jax.parallel import sharding
 from balora_jax.pretrained.checkpoint import open_base, open_encoder
@@ -341,6 +342,8 @@ def compared(one, other):
 
 
 def main():
+    # Rows of 12 tokens by blocks, but for meshes that split them: these take the plain form.
+    attention.WHOLE, attention.BLOCK = 4, 4
     found = {}
     one = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     with tempfile.TemporaryDirectory() as place:
