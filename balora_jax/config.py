@@ -48,7 +48,10 @@ class ModelConfig(Section):
         remat: what the backward recomputes: ``none``, ``dots`` (all but matrix products), ``full``
             (each layer), or ``offload`` (as ``dots``, with the products kept in the host's memory;
             GPU and TPU).
-        attention: kernel; ``auto`` takes cuDNN's where the device and dtype allow it.
+        attention: ``xla`` forms the scores of a whole row; ``blocks``, in rows of more than 256
+            tokens, a block at a time, so that memory grows with the row and not with its square;
+            ``cudnn`` is a GPU's own. ``auto``: cuDNN's on a GPU where the dtype allows it, blocks
+            on a CPU, xla on a TPU.
         quantization: of the frozen linear layers: ``int8`` (absmax by output) or ``nf4`` (4 bits,
             by block); needs the extra ``quant``.
     """
@@ -57,7 +60,7 @@ class ModelConfig(Section):
     revision: str | None = None
     dtype: Dtype = "float32"
     remat: Literal["none", "dots", "full", "offload"] = "full"
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    attention: Literal["auto", "xla", "blocks", "cudnn"] = "auto"
     quantization: Literal["none", "int8", "nf4"] = "none"
 
 

@@ -32,7 +32,7 @@ def by_blocks(tokens: int, kernel: AttentionKernel) -> bool:
 
     Not where a mesh splits the tokens of a row: each device has a part of the queries then.
     """
-    return kernel == "xla" and tokens > WHOLE and parts() == 1
+    return kernel == "blocks" and tokens > WHOLE and parts() == 1
 
 
 def reach(positions: Int[Array, "B T"], segments: Int[Array, "B T"], window: int | None) -> Reach:

@@ -11,7 +11,7 @@ from balora_jax.models.adapters import AdapterShape
 from balora_jax.models.quantized import Quantization
 
 Remat = Literal["none", "dots", "full", "offload"]
-AttentionKernel = Literal["auto", "xla", "cudnn"]
+AttentionKernel = Literal["auto", "xla", "blocks", "cudnn"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ class Options:
 
 
 def kernel_on(platform: str, kernel: AttentionKernel, where: str) -> AttentionKernel:
-    """The kernel of attention on devices of a platform: ``auto`` asks for cuDNN's on a GPU only.
+    """The kernel of attention on devices of a platform.
+
+    ``auto`` is cuDNN's on a GPU where it serves, ``blocks`` on a CPU, and ``xla`` on a TPU, where
+    the time of ``blocks`` is not known.
 
     Args:
         platform: ``cpu``, ``gpu`` or ``tpu``, of the devices that are to run it.
@@ -48,7 +51,9 @@ def kernel_on(platform: str, kernel: AttentionKernel, where: str) -> AttentionKe
         return kernel
     if kernel == "cudnn":
         raise InputError(
-            f"{where}: expected auto or xla on a {platform}, got cudnn, which runs on a GPU only. "
-            "Choose another."
+            f"{where}: expected auto, xla or blocks on a {platform}, got cudnn, which runs on a "
+            "GPU only. Choose another."
         )
-    return "xla"
+    if kernel == "auto":
+        return "blocks" if platform == "cpu" else "xla"
+    return kernel

@@ -97,7 +97,7 @@ def temporaries(tokens):
 
     def total(q, k, v):
         mask = attention.reach(*places, None)
-        return attention.attend(q, k, v, mask, "xla").sum()
+        return attention.attend(q, k, v, mask, "blocks").sum()
 
     compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(*shapes).compile()
     memory = compiled.memory_analysis()
@@ -135,7 +135,7 @@ def gemma():
 
 def losses(steps=3):
     """Of a few steps on packed rows of 300 tokens."""
-    made = structure(gemma(), kernel="xla", remat="full")
+    made = structure(gemma(), kernel="blocks", remat="full")
     rng = np.random.default_rng(0)
     weights = {
         path: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)

@@ -128,7 +128,7 @@ def test_mask_of_one_query_on_a_cache():
     assert np.asarray(got)[0, 0].tolist() == [[False, True, True, False]]
 
 
-@pytest.mark.parametrize("kernel", ["auto", "xla"])
+@pytest.mark.parametrize("kernel", ["auto", "xla", "blocks"])
 def test_grouped_attention_equals_torch(kernel):
     q, k, v = random(2, 5, 6, 4), random(2, 7, 2, 4, seed=1), random(2, 7, 2, 4, seed=2)
     mask = np.random.default_rng(3).random((2, 1, 5, 7)) < 0.6

@@ -56,7 +56,11 @@ def test_the_score_of_a_saved_adapter_is_that_of_its_run(task, tmp_path):
     [
         ("text", {"revision": "main"}, "revision"),
         ("labels", {"revision": "main"}, "revision"),
-        ("text", {"attention": "cudnn"}, "attention: expected auto or xla on a cpu, got cudnn"),
+        (
+            "text",
+            {"attention": "cudnn"},
+            "attention: expected auto, xla or blocks on a cpu, got cudnn",
+        ),
     ],
 )
 def test_what_names_the_base_is_read_by_both(task, setting, said, tmp_path):

@@ -94,6 +94,8 @@ def test_the_fused_attention_takes_whole_rows():
     message = "model.attention: expected auto or xla with mesh.sequence 2, got cudnn, which takes"
     with pytest.raises(InputError, match=message):
         check_rows_whole(config(attention="cudnn").model, mesh(sequence=2))
+    with pytest.raises(InputError, match="got blocks, which takes whole rows only"):
+        check_rows_whole(config(attention="blocks").model, mesh(sequence=2))
     check_rows_whole(config(attention="xla").model, mesh(sequence=2))
     check_rows_whole(config(attention="cudnn").model, mesh(fsdp=2))
 

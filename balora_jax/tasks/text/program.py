@@ -184,10 +184,10 @@ def model_structure(
 def check_rows_whole(config: ModelConfig, mesh: sharding.AnyMesh) -> None:
     """Raises InputError where rows are split over devices by a kernel that cannot."""
     parts = mesh.shape[TOKENS]
-    if parts > 1 and config.attention == "cudnn":
+    if parts > 1 and config.attention in ("blocks", "cudnn"):
         raise InputError(
-            f"model.attention: expected auto or xla with mesh.{TOKENS} {parts}, got cudnn, which "
-            "takes whole rows only. Choose another."
+            f"model.attention: expected auto or xla with mesh.{TOKENS} {parts}, got "
+            f"{config.attention}, which takes whole rows only. Choose another."
         )
 
 
