@@ -136,7 +136,8 @@ class TextRun(TextProgram):
         """What answers the validation rows, with one compiled decoder; None without rows."""
         if self.exam is None:
             return None
-        return partial(self._score, Answerer(self.student.bind, self.base, self.config.eval))
+        answerer = Answerer(self.student.bind, self.base, self.tokenizer, self.config.eval)
+        return partial(self._score, answerer)
 
     def _score(
         self,
@@ -278,7 +279,7 @@ def evaluate(config: RunConfig, *, adapter: str | None) -> dict[str, Any]:
     exam = exam_of(model.tokenizer, config.data, config.eval, asked)
     assert exam is not None  # load_rows raises where there is no row
     model.base.check_prompts(exam.prompts, config.eval.max_new_tokens)
-    answerer = Answerer(model.bind, model.base, config.eval)
+    answerer = Answerer(model.bind, model.base, model.tokenizer, config.eval)
     key = jax.random.key(config.training.seed)
     return exam.score(answerer, model.parts, key=key, title="score")
 
@@ -296,7 +297,7 @@ def generate(
         named = [(row, f"prompt {i}") for i, row in enumerate(rows, start=1)]
         ids = [encode_prompt(row, model.tokenizer, settings, at) for row, at in named]
     model.base.check_prompts(ids, config.eval.max_new_tokens)
-    answerer = Answerer(model.bind, model.base, config.eval)
+    answerer = Answerer(model.bind, model.base, model.tokenizer, config.eval)
     return answerer(model.parts, ids, jax.random.key(config.training.seed), "generate")
 
 

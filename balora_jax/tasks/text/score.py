@@ -28,8 +28,10 @@ Rows = Sequence[Row]
 class Answerer:
     """Prompts in, texts out, with one compiled decoder for all batches and all adapters."""
 
-    def __init__(self, bind: Callable[..., Decoder], base: Base, config: EvalConfig):
-        self.tokenizer = tokenizer = base.tokenizer()
+    def __init__(
+        self, bind: Callable[..., Decoder], base: Base, tokenizer: Any, config: EvalConfig
+    ):
+        self.tokenizer = tokenizer
         self.batch_size = config.batch_size
         self.sampling: Sampling = sampling_for(
             base, tokenizer, config.max_new_tokens, config.temperature, config.top_p
