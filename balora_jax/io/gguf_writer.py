@@ -99,9 +99,10 @@ def export_gguf(
     Source: ``convert_lora_to_gguf.py`` and ``src/llama-adapter.cpp`` of llama.cpp. Departures:
     that program takes one scale for all modules, and turns GPT-2's layers round.
     """
-    package, target = _gguf(), Path(folder)
+    target = Path(folder)
     check_rank(rank)
     _check(target, modules, base, dtype)
+    package = _gguf()
     names = _names(package, target, modules, base)
     pairs = [trained_pair(module, adapters, {}, rank) for module in modules]
     tensors = _grouped(names, pairs, base.config.experts)

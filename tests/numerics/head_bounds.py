@@ -159,7 +159,7 @@ class Case:
 
     def __init__(self, rows, embedding, scales, adaptive, spec, logit_map):
         self.used = np.flatnonzero(rows.label_mask | rows.term_mask)
-        student, teacher, *rest = (np.asarray(array)[self.used] for array in rows)
+        student, teacher, *rest = (np.asarray(array)[self.used] for array in rows[:5])
         student, teacher, self.w = (np.float64(a) for a in (student, teacher, embedding))
         self.labels, self.label_mask, self.mask = rest
         self.spec, self.map, self.scales, self.scale_error = spec, logit_map, scales, 0.0
