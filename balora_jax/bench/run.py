@@ -68,6 +68,15 @@ def bench(
     kind = TASKS[config.task].model
     todo = chosen(cases_of(kind), cases)
     _check(config, kind, rounds, lengths, tokenizer, topology, against_torch=against_torch)
+    if topology is not None:
+        _check_ahead(
+            {
+                "--against": against_torch,
+                "--lengths": lengths,
+                "--tokenizer": tokenizer,
+                "--picture": picture,
+            }
+        )
     figures: dict[str, Any] = {"versions": hardware.versions()}
     if topology is not None:
         target = parse_target(topology)
@@ -111,6 +120,16 @@ def _check(
         raise InputError(
             f"--tokenizer: expected a model without a tokenizer, got {config.model.name_or_path}, "
             "which has its own. Leave it out."
+        )
+
+
+def _check_ahead(options: Mapping[str, object]) -> None:
+    """Raises InputError for options of measuring, where a step is compiled and not run."""
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise InputError(
+            f"--topology: expected it without {', '.join(given)}: nothing is run there, got both. "
+            "Leave one of them out."
         )
 
 

@@ -203,6 +203,8 @@ def test_command_line_and_messages(tree, tmp_path, capsys):
         "+ spectral, BA-LoRA, LoRA, plain head, BA-LoRA, plain head, got 'DoRA'. Choose among "
         "them.",
         ("--rounds", "0"): "--rounds: expected at least 1, got 0. Raise it.",
+        ("--topology", "v5e:1x1", "--lengths", "8", "--against", "torch"): "--topology: expected "
+        "it without --against, --lengths: nothing is run there, got both. Leave one of them out.",
         ("--lengths", "8", "0"): "--lengths: expected at least 1, got 0. Raise it.",
         ("--tokenizer", "nowhere"): "nowhere: expected a tokenizer (tokenizer.json), got: no file "
         "of one. Save the tokenizer beside the weights.",
