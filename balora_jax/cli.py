@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from balora_jax import __version__, hardware, signals
+from balora_jax import __version__, hardware, signals, torch_import
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.options import Parser
 from balora_jax.parallel import child
@@ -51,6 +51,7 @@ def command(arguments: Sequence[str] | None = None) -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     hardware.settle_for_cpu(Path("/dev"))
+    torch_import.leave_out()
     with signals.taken(for_good=True):
         signals.leave(main(arguments))
 
