@@ -26,6 +26,7 @@ from balora_jax.pretrained.card_kinds import ADAPTER, FULL
 from balora_jax.signals import taken
 from balora_jax.tasks.registry import TASKS
 from balora_jax.training.endings import failures, reading
+from balora_jax.training.held_out import LOSS
 from balora_jax.training.loop import Training, resumable
 from balora_jax.training.run import Arrays, Run
 from balora_jax.training.trackers import TRACKERS
@@ -278,7 +279,7 @@ def write_results(folder: Path, summary: dict[str, Any], written: str) -> None:
         drawn = drawing.draw_curves(rows, folder / CURVES)
         text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
         write_atomically(folder / SUMMARY, text)
-        print(written)
+        print(written, *_best(folder, summary), sep="\n")
         if drawn:
             print(f"curves:  {folder / 'curves.png'}")
         for line in _gains(summary):
@@ -286,14 +287,29 @@ def write_results(folder: Path, summary: dict[str, Any], written: str) -> None:
     hosts.barrier("finished")
 
 
+def _best(folder: Path, summary: dict[str, Any]) -> list[str]:
+    """Where the best lies, if it is kept, and what it is."""
+    best = summary.get("validation", {}).get("best")
+    if best is None or not (folder / export.BEST).is_dir():
+        return []
+    figure = best["metric"].replace("_", " ")
+    return [
+        f"best:    {folder / export.BEST} ({figure} {best['value']:.4f} after step {best['step']})"
+    ]
+
+
 def _gains(summary: dict[str, Any]) -> list[str]:
-    """A line for each figure of the score: before, after, and how long it took."""
-    before, after, seconds = summary["before"], summary["after"], summary["wall_seconds"]
+    """A line for each figure of the score, and the held-out loss: before, after, and how long."""
+    measured, seconds = summary.get("validation", {}), summary["wall_seconds"]
+    before, after = (
+        summary[when] | {k: v for k, v in measured.get(when, {}).items() if k == LOSS}
+        for when in ("before", "after")
+    )
     return [
         f"{name.replace('_', ' ')} on held-out rows: {before[name]:.3f} -> {after[name]:.3f} in "
         f"{seconds:.0f} s"
         for name in after
-        if not _is_count(name) and not isinstance(after[name], str)
+        if not _is_count(name) and isinstance(after[name], float | int)
         if isinstance(before.get(name), float | int)
     ]
 

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -71,7 +72,7 @@ def expected(z, taught, labels):
 def moved(loaded):
     rng = np.random.default_rng(5)
     return {
-        path: value + 0.1 * rng.standard_normal(value.shape).astype(np.float32)
+        path: jnp.asarray(value) + 0.1 * rng.standard_normal(value.shape).astype(np.float32)
         for path, value in sorted(loaded.trainable.items())
     }
 

@@ -5,6 +5,7 @@ import shutil
 from functools import cache
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -253,7 +254,7 @@ def test_figures_do_not_depend_on_the_layout(held_out, name):
         for path, value in sorted(loaded.trainable.items())
     }
     with jax.set_mesh(run.mesh):
-        found = run.validator()(run.constants(loaded), moved)
+        found = run.validator()(run.constants(loaded), jax.tree.map(jnp.asarray, moved))
     found = {f"validation_{figure}": value for figure, value in found.items()}
     want = expected(held_out, moved_deltas(run, moved, loaded.origin))
     assert found == pytest.approx(want, rel=1e-5)

@@ -174,5 +174,6 @@ def over_rows(
             arrays = [hosts.place(batch[name], place) for name in NAMES]
             found.append(hosts.gathered(forward(parts, *arrays))[: len(places)])
             bar.update(len(places))
+            hosts.moved()
     order = np.array([i for places, _ in batches for i in places])
     return np.concatenate(found)[np.argsort(order)]

@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from balora_jax.array_types import Array, Float
 from balora_jax.data.labels import LabelsExample
 from balora_jax.numerics.objective import TASK
+from balora_jax.parallel import hosts
 from balora_jax.tasks.labels.loss import Arrays, Constants, LabelsLoss
 
 OverRows = Callable[[Any, Any, Sequence[LabelsExample], str], np.ndarray]
@@ -56,7 +58,7 @@ class LabelsValidator:
         for start in self.starts:
             part = slice(start, start + self.starts.step)
             own = None if teacher is None else teacher[part]
-            found.append(np.asarray(self._values(logits[part], own, self.labels[part])))
+            found.append(hosts.gathered(self._values(logits[part], own, self.labels[part])))
             rows.append(len(self.labels[part]))
         values, weights = np.stack(found).astype(np.float64), np.array(rows) / len(self.labels)
         loss = float(values[:, 0].sum() / len(self.labels))
@@ -76,4 +78,4 @@ class LabelsValidator:
     ) -> Float[Array, "S"]:
         """Of a micro-batch: the sum of the loss, and the terms."""
         values = {TASK: self.loss.task_sum(logits, labels)} | self.loss.terms(logits, teacher)
-        return jax.numpy.stack([values[name] for name in (TASK, *self.terms)])
+        return jnp.stack([values[name] for name in (TASK, *self.terms)])

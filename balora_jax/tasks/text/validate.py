@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from balora_jax.array_types import Array, Float
 from balora_jax.config import DataConfig, EvalConfig
 from balora_jax.data.examples import Example
-from balora_jax.data.layout import Batch, Shape, laid_out, placed, shapes_for
+from balora_jax.data.layout import Shape, laid_out, placed, shapes_for
 from balora_jax.data.sources import load_rows
 from balora_jax.data.templates import ExampleSettings
 from balora_jax.evals.benchmark import Benchmark, TextBenchmark
@@ -112,6 +112,7 @@ class TextValidator:
             for group in self.groups:
                 found.append(hosts.gathered(self._forward(constants, trainable, self._laid(group))))
                 bar.update(len(group))
+                hosts.moved()
         sums = np.stack(found).astype(np.float64)
         values, tasks, counted = sums[:, :-2], sums[:, -2].sum(), sums[:, -1]
         loss = _ratio(values[:, 0].sum(), tasks)
@@ -122,7 +123,7 @@ class TextValidator:
             figures[term.name] = _ratio(total, counted.sum())
         return figures
 
-    def _sums(self, constants: Constants, trainable: Arrays, batch: Batch) -> Float[Array, "S"]:
+    def _sums(self, constants: Constants, trainable: Arrays, batch: Arrays) -> Float[Array, "S"]:
         """Of one micro-batch: the sum of the loss and of each term, and both counts."""
         counts = counts_of(batch, self.loss.objective.mask_alignment)
         one = jnp.ones((), jnp.float32)
