@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from balora_jax.array_types import Array
+from balora_jax.config import EvalConfig, TrainingConfig
 from balora_jax.parallel import hosts
-from balora_jax.training.run import Run
+from balora_jax.training.run import Validator
 
 VALIDATION, SCORE = "validation_", "score_"
 """Begin the names of figures of the loss and of the score, in the rows of the log."""
@@ -23,7 +24,9 @@ class HeldOut:
     """What a run knows of its held-out rows, and what follows from it.
 
     Args:
-        run: what the task gives.
+        config: the section ``eval``.
+        training: the section ``training``.
+        validator: measures the loss and the terms; None where that is not asked for.
         total_steps: of the whole run, at whose end everything is measured.
         adapters: the trainable arrays at step 0.
 
@@ -36,16 +39,18 @@ class HeldOut:
         validated, scored: step and figures of the last measurement of each kind.
     """
 
-    def __init__(self, run: Run, total_steps: int, adapters: Mapping[str, Array]):
-        training, config = run.config.training, run.config.eval
-        self.every, self.score_every, self.total_steps = (
-            config.every,
-            config.score_every,
-            total_steps,
-        )
+    def __init__(
+        self,
+        config: EvalConfig,
+        training: TrainingConfig,
+        validator: Validator | None,
+        total_steps: int,
+        adapters: Mapping[str, Array],
+    ):
+        self.every, self.score_every = config.every, config.score_every
+        self.total_steps, self.validator = total_steps, validator
         self.patience = training.patience
         self.metric = training.keep_best or (LOSS if training.patience else None)
-        self.validator = run.validator()
         self.before: Figures = {}
         self.best: dict[str, Any] | None = None
         self.without_gain = 0

@@ -82,7 +82,9 @@ class Training:
         self.skipping = self.postponed = False
         self.start = 0
         self.scorer = run.scorer()
-        self.held_out = HeldOut(run, self.total_steps, self.state.adapters)
+        self.held_out = HeldOut(
+            run.config.eval, training, run.validator(), self.total_steps, self.state.adapters
+        )
         if found is not None and found.step is not None:
             self.store = self.open_store()
             self.start = self.restore(found.step)

@@ -144,8 +144,8 @@ def _check_kinds(folder: Path, there: list[str]) -> None:
     kinds = {ADAPTER: (is_adapter,), MODEL: (is_merged,), BEST: (is_adapter, is_merged)}
     for name, are_ours in kinds.items():
         written = folder / name
-        strange = not any(is_ours(written) for is_ours in are_ours)
-        if written.is_dir() and any(written.iterdir()) and strange:
+        filled = written.is_dir() and any(written.iterdir())
+        if filled and not any(is_ours(written) for is_ours in are_ours):
             raise InputError(
                 f"{written}: expected what the run wrote, which its end replaces, got a folder "
                 "with other files in it. Move them elsewhere."

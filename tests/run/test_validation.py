@@ -265,29 +265,30 @@ def moved_deltas(run, moved, origin):
     """s (A B - A0 B0) of every layer, [out, in] by the names of the checkpoint's modules."""
     deltas = {}
     for module in run.adapters.modules:
-        place = module.path
-        stack = {k.rsplit(".", 1)[-1]: np.asarray(v, float) for k, v in (moved | origin).items()
-                 if k.startswith(f"{place}.")}  # fmt: skip
-        for layer, name in enumerate(module.names):
-            part = {k: v[layer] for k, v in stack.items()}
-            delta = part["lora_a"] @ part["lora_b"]
-            if "origin_a" in part:
-                delta = delta - part["origin_a"] @ part["origin_b"]
-            deltas[name] = 1.5 * delta.T  # alpha 3 over rank 2
+        part = {
+            path.removeprefix(f"{module.path}."): np.asarray(value[module.layer], float)
+            for path, value in (moved | origin).items()
+            if path.startswith(f"{module.path}.")
+        }
+        delta = part["lora_a"] @ part["lora_b"]
+        if "origin_a" in part:
+            delta = delta - part["origin_a"] @ part["origin_b"]
+        deltas[module.name] = 1.5 * delta.T  # alpha 3 over rank 2
     return deltas
 
 
+SCORED = {"task": "exact_match"}
 REFUSED = {
     "no rows": (
-        {"data": {"validation": None}, "eval": {"every": 1, "task": "none"}},
+        {"data": {"validation": None}, "eval": {"every": 1}},
         "eval.every: expected rows in data.validation beside it, got none.",
     ),
     "no score": (
-        {"eval": {"score_every": 1, "task": "none"}},
+        {"eval": {"score_every": 1}},
         "eval.score_every: expected a score of validation rows, got none.",
     ),
     "unknown figure": (
-        {"training": {"keep_best": "loss"}},
+        {"training": {"keep_best": "loss"}, "eval": {**SCORED, "every": 1}},
         "training.keep_best: expected one of validation_loss, validation_perplexity, "
         "validation_consistency, validation_diversity, validation_spectral, score_exact_match, "
         "score_answered, got 'loss'. Choose one of them.",
@@ -296,24 +297,24 @@ REFUSED = {
         {
             "training": {"keep_best": "validation_spectral"},
             "regularizers": {"spectral": 0.0},
-            "eval": {"task": "none"},
+            "eval": {"every": 1},
         },
         "training.keep_best: expected one of validation_loss, validation_perplexity, "
         "validation_consistency, validation_diversity, got 'validation_spectral'.",
     ),
     "never measured": (
-        {"training": {"keep_best": "score_answered"}, "eval": {"every": 1, "score_every": 0}},
+        {"training": {"keep_best": "score_answered"}, "eval": {**SCORED, "every": 1}},
         "training.keep_best: expected eval.score_every beside it, the steps between two "
         "measurements of score_answered, got 0. Set it.",
     ),
     "patience alone": (
-        {"training": {"patience": 1, "keep_best": None}, "eval": {"every": 0}},
+        {"training": {"patience": 1}},
         "training.patience: expected eval.every beside it, the steps between two measurements of "
         "validation_loss, got 0. Set it.",
     ),
     "rows of other columns": (
-        {"data": {"response_column": "said"}, "eval": {"every": 1, "task": "none"}},
-        "data.validation with eval.every: ",
+        {"data": {"response_column": "said"}, "eval": {"every": 1}},
+        "data.validation with eval.every: row 1: ",
     ),
 }
 
@@ -322,19 +323,9 @@ REFUSED = {
 def test_what_cannot_be_measured_is_refused(held_out, tmp_path, name):
     sections, sentence = REFUSED[name]
     if name == "rows of other columns":
-        renamed = [{"question": r["question"], "said": r["answer"]} for r in sums(8, 1)]
-        write_rows(tmp_path / "train.jsonl", renamed)
-        sections = {
-            **sections,
-            "data": {**sections["data"], "train": str(tmp_path / "train.jsonl")},
-        }
-    sections = {
-        key: {**SECTIONS.get(key, {}), **sections.get(key, {})}
-        for key in ("adapter", "training", "eval", "data", "regularizers")
-    }
-    sections["training"].setdefault("keep_best", None)
-    if name in ("no rows", "no score", "rows of other columns"):
-        sections["training"]["keep_best"] = None
+        renamed = [{"question": row["question"], "said": row["answer"]} for row in ROWS]
+        train = write_rows(tmp_path / "train.jsonl", renamed)
+        sections = {**sections, "data": {**sections["data"], "train": str(train)}}
     with pytest.raises(InputError) as error:
         text_run.check(parse_config(config_tree(held_out, **sections), "test"))
     assert str(error.value).startswith(sentence)

@@ -1,25 +1,24 @@
 """What a run makes of the figures of its held-out rows: the best, and when to stop."""
 
 import math
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
 
+from balora_jax.config import EvalConfig, TrainingConfig
 from balora_jax.training.held_out import HeldOut
 
 
 def held_out(values=(), *, keep_best=None, patience=None, every=2, score_every=0):
     """Of a run of 7 steps whose validation loss takes these values one after another."""
     left = iter(values)
-    run = SimpleNamespace(
-        config=SimpleNamespace(
-            training=SimpleNamespace(keep_best=keep_best, patience=patience),
-            eval=SimpleNamespace(every=every, score_every=score_every),
-        ),
-        validator=lambda: (lambda constants, adapters: {"loss": next(left)}) if every else None,
+    return HeldOut(
+        EvalConfig(every=every, score_every=score_every),
+        TrainingConfig(max_steps=7, keep_best=keep_best, patience=patience),
+        (lambda constants, adapters: {"loss": next(left)}) if every else None,
+        7,
+        {"a": jnp.zeros(2)},
     )
-    return HeldOut(run, 7, {"a": jnp.zeros(2)})
 
 
 def go(found, steps, scores=None):
@@ -27,7 +26,7 @@ def go(found, steps, scores=None):
     best = []
     for step in steps:
         figures = found.measure(step, None, {}, lambda _, at=step: scores[at])
-        if found.compare(step, figures, {"a": jnp.full(2, step)}, skipped=step - 1):
+        if found.compare(step, figures, {"a": jnp.full(2, float(step))}, skipped=step - 1):
             best.append(step)
     return best
 
@@ -69,7 +68,7 @@ def test_the_highest_score_is_the_best():
 def test_a_loss_that_is_no_number_is_never_the_best():
     found = held_out([math.nan, math.inf, 5.0], keep_best="validation_loss", patience=3)
     assert go(found, [2]) == []
-    assert found.measure(4, None, {}, None) == {"validation_loss": None}
+    assert found.measure(4, None, {}, dict) == {"validation_loss": None}
     found = held_out([math.nan, 5.0], keep_best="validation_loss", patience=3)
     assert go(found, [2, 4]) == [4]
     assert found.without_gain == 0
