@@ -7,10 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from balora_jax.array_types import Array
 from balora_jax.config import EvalConfig, TrainingConfig
 from balora_jax.parallel import hosts
-from balora_jax.training.run import Validator
+from balora_jax.training.run import Arrays, Validator
 
 VALIDATION, SCORE = "validation_", "score_"
 """Begin the names of figures of the loss and of the score, in the rows of the log."""
@@ -45,7 +44,7 @@ class HeldOut:
         training: TrainingConfig,
         validator: Validator | None,
         total_steps: int,
-        adapters: Mapping[str, Array],
+        adapters: Arrays,
     ):
         self.every, self.score_every = config.every, config.score_every
         self.total_steps, self.validator = total_steps, validator
@@ -75,7 +74,7 @@ class HeldOut:
     def _due(self, every: int, step: int) -> bool:
         return every > 0 and (step % every == 0 or step == self.total_steps)
 
-    def begin(self, constants: Any, adapters: Mapping[str, Array]) -> None:
+    def begin(self, constants: Any, adapters: Arrays) -> None:
         """Measure the start."""
         self.before = self._validate("before", constants, adapters)
 
@@ -83,7 +82,7 @@ class HeldOut:
         self,
         step: int,
         constants: Any,
-        adapters: Mapping[str, Array],
+        adapters: Arrays,
         score: Callable[[str], dict[str, Any]],
     ) -> Figures:
         """The figures that are due after a step, for its row of the log; printed as well.
@@ -100,15 +99,13 @@ class HeldOut:
             found |= {SCORE + name: _finite(value) for name, value in numbers.items()}
         return found
 
-    def validate(
-        self, step: int, title: str, constants: Any, adapters: Mapping[str, Array]
-    ) -> Figures:
+    def validate(self, step: int, title: str, constants: Any, adapters: Arrays) -> Figures:
         """The loss and the terms after a step, measured once for a step; empty without rows."""
         if self.validated[0] != step:
             self.validated = (step, self._validate(title, constants, adapters))
         return self.validated[1]
 
-    def _validate(self, title: str, constants: Any, adapters: Mapping[str, Array]) -> Figures:
+    def _validate(self, title: str, constants: Any, adapters: Arrays) -> Figures:
         if self.validator is None:
             return {}
         found = hosts.from_first(self.validator(constants, adapters))
@@ -116,9 +113,7 @@ class HeldOut:
         hosts.say(f"{title}: validation {said}")
         return {VALIDATION + name: _finite(value) for name, value in found.items()}
 
-    def compare(
-        self, step: int, figures: Figures, adapters: Mapping[str, Array], skipped: int
-    ) -> bool:
+    def compare(self, step: int, figures: Figures, adapters: Arrays, skipped: int) -> bool:
         """Whether the figures of a step are the best so far, which are then kept.
 
         Args:
@@ -160,7 +155,7 @@ class HeldOut:
         """What a checkpoint holds beside the arrays, as plain JSON values."""
         return {"before": self.before, "best": self.best, "without_gain": self.without_gain}
 
-    def set_state(self, state: Mapping[str, Any], kept: dict[str, Array] | None) -> None:
+    def set_state(self, state: Mapping[str, Any], kept: Arrays | None) -> None:
         """Go on from a checkpoint with its copies of the best arrays."""
         self.before, self.best = state["before"], state["best"]
         self.without_gain, self.kept = state["without_gain"], kept
@@ -177,9 +172,9 @@ class HeldOut:
         return found if self.patience is None else found | {"stopped_early": self.exhausted}
 
 
-def copied(arrays: Mapping[str, Array]) -> dict[str, Array]:
+def copied(arrays: Arrays) -> Arrays:
     """Copies that lie as the arrays do: a step gives its own away."""
-    return jax.tree.map(jnp.copy, dict(arrays))
+    return jax.tree.map(jnp.copy, arrays)
 
 
 def _finite(value: float) -> float | None:

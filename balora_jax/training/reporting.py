@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ from balora_jax.parallel import hosts
 from balora_jax.progress import Bar, progress_bar
 from balora_jax.training.trackers.tracker import Trackers
 
-Measure = Callable[[], Mapping[str, float | None]]
+Measure = Callable[[], dict[str, float | None]]
 """What measures more figures of a step, by their names in the log."""
 
 COUNTS = ("tokens", "skipped", "skipped_in_a_row")
@@ -89,10 +89,10 @@ class Reporter:
             self._write(row, measure)
         return row
 
-    def begin(self, figures: Mapping[str, float | None]) -> None:
+    def begin(self, figures: dict[str, float | None]) -> None:
         """A row of step 0: figures of the start, and nothing in the columns of a step."""
         if self.log is not None:
-            self.log.write(dict.fromkeys(metrics.columns()) | {"step": 0} | figures)
+            self.log.write({**dict.fromkeys(metrics.columns()), "step": 0, **figures})
 
     def _write(self, row: dict[str, float], measure: Measure | None) -> None:
         seconds = max(time.monotonic() - self.clock, 1e-9)
@@ -100,14 +100,14 @@ class Reporter:
         if self.peak is not None:
             speed["mfu"] = self.work / seconds / self.peak
         speed["fill"] = self.real / self.places
-        figures = {} if measure is None else measure()
+        figures: dict[str, float | None] = {} if measure is None else measure()
         if self.log is not None:
             whole = {name: int(row[name]) for name in COUNTS}
             # JSON knows no NaN: what is not finite is null.
             finite = {name: v if math.isfinite(v) else None for name, v in row.items()}
-            self.log.write(finite | whole | speed | figures)
+            self.log.write({**finite, **whole, **speed, **figures})
             if self.trackers is not None:
-                self.trackers.log(finite | whole | speed | figures)
+                self.trackers.log({**finite, **whole, **speed, **figures})
         self.restart()
 
 
