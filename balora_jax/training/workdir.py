@@ -16,7 +16,7 @@ from balora_jax.io.hf_export import is_merged
 from balora_jax.io.hf_files import CONFIG_FILE
 from balora_jax.io.peft_writer import is_adapter
 from balora_jax.parallel import hosts
-from balora_jax.pretrained.export import ADAPTER, MODEL
+from balora_jax.pretrained.export import ADAPTER, BEST, MODEL
 from balora_jax.training.trackers.tracker import SEEN
 from balora_jax.untyped.yaml_text import read_yaml
 
@@ -31,7 +31,7 @@ TEACHER_ROWS = "teacher_hidden.safetensors"
 SKIPPED = "skipped_rows.jsonl"
 
 FILES = (CONFIG, METRICS, metrics.ASIDE, SUMMARY, CURVES, SEEN, TEACHER, TEACHER_ROWS, SKIPPED)
-FOLDERS = (CHECKPOINTS, ADAPTER, MODEL, PROFILE)
+FOLDERS = (CHECKPOINTS, ADAPTER, MODEL, BEST, PROFILE)
 """Everything that a run writes into its folder, and replaces there when it goes on."""
 
 MOST_METRICS = 2 * 2**30
@@ -141,9 +141,11 @@ def _check_kinds(folder: Path, there: list[str]) -> None:
             f"{folder / METRICS}: expected at most {MOST_METRICS >> 30} GiB of rows, got "
             f"{size / 2**30:.0f} GiB. Move the file elsewhere."
         )
-    for name, is_ours in ((ADAPTER, is_adapter), (MODEL, is_merged)):
+    kinds = {ADAPTER: (is_adapter,), MODEL: (is_merged,), BEST: (is_adapter, is_merged)}
+    for name, are_ours in kinds.items():
         written = folder / name
-        if written.is_dir() and any(written.iterdir()) and not is_ours(written):
+        filled = written.is_dir() and any(written.iterdir())
+        if filled and not any(is_ours(written) for is_ours in are_ours):
             raise InputError(
                 f"{written}: expected what the run wrote, which its end replaces, got a folder "
                 "with other files in it. Move them elsewhere."
@@ -196,7 +198,7 @@ def remove_leftovers(folder: Path) -> None:
 def _leftovers(folder: Path) -> list[tuple[Path, bool]]:
     """Drafts of a run's files and folders, and whether each is to be a folder."""
     files = [(path, False) for path in drafts_of(folder, (*FILES, CARD))]  # adapter/'s card
-    return files + [(path, True) for path in drafts_of(folder, (ADAPTER, MODEL))]
+    return files + [(path, True) for path in drafts_of(folder, (ADAPTER, MODEL, BEST))]
 
 
 def agree_on_folder(folder: Path) -> None:

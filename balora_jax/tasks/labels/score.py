@@ -63,7 +63,7 @@ class LabelsScorer:
         figures: dict[str, Any] = {}
         for name, rows in self.validation.items():
             found = self._score(parts, rows, f"{title} {name}")
-            suffix = "" if len(self.validation) == 1 else f"_{name}"
+            suffix = suffix_of(name, len(self.validation))
             figures |= {f"{metric}{suffix}": value for metric, value in found.items()}
         shown = ", ".join(f"{metric} {value:.4g}" for metric, value in figures.items())
         hosts.say(f"{title}: {shown}")
@@ -84,6 +84,16 @@ class LabelsScorer:
         predictions = logits[:, 0] if self.task.regression else logits.argmax(axis=-1)
         figures = score_labels(self.task.metrics, predictions, golds)
         return {**figures, "rows": len(golds)}
+
+
+def suffix_of(title: str, sets: int) -> str:
+    """What the figures of one of several validation sets end with."""
+    return "" if sets == 1 else f"_{title}"
+
+
+def rates_of(task: LabelsTask, title: str, sets: int) -> list[str]:
+    """Names of the metrics of one of several validation sets."""
+    return [metric + suffix_of(title, sets) for metric in task.metrics]
 
 
 def task_of(config: DataConfig) -> LabelsTask:
@@ -164,5 +174,6 @@ def over_rows(
             arrays = [hosts.place(batch[name], place) for name in NAMES]
             found.append(hosts.gathered(forward(parts, *arrays))[: len(places)])
             bar.update(len(places))
+            hosts.moved()
     order = np.array([i for places, _ in batches for i in places])
     return np.concatenate(found)[np.argsort(order)]
