@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from balora_jax.options import add_config
+from balora_jax.options import Parser, add_config
 
 SHARES = (0.5, 0.25)
 FRACTION, CACHE = "regularizers.teacher_fraction", "regularizers.teacher_cache"
@@ -19,7 +19,7 @@ FRACTION, CACHE = "regularizers.teacher_fraction", "regularizers.teacher_cache"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print one of the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add_config(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--rounds", type=int, help="steps of each case, timed")

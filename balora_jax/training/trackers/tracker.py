@@ -2,26 +2,26 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from balora_jax.errors import InputError
 from balora_jax.io.folders import write_atomically
+from balora_jax.registry import Named
 from balora_jax.untyped.json_text import read_object
 from balora_jax.untyped.shown import shown
 
 SEEN = "trackers.json"
 """File of a run that says which step's row the trackers got last."""
 
+TRACKED = "trackers"
+"""Folder of a run for what its trackers write there."""
+
 
 @runtime_checkable
-class Tracker(Protocol):
-    """Receiver of the rows of a run, one run at a time."""
-
-    @property
-    def name(self) -> str:
-        """What ``training.trackers`` calls it."""
-        ...
+class Callback(Protocol):
+    """Receiver of the rows of a run, one run at a time; all of it in the first process."""
 
     def start(self, workdir: Path, config: Mapping[str, Any]) -> None:
         """Begin, or go on with, the run in a folder; its config is nested plain values."""
@@ -34,6 +34,48 @@ class Tracker(Protocol):
     def finish(self, summary: Mapping[str, Any] | None) -> None:
         """End with the contents of ``summary.json``, or None where the run stopped early."""
         ...
+
+
+@runtime_checkable
+class Tracker(Callback, Named, Protocol):
+    """Receiver with the name that ``training.trackers`` gives it."""
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """Receiver that can tell before a run whether it will work."""
+
+    def check(self, workdir: Path) -> None:
+        """Raises InputError where it will not: nothing is written yet, the folder too."""
+        ...
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """Receiver that knows which rows it has, better than the run does: it writes them later."""
+
+    def last_step(self) -> int:
+        """Step of the last row that it has, asked after ``start``; 0 for none."""
+        ...
+
+
+def check_receivers(receivers: Sequence[Callback], workdir: Path) -> None:
+    """See that all of them will work, before anything is written.
+
+    Raises:
+        InputError: an object that is none, one that cannot work here, or a damaged record of the
+            row that they got last.
+    """
+    for one in receivers:
+        if not isinstance(one, Callback):
+            raise InputError(
+                "callbacks: expected objects with the methods start, log and finish, got "
+                f"{shown(one)}. docs/library.md shows one."
+            )
+        if isinstance(one, Checked):
+            one.check(workdir)
+    if receivers:
+        last_seen(workdir)
 
 
 def last_seen(workdir: Path) -> int:
@@ -55,38 +97,45 @@ def last_seen(workdir: Path) -> int:
 
 
 class Trackers:
-    """The trackers of one run, which give each row once.
+    """The trackers and callbacks of one run, which give each row once.
 
     A run that goes on from a checkpoint makes the steps after it anew. Their rows are the same
     again, and the trackers have them.
 
     Args:
-        trackers: those that the config names; none in a process that logs nothing.
+        receivers: those that the config names, and those of the caller; none in a process that
+            logs nothing.
         workdir: folder of the run.
         config: of the run.
     """
 
-    def __init__(self, trackers: Sequence[Tracker], workdir: Path, config: Mapping[str, Any]):
-        self.trackers, self.file = tuple(trackers), workdir / SEEN
+    def __init__(self, receivers: Sequence[Callback], workdir: Path, config: Mapping[str, Any]):
+        self.file, self.config = workdir / SEEN, config
         self.summary: Mapping[str, Any] | None = None
-        self.seen = 0
-        if self.trackers:
-            self.seen = last_seen(workdir)
-        for tracker in self.trackers:
-            tracker.start(workdir, config)
+        self.receivers: list[tuple[Callback, int]] = []
+        self.ending = ExitStack()
+        seen = last_seen(workdir) if receivers else 0
+        with self.ending:  # one that fails to start ends those that have
+            for one in receivers:
+                one.start(workdir, config)
+                self.ending.callback(self._finish, one)
+                has = one.last_step() if isinstance(one, Remembering) else seen
+                self.receivers.append((one, has))
+            self.ending = self.ending.pop_all()
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Give a row to every tracker, unless they have that step's."""
-        if not self.trackers or row["step"] <= self.seen:
-            return
-        for tracker in self.trackers:
-            tracker.log(row)
-        self.seen = int(row["step"])
-        write_atomically(self.file, json.dumps({"step": self.seen}) + "\n")
+        """Give a row to every one that does not have that step's."""
+        given = [one for one, seen in self.receivers if row["step"] > seen]
+        for one in given:
+            one.log(row)
+        if given:
+            write_atomically(self.file, json.dumps({"step": int(row["step"])}) + "\n")
+
+    def _finish(self, one: Callback) -> None:
+        one.finish(self.summary)
 
     def __enter__(self) -> "Trackers":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for tracker in self.trackers:
-            tracker.finish(self.summary)
+    def __exit__(self, *error: Any) -> None:
+        self.ending.__exit__(*error)

@@ -1,0 +1,73 @@
+"""What trackers of other packages share: the package, and the name of a run there."""
+
+import importlib
+import json
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from balora_jax.errors import InputError
+from balora_jax.io.folders import write_atomically
+from balora_jax.training.trackers.tracker import TRACKED
+from balora_jax.untyped.json_text import read_object
+from balora_jax.untyped.shown import shown
+
+PROJECT = "balora_jax"
+"""What runs lie under where the environment names no project."""
+
+
+def package(module: str, tracker: str) -> Any:
+    """A package, imported when it is first needed.
+
+    Args:
+        module: its name.
+        tracker: that of the tracker, and of the extra that installs it.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"training.trackers: expected the package {module.split('.')[0]} for {tracker!r}, "
+            f"which is not installed. Run pip install 'balora-jax[{tracker}]'."
+        ) from error
+
+
+def kept_run(workdir: Path, tracker: str) -> str | None:
+    """Id of a folder's run at a tracker, from its file; None where there is none yet.
+
+    Raises:
+        InputError: the file was not written by a run.
+    """
+    file = workdir / TRACKED / f"{tracker}.json"
+    if not file.exists():
+        return None
+    found = read_object(file)
+    if found.keys() != {"run"} or not isinstance(found["run"], str) or not found["run"].isalnum():
+        raise InputError(
+            f"{file}: expected the id of this run at {tracker}, got {shown(found)}. Remove the "
+            "file: the run then is a new one there."
+        )
+    return found["run"]
+
+
+def run_id(workdir: Path, tracker: str) -> str:
+    """Id of a folder's run at a tracker: a new one at its start, the same when it goes on."""
+    found = kept_run(workdir, tracker)
+    if found is not None:
+        return found
+    made = uuid.uuid4().hex[:8]
+    file = workdir / TRACKED / f"{tracker}.json"
+    file.parent.mkdir(exist_ok=True)
+    write_atomically(file, json.dumps({"run": made}) + "\n")
+    return made
+
+
+def figures(row: Mapping[str, Any]) -> dict[str, float]:
+    """The columns of a row but its step; what the log has as null is NaN."""
+    values = {name: float("nan") if v is None else v for name, v in row.items()}
+    del values["step"]
+    return values
