@@ -5,7 +5,6 @@ step of a config, fills its arguments, runs it and compares the growth of the pr
 plan. Devices of a CPU share their process, so the growth stands against the sum over all of them.
 """
 
-import argparse
 import ctypes
 import json
 import os

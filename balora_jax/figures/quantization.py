@@ -6,7 +6,6 @@ checkpoint has weights, the error of the pretrained model's logits on a batch of
 data.
 """
 
-import argparse
 from collections.abc import Sequence
 from typing import Any, get_args
 

@@ -5,7 +5,6 @@ weights of the config's shape (or loads the checkpoint's), computes the config's
 the seconds of each kind of layer: of the first, with the compilation, and the median of the others.
 """
 
-import argparse
 import os
 import statistics
 import time

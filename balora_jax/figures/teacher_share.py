@@ -5,7 +5,6 @@ seconds. ``… CONFIG --draws 16 --steps 30`` trains first, then prints how far 
 of the rows are from that on all rows, beside how far those of batches are from each other.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence

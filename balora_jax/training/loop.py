@@ -303,7 +303,9 @@ def _found(run: Run, folder: Path) -> checkpoint_folder.Found:
     if found.step is not None:
         path = folder / CHECKPOINTS / str(found.step)
         saved = checkpoint.read_identity(path)
-        checkpoint.check_same_run(saved, identity_of(run), f"{folder}: --resume")
+        now = identity_of(run)
+        checkpoint.check_same_run(saved, now, f"{folder}: --resume")
+        found = found._replace(said=[*found.said, *checkpoint.extension(saved, now)])
         run.batches().set_state(checkpoint.read_data(path)["batches"])
     return found
 
