@@ -76,7 +76,8 @@ def fit(
         with reading():
             hosts.by_first(functools.partial(check_workdir, folder, resume=resume))
             trackers = [*(TRACKERS[name] for name in config.training.trackers), *callbacks]
-            hosts.by_first(functools.partial(check_receivers, trackers, folder))
+            if trackers:
+                hosts.by_first(functools.partial(check_receivers, trackers, folder))
             config = dated(config, folder)
             run = TASKS[config.task].check(config)
             template = chat_template_of(config)

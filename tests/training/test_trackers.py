@@ -11,9 +11,13 @@ import sys
 
 import pytest
 
+from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError, RunStoppedError
+from balora_jax.finetune import fit
+from balora_jax.io import drawing
 from balora_jax.training.trackers import TRACKERS
 from balora_jax.training.trackers.tracker import Trackers, check_receivers
+from tests.tiny_run import PLAIN, config_tree, metrics_of, write_inputs
 
 CONFIG = {"training": {"max_steps": 3}}
 SUMMARY = {"after": {"exact_match": 0.5}, "steps": 3}
@@ -231,7 +235,8 @@ def test_trackio_has_every_row_once_whatever_was_killed(workdir, tmp_path):
     rows = trackio_rows(tmp_path / "t")
     assert [(step, values["loss"]) for _, step, values in rows] == [(1, 0.25), (2, 0.5), (3, 0.75)]
     kept = json.loads((workdir / "trackers" / "trackio.json").read_text())["run"]
-    assert {name for name, _, _ in rows} == {f"run-{kept}"}
+    (name,) = {name for name, _, _ in rows}
+    assert name.endswith(f"-run-{kept}")
 
 
 class Fails:
@@ -273,3 +278,27 @@ def test_what_is_no_callback_is_refused(workdir):
         InputError, match=r"callbacks: expected objects with the methods start, log"
     ):
         check_receivers([print], workdir)
+
+
+def test_a_whole_run_gives_its_rows_once_and_is_drawn_while_it_goes_on(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboardX")
+    drawn = []
+    monkeypatch.setattr(drawing, "EVERY", 0.0)
+    monkeypatch.setattr(drawing, "SHARE", 1e9)
+    monkeypatch.setattr(drawing, "draw_curves", lambda rows, path: not drawn.append(len(rows)))
+    tree = config_tree(
+        write_inputs(tmp_path), **PLAIN, training={"max_steps": 3, "trackers": ["tensorboard"]}
+    )
+    config, told = parse_config(tree, "config"), Remembers()
+    fit(config, workdir=tmp_path / "run", callbacks=[told])
+    assert told.told[0]["training"]["trackers"] == ["tensorboard"]
+    assert told.told[1:-1] == [1, 2, 3]
+    assert told.told[-1] == json.loads((tmp_path / "run" / "summary.json").read_text())
+    rows = metrics_of(tmp_path / "run", without=())
+    scalars, _ = events(tmp_path / "run")
+    assert scalars.keys() == rows[0].keys() - {"step"}
+    for name, points in scalars.items():
+        assert [step for step, _ in points] == [1, 2, 3]
+        values = [value for _, value in points]
+        assert values == pytest.approx([row[name] for row in rows], rel=1e-6), name
+    assert drawn == [1, 2, 3, 3]  # after each row, and at the end

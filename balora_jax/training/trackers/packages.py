@@ -66,6 +66,15 @@ def run_id(workdir: Path, tracker: str) -> str:
     return made
 
 
+def run_name(workdir: Path) -> str:
+    """What a run is called at a tracker: the end of its path, as a study's folders say only there.
+
+    >>> run_name(Path("runs/glue/rte/pissa/seed42")), run_name(Path("demo"))
+    ('rte/pissa/seed42', 'demo')
+    """
+    return "/".join(workdir.parts[-3:]).lstrip("/")
+
+
 def figures(row: Mapping[str, Any]) -> dict[str, float]:
     """The columns of a row but its step; what the log has as null is NaN."""
     values = {name: float("nan") if v is None else v for name, v in row.items()}

@@ -74,8 +74,7 @@ def check_receivers(receivers: Sequence[Callback], workdir: Path) -> None:
             )
         if isinstance(one, Checked):
             one.check(workdir)
-    if receivers:
-        last_seen(workdir)
+    last_seen(workdir)
 
 
 def last_seen(workdir: Path) -> int:

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from balora_jax.errors import RunStoppedError
-from balora_jax.training.trackers.packages import PROJECT, figures, kept_run, package, run_id
+from balora_jax.training.trackers.packages import (
+    PROJECT,
+    figures,
+    kept_run,
+    package,
+    run_id,
+    run_name,
+)
 
 
 class Trackio:
@@ -37,7 +44,7 @@ class Trackio:
         try:
             self.run = trackio.init(
                 project=os.environ.get("TRACKIO_PROJECT", PROJECT),
-                name=f"{workdir.name}-{identity}",
+                name=f"{run_name(workdir)}-{identity}".replace("/", "-"),
                 config=dict(config),
                 resume="allow",
                 embed=False,

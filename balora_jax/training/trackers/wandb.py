@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from balora_jax.errors import InputError, RunStoppedError
-from balora_jax.training.trackers.packages import PROJECT, figures, kept_run, package, run_id
+from balora_jax.training.trackers.packages import (
+    PROJECT,
+    figures,
+    kept_run,
+    package,
+    run_id,
+    run_name,
+)
 from balora_jax.training.trackers.tracker import TRACKED
 
 
@@ -45,7 +52,7 @@ class WandB:
             self.run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
                 id=identity,
-                name=os.environ.get("WANDB_NAME", workdir.name),
+                name=os.environ.get("WANDB_NAME", run_name(workdir)),
                 dir=str(folder),
                 config=dict(config),
                 resume="allow",
