@@ -162,6 +162,6 @@ def overview() -> str:
         [
             "balora fine-tunes Hugging Face models with LoRA-family adapters (BA-LoRA):",
             *lines,
-            f"Begin with {FIRST}; balora COMMAND --help says more.",
+            f"First: {FIRST}. More: balora COMMAND --help.",
         ]
     )

@@ -13,7 +13,7 @@ from balora_jax.config_file import dump_changes, load_config
 WORDS = (["run.yaml"], ["--set", "a.b=1", "c=[x,y]"], ["--workdir", "w"], ["--set", "d=e=f"])
 
 
-@pytest.mark.parametrize("order", itertools.permutations(WORDS), ids=str)
+@pytest.mark.parametrize("order", list(itertools.permutations(WORDS)), ids=str)
 def test_settings_stand_in_any_order(order):
     options = cli.make_parser().parse_args(["train", *itertools.chain(*order)])
     assert (options.config, options.workdir) == ("run.yaml", "w")

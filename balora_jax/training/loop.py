@@ -91,7 +91,7 @@ class Training:
             self.store = self.open_store()
         self.log = open_log(folder, self.start)
         told = trackers if hosts.is_first() else ()
-        self.trackers = Trackers(told, folder, run.config.model_dump(mode="json"))
+        self.trackers = Trackers(told, folder, run.config.model_dump(mode="json"), folder / METRICS)
         self.report = Reporter(
             self.log,
             training.log_every,

@@ -5,7 +5,7 @@ import json
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from balora_jax.errors import InputError
 from balora_jax.io.folders import write_atomically
@@ -36,8 +36,20 @@ def package(module: str, tracker: str) -> Any:
         ) from error
 
 
-def kept_run(workdir: Path, tracker: str) -> str | None:
-    """Id of a folder's run at a tracker, from its file; None where there is none yet.
+class Kept(NamedTuple):
+    """What a folder knows of its run at a tracker.
+
+    Attributes:
+        run: id of the run there.
+        step: of the last row that is there for certain, as far as the folder knows.
+    """
+
+    run: str
+    step: int = 0
+
+
+def kept(workdir: Path, tracker: str) -> Kept | None:
+    """What a folder knows of its run at a tracker; None where it has begun none there.
 
     Raises:
         InputError: the file was not written by a run.
@@ -46,24 +58,29 @@ def kept_run(workdir: Path, tracker: str) -> str | None:
     if not file.exists():
         return None
     found = read_object(file)
-    if found.keys() != {"run"} or not isinstance(found["run"], str) or not found["run"].isalnum():
+    run, step = found.get("run"), found.get("step")
+    if len(found) != 2 or type(step) is not int or not isinstance(run, str) or not run.isalnum():
         raise InputError(
             f"{file}: expected the id of this run at {tracker}, got {shown(found)}. Remove the "
             "file: the run then is a new one there."
         )
-    return found["run"]
+    return Kept(run, step)
 
 
-def run_id(workdir: Path, tracker: str) -> str:
-    """Id of a folder's run at a tracker: a new one at its start, the same when it goes on."""
-    found = kept_run(workdir, tracker)
-    if found is not None:
-        return found
-    made = uuid.uuid4().hex[:8]
+def keep(workdir: Path, tracker: str, what: Kept) -> None:
+    """Write what a folder knows of its run at a tracker."""
     file = workdir / TRACKED / f"{tracker}.json"
     file.parent.mkdir(exist_ok=True)
-    write_atomically(file, json.dumps({"run": made}) + "\n")
-    return made
+    write_atomically(file, json.dumps(what._asdict()) + "\n")
+
+
+def begun(workdir: Path, tracker: str) -> Kept:
+    """A folder's run at a tracker: a new one at its start, the same when it goes on."""
+    found = kept(workdir, tracker)
+    if found is None:
+        found = Kept(uuid.uuid4().hex[:8])
+        keep(workdir, tracker, found)
+    return found
 
 
 def run_name(workdir: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from balora_jax.errors import InputError
 from balora_jax.io.folders import write_atomically
+from balora_jax.io.metrics import read_metrics
 from balora_jax.registry import Named
 from balora_jax.untyped.json_text import read_object
 from balora_jax.untyped.shown import shown
@@ -52,10 +53,13 @@ class Checked(Protocol):
 
 @runtime_checkable
 class Remembering(Protocol):
-    """Receiver that knows which rows it has, better than the run does: it writes them later."""
+    """Receiver that writes rows later than it gets them, and knows which a kill left it.
+
+    It then gets those that it lacks from the log.
+    """
 
     def last_step(self) -> int:
-        """Step of the last row that it has, asked after ``start``; 0 for none."""
+        """Step of the last row that it has for certain, asked after ``start``; 0 for none."""
         ...
 
 
@@ -106,10 +110,13 @@ class Trackers:
             logs nothing.
         workdir: folder of the run.
         config: of the run.
+        log: ``metrics.jsonl``, as far as the run goes on with it.
     """
 
-    def __init__(self, receivers: Sequence[Callback], workdir: Path, config: Mapping[str, Any]):
-        self.file, self.config = workdir / SEEN, config
+    def __init__(
+        self, receivers: Sequence[Callback], workdir: Path, config: Mapping[str, Any], log: Path
+    ):
+        self.file = workdir / SEEN
         self.summary: Mapping[str, Any] | None = None
         self.receivers: list[tuple[Callback, int]] = []
         self.ending = ExitStack()
@@ -118,7 +125,7 @@ class Trackers:
             for one in receivers:
                 one.start(workdir, config)
                 self.ending.callback(self._finish, one)
-                has = one.last_step() if isinstance(one, Remembering) else seen
+                has = _caught_up(one, log) if isinstance(one, Remembering) else seen
                 self.receivers.append((one, has))
             self.ending = self.ending.pop_all()
 
@@ -138,3 +145,13 @@ class Trackers:
 
     def __exit__(self, *error: Any) -> None:
         self.ending.__exit__(*error)
+
+
+def _caught_up(one: Any, log: Path) -> int:
+    """Give a receiver the rows of the log that it lacks; returns the step of the last it has."""
+    has = one.last_step()
+    for row in read_metrics(log):
+        if row["step"] > has:
+            one.log(row)
+            has = row["step"]
+    return has

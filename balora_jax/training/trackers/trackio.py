@@ -8,10 +8,10 @@ from typing import Any
 from balora_jax.errors import RunStoppedError
 from balora_jax.training.trackers.packages import (
     PROJECT,
+    begun,
     figures,
-    kept_run,
+    kept,
     package,
-    run_id,
     run_name,
 )
 
@@ -31,7 +31,7 @@ class Trackio:
     def check(self, workdir: Path) -> None:
         """Raises InputError where trackio is not installed."""
         package("trackio", self.name)
-        kept_run(workdir, self.name)
+        kept(workdir, self.name)
 
     def start(self, workdir: Path, config: Mapping[str, Any]) -> None:
         """Begin the run there, or go on with it.
@@ -40,7 +40,7 @@ class Trackio:
             RunStoppedError: it refuses the run.
         """
         trackio = package("trackio", self.name)
-        identity = run_id(workdir, self.name)
+        identity = begun(workdir, self.name).run
         try:
             self.run = trackio.init(
                 project=os.environ.get("TRACKIO_PROJECT", PROJECT),

@@ -8,10 +8,12 @@ from typing import Any
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.training.trackers.packages import (
     PROJECT,
+    Kept,
+    begun,
     figures,
-    kept_run,
+    keep,
+    kept,
     package,
-    run_id,
     run_name,
 )
 from balora_jax.training.trackers.tracker import TRACKED
@@ -27,11 +29,12 @@ class WandB:
 
     def __init__(self) -> None:
         self.run: Any = None
+        self.workdir, self.kept = Path(), Kept("")
 
     def check(self, workdir: Path) -> None:
         """Raises InputError where wandb is not installed, or nobody is logged in."""
         wandb = package("wandb", self.name)
-        kept_run(workdir, self.name)
+        kept(workdir, self.name)
         online = os.environ.get("WANDB_MODE", "online") not in ("offline", "disabled", "dryrun")
         if online and not wandb.api.api_key:
             raise InputError(
@@ -47,7 +50,8 @@ class WandB:
         """
         wandb = package("wandb", self.name)
         folder = workdir / TRACKED
-        identity = run_id(workdir, self.name)
+        self.workdir, self.kept = workdir, begun(workdir, self.name)
+        identity = self.kept.run
         try:
             self.run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
@@ -65,15 +69,25 @@ class WandB:
                 "WANDB_MODE=offline, or correct that, and go on with --resume."
             ) from error
 
+    def last_step(self) -> int:
+        """Step of the last row there, or offline of the last session that came to its end.
+
+        Its process ends with ours, and what it has not written is then lost.
+        """
+        return max(self.kept.step, self.run.step - 1)
+
     def log(self, row: Mapping[str, Any]) -> None:
         """Send a row."""
-        self.run.log(figures(row), step=int(row["step"]), commit=True)
+        step = int(row["step"])
+        self.run.log(figures(row), step=step, commit=True)
+        self.kept = self.kept._replace(step=step)
 
     def finish(self, summary: Mapping[str, Any] | None) -> None:
         """End the run there, with the summary; one that stopped early counts as failed."""
         if summary is not None:
             self.run.summary.update(dict(summary))
         self.run.finish(exit_code=0 if summary is not None else RunStoppedError.exit_code)
+        keep(self.workdir, self.name, self.kept)
 
 
 WANDB = WandB()
