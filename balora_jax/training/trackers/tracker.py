@@ -63,7 +63,7 @@ class Remembering(Protocol):
         ...
 
 
-def check_receivers(receivers: Sequence[Callback], workdir: Path) -> None:
+def check_receivers(receivers: Sequence[object], workdir: Path) -> None:
     """See that all of them will work, before anything is written.
 
     Raises:
