@@ -326,8 +326,11 @@ def _scoring(config: Mapping[str, Any]) -> list[Any]:
     return [*rows, settings]
 
 
-def check_same_run(saved: Identity, now: Identity, where: str) -> None:
-    """Raises InputError where going on would not be the same run, naming the first difference."""
+def check_same_run(saved: Identity, now: Identity, where: str, *, extend: bool = False) -> None:
+    """Raises InputError where going on would not be the same run, naming the first difference.
+
+    With ``extend`` it may be longer although its schedules depend on its length.
+    """
     if saved.base != now.base:
         raise InputError(
             f"{where}: expected the base model this run began with (fingerprint "
@@ -341,7 +344,7 @@ def check_same_run(saved: Identity, now: Identity, where: str) -> None:
         advice = "Set it back, or use a new --workdir."
         if key in LENGTH and _is_longer(before, after):
             tied = _tied_to_length(now.config)
-            if not tied or now.config["training"]["extend"]:
+            if not tied or extend:
                 continue
             advice = (
                 f"This changes {', '.join(tied)}, which follow the length of the run: set it back, "

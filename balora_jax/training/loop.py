@@ -304,7 +304,8 @@ def _found(run: Run, folder: Path) -> checkpoint_folder.Found:
         path = folder / CHECKPOINTS / str(found.step)
         saved = checkpoint.read_identity(path)
         now = identity_of(run)
-        checkpoint.check_same_run(saved, now, f"{folder}: --resume")
+        extend = run.config.training.extend
+        checkpoint.check_same_run(saved, now, f"{folder}: --resume", extend=extend)
         found = found._replace(said=[*found.said, *checkpoint.extension(saved, now)])
         run.batches().set_state(checkpoint.read_data(path)["batches"])
     return found

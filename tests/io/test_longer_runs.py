@@ -6,9 +6,9 @@ from balora_jax.errors import InputError
 from balora_jax.io.checkpoint import Identity, check_same_run, extension
 
 
-def identity(*, steps=None, epochs=None, schedule="constant", warmup=0.0, extend=False):
+def identity(*, steps=None, epochs=None, schedule="constant", warmup=0.0):
     training = {"max_steps": steps, "epochs": epochs, "schedule": schedule, "warmup": warmup}
-    return Identity({"training": training | {"extend": extend}, "regularizers": {}}, "base", "")
+    return Identity({"training": training, "regularizers": {}}, "base", "")
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_more_steps_or_epochs(length, more):
 )
 def test_never_fewer_and_never_in_another_unit(length, other, said, extend):
     with pytest.raises(InputError, match=said):
-        check_same_run(identity(**length), identity(**other, extend=extend), "run")
+        check_same_run(identity(**length), identity(**other), "run", extend=extend)
 
 
 @pytest.mark.parametrize("bound", [{"schedule": "linear"}, {"warmup": 0.03}])
@@ -43,6 +43,6 @@ def test_schedules_of_the_length_must_be_asked_for(bound):
     ((key, value),) = bound.items()
     with pytest.raises(InputError, match=f"This changes training.{key} {value}, which follow"):
         check_same_run(saved, identity(epochs=2.0, **bound), "run")
-    now = identity(epochs=2.0, extend=True, **bound)
-    check_same_run(saved, now, "run")
+    now = identity(epochs=2.0, **bound)
+    check_same_run(saved, now, "run", extend=True)
     assert extension(saved, now)[0].endswith(f"over the new length now: training.{key} {value}")
