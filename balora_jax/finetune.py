@@ -4,7 +4,7 @@ import datetime
 import functools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import jax
 
 from balora_jax import hardware
 from balora_jax.config import DataConfig, RunConfig
-from balora_jax.config_file import dump_config, parse_config
+from balora_jax.config_file import dump_changes, dump_config, parse_config
 from balora_jax.data.template_files import read_template
 from balora_jax.io import drawing, metrics
 from balora_jax.io.beside import CARD, CHAT_TEMPLATE, OF_A_TOKENIZER, SETTINGS, found_beside
@@ -30,8 +30,16 @@ from balora_jax.training.held_out import LOSS
 from balora_jax.training.loop import Training, resumable
 from balora_jax.training.run import Arrays, Run
 from balora_jax.training.trackers import TRACKERS
-from balora_jax.training.trackers.tracker import last_seen
-from balora_jax.training.workdir import CURVES, METRICS, SUMMARY, check_workdir, held, recorded_day
+from balora_jax.training.trackers.tracker import Callback, check_receivers
+from balora_jax.training.workdir import (
+    CONFIG,
+    CURVES,
+    METRICS,
+    SUMMARY,
+    check_workdir,
+    held,
+    recorded_day,
+)
 
 
 def fit(
@@ -40,6 +48,7 @@ def fit(
     workdir: str | Path,
     resume: bool = False,
     shared: Path | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Fine-tune as the config says; everything a run leaves lies in ``workdir``.
 
@@ -50,6 +59,8 @@ def fit(
         resume: go on from the newest checkpoint in ``workdir`` (from the start if there is none).
         shared: folder for what several runs need of one teacher (``regularizers.teacher_cache`` of
             ``task: text``); ``workdir`` where it is not given.
+        callbacks: objects with ``start(workdir, config)``, ``log(row)`` and ``finish(summary)``,
+            which get each row of ``metrics.jsonl`` as it is written, as a tracker does.
 
     Returns:
         The contents of ``summary.json``.
@@ -65,9 +76,9 @@ def fit(
         signals.several = jax.process_count() > 1
         with reading():
             hosts.by_first(functools.partial(check_workdir, folder, resume=resume))
-            trackers = [TRACKERS[name] for name in config.training.trackers]
+            trackers = [*(TRACKERS[name] for name in config.training.trackers), *callbacks]
             if trackers:
-                hosts.by_first(functools.partial(last_seen, folder))
+                hosts.by_first(functools.partial(check_receivers, trackers, folder))
             config = dated(config, folder)
             run = TASKS[config.task].check(config)
             template = chat_template_of(config)
@@ -76,7 +87,7 @@ def fit(
                 hosts.by_first(functools.partial(run.check_folders, folder, shared))
                 found = resumable(run, folder) if resume else None
                 loaded = run.load()
-            describe(run)
+            describe(run, folder)
             with jax.set_mesh(run.mesh):
                 training = Training(
                     run,
@@ -117,8 +128,11 @@ def dated(config: RunConfig, folder: Path) -> RunConfig:
     return parse_config(tree, str(folder))
 
 
-def describe(run: Run) -> None:
-    """Say what is about to run: config, layers, counts, data and one example with its loss mask."""
+def describe(run: Run, folder: Path) -> None:
+    """Say what is about to run: settings, layers, counts, data and an example with its loss mask.
+
+    Of the settings those that are not their defaults; all of them stand in the folder.
+    """
     modules = run.adapters.modules
     kinds = sorted({module.path.rsplit(".", 1)[-1] for module in modules})
     layers = f"{len(modules)} layers ({', '.join(kinds)})" if kinds else "none, full model"
@@ -127,7 +141,8 @@ def describe(run: Run) -> None:
     if jax.process_count() > 1:
         devices += f", {jax.process_count()} processes"
     hosts.say(
-        dump_config(run.config).rstrip(),
+        dump_changes(run.config).rstrip(),
+        f"all other settings are their defaults, written to {folder / CONFIG}",
         f"base: {run.base.folder} ({run.base.config.model_type}, {run.total:,} parameters)",
         f"adapters: {layers}, {run.trainable:,} trainable parameters ({share:.2f} %)",
         devices,

@@ -20,7 +20,7 @@ from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.io import seals
 from balora_jax.io.checkpoint_folder import REMOVED, WRITING, sealed_steps
 from balora_jax.io.folders import write_atomically
-from balora_jax.numerics.objective import depends_on_length
+from balora_jax.numerics.objective import length_schedules
 from balora_jax.parallel import hosts
 from balora_jax.untyped.json_text import read_object
 
@@ -41,6 +41,7 @@ FREE_KEYS = (
     "regularizers.teacher_cache",
     "regularizers.teacher_cache_folder",
     "training.stop_at",
+    "training.extend",
     "training.head",
     "training.head_chunk",
     "training.head_memory_mib",
@@ -58,6 +59,7 @@ FREE_KEYS = (
     "study",
 )
 
+LENGTH = ("training.max_steps", "training.epochs")
 
 FORMAT = 3
 """Of what lies in a checkpoint; another version's is refused by number."""
@@ -353,8 +355,11 @@ def _scoring(config: Mapping[str, Any]) -> list[Any]:
     return [*rows, settings]
 
 
-def check_same_run(saved: Identity, now: Identity, where: str) -> None:
-    """Raises InputError where going on would not be the same run, naming the first difference."""
+def check_same_run(saved: Identity, now: Identity, where: str, *, extend: bool = False) -> None:
+    """Raises InputError where going on would not be the same run, naming the first difference.
+
+    With ``extend`` it may be longer although its schedules depend on its length.
+    """
     if saved.base != now.base:
         raise InputError(
             f"{where}: expected the base model this run began with (fingerprint "
@@ -365,12 +370,16 @@ def check_same_run(saved: Identity, now: Identity, where: str) -> None:
     for key, before, after in differences(saved_config, config):
         if any(key == free or key.startswith(free + ".") for free in FREE_KEYS):
             continue
-        if key == "training.max_steps" and _extends(now.config, before, after):
-            continue
-        raise InputError(
-            f"{where}: expected {key} to stay {before!r}, got {after!r}. Set it back, or use a new "
-            "--workdir."
-        )
+        advice = "Set it back, or use a new --workdir."
+        if key in LENGTH and _is_longer(before, after):
+            tied = _tied_to_length(now.config)
+            if not tied or extend:
+                continue
+            advice = (
+                f"This changes {', '.join(tied)}, which follow the length of the run: set it back, "
+                "or set training.extend=true to go on with them over the new length."
+            )
+        raise InputError(f"{where}: expected {key} to stay {before!r}, got {after!r}. {advice}")
     if saved.start != now.start:
         raise InputError(
             f"{where}: expected the adapter of adapter.start that this run began with (fingerprint "
@@ -388,12 +397,29 @@ def _in_todays_words(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**config, "data": {**data, "packing": packing}}
 
 
-def _extends(config: Mapping[str, Any], before: Any, after: Any) -> bool:
-    """A run may be lengthened where nothing depends on its length."""
-    training = config["training"]
-    steady = training["schedule"] == "constant" and training["warmup"] == 0.0
-    longer = isinstance(before, int) and isinstance(after, int) and after > before
-    return longer and steady and not depends_on_length(config["regularizers"])
+def extension(saved: Identity, now: Identity) -> list[str]:
+    """What is to be said of a run that goes on to another length, checked before; else nothing."""
+    before, after = saved.config["training"], now.config["training"]
+    key = next((key for key in ("max_steps", "epochs") if before[key] != after[key]), None)
+    if key is None:
+        return []
+    tied = _tied_to_length(now.config)
+    changed = f"; over the new length now: {', '.join(tied)}" if tied else ""
+    return [f"the run is longer: training.{key} {before[key]} -> {after[key]}{changed}"]
+
+
+def _is_longer(before: Any, after: Any) -> bool:
+    return isinstance(before, int | float) and isinstance(after, int | float) and after > before
+
+
+def _tied_to_length(config: Mapping[str, Any]) -> list[str]:
+    """Settings with their values by which a step depends on how many there are in all."""
+    training, found = config["training"], []
+    if training["schedule"] != "constant":
+        found.append(f"training.schedule {training['schedule']}")
+    if training["warmup"]:
+        found.append(f"training.warmup {training['warmup']}")
+    return found + [f"regularizers.{one}" for one in length_schedules(config["regularizers"])]
 
 
 def differences(

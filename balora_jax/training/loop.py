@@ -15,6 +15,7 @@ from balora_jax.config import TrainingConfig
 from balora_jax.config_file import dump_config
 from balora_jax.errors import RunStoppedError
 from balora_jax.io import checkpoint, checkpoint_folder, metrics
+from balora_jax.io.drawing import LiveCurves
 from balora_jax.io.folders import write_atomically
 from balora_jax.parallel import hosts
 from balora_jax.progress import Bar
@@ -24,10 +25,11 @@ from balora_jax.training.held_out import Figures, HeldOut
 from balora_jax.training.profiling import Profile
 from balora_jax.training.reporting import Filled, Reporter, divergence, progress
 from balora_jax.training.run import Loaded, Run
-from balora_jax.training.trackers.tracker import Tracker, Trackers
+from balora_jax.training.trackers.tracker import Callback, Trackers
 from balora_jax.training.workdir import (
     CHECKPOINTS,
     CONFIG,
+    CURVES,
     HEADER,
     METRICS,
     PROFILE,
@@ -46,7 +48,7 @@ class Training:
         folder: of the run, held by its lock; the first thing is written here, after all that may
             be refused.
         signals: what takes SIGTERM and SIGINT.
-        trackers: those that the config names.
+        trackers: those that the config names, and the caller's callbacks.
         found: the checkpoints of a run to go on with; None for a new one.
         shared: for what several runs need of one teacher; None for the run's own folder.
         check: raises where the folder is no longer the run's.
@@ -60,7 +62,7 @@ class Training:
         folder: Path,
         signals: Signals,
         *,
-        trackers: Sequence[Tracker] = (),
+        trackers: Sequence[Callback] = (),
         found: checkpoint_folder.Found | None,
         shared: Path | None = None,
         check: Callable[[], None],
@@ -95,9 +97,14 @@ class Training:
             self.store = self.open_store()
         self.log = open_log(folder, self.start)
         told = trackers if hosts.is_first() else ()
-        self.trackers = Trackers(told, folder, run.config.model_dump(mode="json"))
+        self.trackers = Trackers(told, folder, run.config.model_dump(mode="json"), folder / METRICS)
         self.report = Reporter(
-            self.log, training.log_every, run.step_flops, peak_of(run.mesh), self.trackers
+            self.log,
+            training.log_every,
+            run.step_flops,
+            peak_of(run.mesh),
+            self.trackers,
+            LiveCurves(folder / METRICS, folder / CURVES),
         )
         self.teacher: Any = run.teacher(self.constants, folder, shared)
 
@@ -368,7 +375,10 @@ def _found(run: Run, folder: Path) -> checkpoint_folder.Found:
     if found.step is not None:
         path = folder / CHECKPOINTS / str(found.step)
         saved = checkpoint.read_identity(path)
-        checkpoint.check_same_run(saved, identity_of(run), f"{folder}: --resume")
+        now = identity_of(run)
+        extend = run.config.training.extend
+        checkpoint.check_same_run(saved, now, f"{folder}: --resume", extend=extend)
+        found = found._replace(said=[*found.said, *checkpoint.extension(saved, now)])
         run.batches().set_state(checkpoint.read_data(path)["batches"])
     return found
 
