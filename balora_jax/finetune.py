@@ -26,6 +26,7 @@ from balora_jax.signals import taken
 from balora_jax.tasks.registry import TASKS
 from balora_jax.training.endings import failures, reading
 from balora_jax.training.loop import Training, resumable
+from balora_jax.training.records import beside_each_other
 from balora_jax.training.run import Run
 from balora_jax.training.trackers import TRACKERS
 from balora_jax.training.trackers.tracker import last_seen
@@ -247,7 +248,7 @@ def write_results(folder: Path, summary: dict[str, Any], written: str) -> None:
         print(written)
         if drawn:
             print(f"curves:  {folder / 'curves.png'}")
-        for line in _gains(summary):
+        for line in (*beside_each_other(folder), *_gains(summary)):
             print(line)
     hosts.barrier("finished")
 

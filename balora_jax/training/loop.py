@@ -21,6 +21,7 @@ from balora_jax.progress import Bar
 from balora_jax.signals import Signals
 from balora_jax.training import expert_order, steps
 from balora_jax.training.profiling import Profile
+from balora_jax.training.records import Records
 from balora_jax.training.reporting import Filled, Reporter, divergence, progress
 from balora_jax.training.run import Loaded, Run
 from balora_jax.training.trackers.tracker import Tracker, Trackers
@@ -78,7 +79,7 @@ class Training:
         self.saved: int | None = None
         self.postponed = False
         self.start = 0
-        self.scorer = run.scorer()
+        self.scorer, self.records = run.scorer(), Records(folder)
         if found is not None and found.step is not None:
             self.store = self.open_store()
             self.start = self.restore(found.step)
@@ -87,6 +88,7 @@ class Training:
             self.store.look_again()
         else:
             self.store = self.open_store()
+        self.records.open(self.start)
         self.log = open_log(folder, self.start)
         told = trackers if hosts.is_first() else ()
         self.trackers = Trackers(told, folder, run.config.model_dump(mode="json"))
@@ -237,14 +239,20 @@ class Training:
         )
 
     def score(self, title: str) -> dict[str, Any]:
-        """Score the validation rows with the weights as they are now."""
+        """Score the validation rows with the weights as they are now; keeps what is predicted.
+
+        Args:
+            title: ``before``, ``after``, or during the training ``step N``.
+        """
         if self.scorer is None:
             return {}
-        return self.scorer(self.constants, self.state.adapters, self.key, title)
+        found = self.scorer(self.constants, self.state.adapters, self.key, title)
+        self.records.keep(title, int(self.state.step), found)
+        return found.figures
 
     def score_before(self) -> None:
         """Score the start, unless the run that goes on has done so."""
-        if not self.before:
+        if not self.before and not self.start:
             self.before = self.score("before")
 
 

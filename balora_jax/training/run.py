@@ -16,8 +16,24 @@ from balora_jax.training.steps import StepParts
 
 Arrays = dict[str, Array]
 
-Scorer = Callable[..., dict[str, Any]]
-"""``(constants, trainable, key, title)`` → figures of the validation rows, printed as well."""
+
+class Scored(NamedTuple):
+    """What a score finds.
+
+    Attributes:
+        figures: of the validation rows; none where these are not scored.
+        predictions: of each validation row what was predicted, for the reader.
+        samples: answers to the prompts of ``eval.samples``: ``prompt``, ``answer`` and, where there
+            is one, ``gold``.
+    """
+
+    figures: dict[str, Any]
+    predictions: Sequence[dict[str, Any]] = ()
+    samples: Sequence[dict[str, Any]] = ()
+
+
+Scorer = Callable[..., Scored]
+"""``(constants, trainable, key, title)`` → what is found, with the figures printed as well."""
 
 
 class Loaded(NamedTuple):

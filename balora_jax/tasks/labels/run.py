@@ -41,7 +41,7 @@ from balora_jax.tasks.labels.score import (
 )
 from balora_jax.tasks.labels.teacher_cache import TeacherCache
 from balora_jax.tasks.settings import benchmark_of
-from balora_jax.training.run import Loaded
+from balora_jax.training.run import Loaded, Scored
 
 Arrays = dict[str, Array]
 
@@ -265,7 +265,7 @@ def encoded_validation(
     return encoded
 
 
-def evaluate(config: RunConfig, *, adapter: str | None) -> dict[str, Any]:
+def evaluate(config: RunConfig, *, adapter: str | None) -> Scored:
     """Score a fine-tuned checkpoint, or an adapter on its base, on the validation rows.
 
     Raises:
