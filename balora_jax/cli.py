@@ -15,7 +15,7 @@ from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.options import Parser
 from balora_jax.parallel import child
 from balora_jax.untyped.native import silence_stdout
-from balora_jax.verbs import bench, check, eval, export, generate, plan, study, train
+from balora_jax.verbs import bench, chat, check, eval, export, generate, plan, study, train
 from balora_jax.verbs.verb import check_paths, check_report, check_text
 
 VERBS = (
@@ -24,6 +24,7 @@ VERBS = (
     eval.VERB,
     export.VERB,
     generate.VERB,
+    chat.VERB,
     bench.VERB,
     plan.VERB,
     study.VERB,

@@ -139,7 +139,10 @@ class Process:
 def differences(subject, workdir, *, exact_steps=True):
     """What of a finished run is not as the undisturbed run left it; a list of sentences."""
     expected, wrong = subject.expected, []
-    for name in ("config.yaml", *_files(expected / "adapter", "adapter/")):
+    whole = [
+        name for part in ("adapter", "predictions") for name in _files(expected / part, f"{part}/")
+    ]
+    for name in ("config.yaml", *whole):
         if not (workdir / name).is_file():
             wrong.append(f"{name} is missing")
         elif (workdir / name).read_bytes() != (expected / name).read_bytes():
