@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from balora_jax import load_pretrained
 from balora_jax.models.generation import Sampling, generate, make_decoder
-from balora_jax.pretrained.checkpoint import Base
+from balora_jax.pretrained.checkpoint import Checkpoint
 from tests.run.conftest import invoke
 
 pytest.importorskip("jinja2")
@@ -78,22 +78,21 @@ def test_questions_that_stand_alone_are_answered_as_generate_does(finished_plain
 
 
 def test_both_side_by_side_from_one_loading(finished_plain, chat, monkeypatch):
-    loaded, load = [], Base.load_for
+    loaded, load = [], Checkpoint.load_for
 
     def counted(self, *arguments):
         loaded.append(self.folder)
         return load(self, *arguments)
 
-    monkeypatch.setattr(Base, "load_for", counted)
-    lines = chat("3+4", "50+5", more=["--compare"]).out.splitlines()
+    monkeypatch.setattr(Checkpoint, "load_for", counted)
+    asked = ["3+4", "50+5", "1+1", "20+3"]
+    lines = chat(*asked, more=["--compare"]).out.splitlines()
     assert len(loaded) == 1
     adapter = ("--adapter", finished_plain.workdir / "adapter")
-    base, trained = (generated(finished_plain, ["3+4", "50+5"], *who) for who in ((), adapter))
+    base, trained = (generated(finished_plain, asked, *who) for who in ((), adapter))
     assert base != trained
-    assert lines == [
-        *(f"base: {base[0]}", f"adapter: {trained[0]}"),
-        *(f"base: {base[1]}", f"adapter: {trained[1]}"),
-    ]
+    pairs = zip(base, trained, strict=True)
+    assert lines == [line for b, a in pairs for line in (f"base: {b}", f"adapter: {a}")]
 
 
 def reference(folder, adapter, turns):
@@ -125,7 +124,7 @@ def test_several_turns_are_those_of_the_chat_template(inputs, finished_plain, ch
 def test_a_conversation_that_is_too_long_is_refused_and_keeps_its_turns(
     chat, template, monkeypatch
 ):
-    long = "1+2+" * 12
+    long = "1+2+" * 14
     whole = chat("1+1", "so 2", more=template).out.splitlines()
     outcome = chat("1+1", long, "never", more=template, code=2)
     assert outcome.out.splitlines() == whole[:1]
@@ -174,7 +173,7 @@ LEAVES_OUT = TEMPLATE.replace(
 def test_what_does_not_fit_is_refused_before_a_weight_is_read(
     chat, monkeypatch, tmp_path, more, adapter, said
 ):
-    monkeypatch.setattr(Base, "load_for", lambda *_: pytest.fail("a weight is read"))
+    monkeypatch.setattr(Checkpoint, "load_for", lambda *_: pytest.fail("a weight is read"))
     (tmp_path / "chat.jinja").write_text(LEAVES_OUT)
     more = [part.replace("{file}", str(tmp_path / "chat.jinja")) for part in more]
     outcome = chat("1+1", more=more, adapter=adapter, code=2)

@@ -315,7 +315,7 @@ def samples_of(
                 "are no rows to ask. Name a file of rows, or write questions into eval.prompts."
             )
         limits = [n for n in (config.limit, data.validation_limit) if n is not None]
-        limit = min(config.samples, *limits)
+        limit = min([config.samples, *limits])
         found = load_rows(data.validation, split=data.validation_split, limit=limit)
         found = list(map(dict, found))
         prompts += encoded(found, tokenizer, settings)
