@@ -15,7 +15,18 @@ from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.options import Parser
 from balora_jax.parallel import child
 from balora_jax.untyped.native import silence_stdout
-from balora_jax.verbs import bench, check, completion, eval, export, generate, plan, study, train
+from balora_jax.verbs import (
+    bench,
+    chat,
+    check,
+    completion,
+    eval,
+    export,
+    generate,
+    plan,
+    study,
+    train,
+)
 from balora_jax.verbs.verb import check_paths, check_report, check_text
 
 VERBS = (
@@ -24,6 +35,7 @@ VERBS = (
     eval.VERB,
     export.VERB,
     generate.VERB,
+    chat.VERB,
     bench.VERB,
     plan.VERB,
     study.VERB,

@@ -321,6 +321,9 @@ class EvalConfig(Section):
             given.
         gold_column: column of the right answer; the benchmark's or ``data.response_column`` where
             not given.
+        samples: of so many validation rows, the first ones, the answers are kept at every score of
+            a run (``samples.jsonl``) and shown, whether they are scored or not.
+        prompts: questions of your own whose answers are kept and shown as those of ``samples``.
     """
 
     every: Annotated[int, Field(ge=0)] = 0
@@ -335,6 +338,8 @@ class EvalConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     prompt_column: str | None = None
     gold_column: str | None = None
+    samples: Annotated[int, Field(ge=0)] = 0
+    prompts: tuple[str, ...] = ()
 
 
 class StudyConfig(Section):

@@ -28,6 +28,7 @@ from balora_jax.tasks.registry import TASKS
 from balora_jax.training.endings import failures, reading
 from balora_jax.training.held_out import LOSS
 from balora_jax.training.loop import Training, resumable
+from balora_jax.training.records import beside_each_other
 from balora_jax.training.run import Arrays, Run
 from balora_jax.training.trackers import TRACKERS
 from balora_jax.training.trackers.tracker import Callback, check_receivers
@@ -297,7 +298,7 @@ def write_results(folder: Path, summary: dict[str, Any], written: str) -> None:
         print(written, *_best(folder, summary), sep="\n")
         if drawn:
             print(f"curves:  {folder / 'curves.png'}")
-        for line in _gains(summary):
+        for line in (*beside_each_other(folder), *_gains(summary)):
             print(line)
     hosts.barrier("finished")
 

@@ -23,6 +23,7 @@ from balora_jax.signals import Signals
 from balora_jax.training import expert_order, steps
 from balora_jax.training.held_out import Figures, HeldOut
 from balora_jax.training.profiling import Profile
+from balora_jax.training.records import Records
 from balora_jax.training.reporting import Filled, Reporter, divergence, progress
 from balora_jax.training.run import Loaded, Run
 from balora_jax.training.trackers.tracker import Callback, Trackers
@@ -83,7 +84,7 @@ class Training:
         self.saved: int | None = None
         self.skipping = self.postponed = False
         self.start = 0
-        self.scorer = run.scorer()
+        self.scorer, self.records = run.scorer(), Records(folder)
         self.held_out = HeldOut(
             run.config.eval, training, run.validator(), self.total_steps, self.state.adapters
         )
@@ -95,6 +96,7 @@ class Training:
             self.store.look_again()
         else:
             self.store = self.open_store()
+        self.records.open(self.start)
         self.log = open_log(folder, self.start)
         told = trackers if hosts.is_first() else ()
         self.trackers = Trackers(told, folder, run.config.model_dump(mode="json"), folder / METRICS)
@@ -302,14 +304,20 @@ class Training:
         )
 
     def score(self, title: str) -> dict[str, Any]:
-        """Score the validation rows with the weights as they are now."""
+        """Score the validation rows with the weights as they are now; keeps what is predicted.
+
+        Args:
+            title: ``before``, ``after``, or during the training ``step N``.
+        """
         if self.scorer is None:
             return {}
-        return self.scorer(self.constants, self.state.adapters, self.key, title)
+        found = self.scorer(self.constants, self.state.adapters, self.key, title)
+        self.records.keep(title, int(self.state.step), found)
+        return found.figures
 
     def score_before(self) -> None:
         """Score and measure the start, unless the run that goes on has done so."""
-        if not self.before:
+        if not self.before and not self.start:
             self.before = self.score("before")
         if self.held_out.validator is not None and not self.held_out.before:
             self.held_out.begin(self.constants, self.state.adapters)

@@ -19,8 +19,24 @@ Arrays = dict[str, Array]
 Validator = Callable[[Any, Arrays], dict[str, float]]
 """``(constants, trainable)`` → loss and terms of the validation rows by name, the loss first."""
 
-Scorer = Callable[..., dict[str, Any]]
-"""``(constants, trainable, key, title)`` → figures of the validation rows, printed as well."""
+
+class Scored(NamedTuple):
+    """What a score finds.
+
+    Attributes:
+        figures: of the validation rows; none where these are not scored.
+        predictions: of each validation row what was predicted, for the reader.
+        samples: answers to the prompts of ``eval.samples``: ``prompt``, ``answer`` and, where there
+            is one, ``gold``.
+    """
+
+    figures: dict[str, Any]
+    predictions: Sequence[dict[str, Any]] = ()
+    samples: Sequence[dict[str, Any]] = ()
+
+
+Scorer = Callable[..., Scored]
+"""``(constants, trainable, key, title)`` → what is found, with the figures printed as well."""
 
 
 class Loaded(NamedTuple):

@@ -1,6 +1,7 @@
 """The folder of a run: what may lie in it before the run begins, and who writes there."""
 
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -29,9 +30,16 @@ CHECKPOINTS, PROFILE = "checkpoints", "profile"
 TEACHER = "teacher_logits.safetensors"
 TEACHER_ROWS = "teacher_hidden.safetensors"
 SKIPPED = "skipped_rows.jsonl"
+SAMPLES, PREDICTIONS = "samples.jsonl", "predictions"
 
-FILES = (CONFIG, METRICS, metrics.ASIDE, SUMMARY, CURVES, SEEN, TEACHER, TEACHER_ROWS, SKIPPED)
-FOLDERS = (CHECKPOINTS, ADAPTER, MODEL, BEST, PROFILE, TRACKED)
+PREDICTION = re.compile(r"(before|after|step_(\d+))\.jsonl")
+"""Names of files in ``predictions/``; the second group is the step of a score on the way."""
+
+FILES = (
+    *(CONFIG, METRICS, metrics.ASIDE, SUMMARY, CURVES, SEEN, TEACHER, TEACHER_ROWS),
+    *(SKIPPED, SAMPLES),
+)
+FOLDERS = (CHECKPOINTS, ADAPTER, MODEL, BEST, PROFILE, TRACKED, PREDICTIONS)
 """Everything that a run writes into its folder, and replaces there when it goes on."""
 
 MOST_METRICS = 2 * 2**30
@@ -125,6 +133,7 @@ def _check_kinds(folder: Path, there: list[str]) -> None:
     token = folder / _TOKEN
     for path, wants_folder in (
         *((folder / name, name in FOLDERS) for name in there),
+        *((path, False) for path in predictions_of(folder)),
         *_leftovers(folder),
         *([(token, False)] if os.path.lexists(token) else []),
     ):
@@ -136,11 +145,12 @@ def _check_kinds(folder: Path, there: list[str]) -> None:
                 f"--workdir {folder}: expected {path.name} to be {wanted} of the run, got "
                 "something else. Move it elsewhere."
             )
-    if METRICS in there and (size := (folder / METRICS).stat().st_size) > MOST_METRICS:
-        raise InputError(
-            f"{folder / METRICS}: expected at most {MOST_METRICS >> 30} GiB of rows, got "
-            f"{size / 2**30:.0f} GiB. Move the file elsewhere."
-        )
+    for name in (METRICS, SAMPLES):
+        if name in there and (size := (folder / name).stat().st_size) > MOST_METRICS:
+            raise InputError(
+                f"{folder / name}: expected at most {MOST_METRICS >> 30} GiB of rows, got "
+                f"{size / 2**30:.0f} GiB. Move the file elsewhere."
+            )
     kinds = {ADAPTER: (is_adapter,), MODEL: (is_merged,), BEST: (is_adapter, is_merged)}
     for name, are_ours in kinds.items():
         written = folder / name
@@ -197,8 +207,25 @@ def remove_leftovers(folder: Path) -> None:
 
 def _leftovers(folder: Path) -> list[tuple[Path, bool]]:
     """Drafts of a run's files and folders, and whether each is to be a folder."""
-    files = [(path, False) for path in drafts_of(folder, (*FILES, CARD))]  # adapter/'s card
-    return files + [(path, True) for path in drafts_of(folder, (ADAPTER, MODEL, BEST))]
+    files = drafts_of(folder, (*FILES, CARD))  # adapter/'s card
+    if (folder / PREDICTIONS).is_dir():
+        named = {name for child in (folder / PREDICTIONS).iterdir() if (name := _drafted(child))}
+        files += drafts_of(folder / PREDICTIONS, named)
+    folders = drafts_of(folder, (ADAPTER, MODEL, BEST))
+    return [(path, False) for path in files] + [(path, True) for path in folders]
+
+
+def _drafted(child: Path) -> str | None:
+    """The name of the file of predictions that something may be a draft of."""
+    found = PREDICTION.match(child.name, 1)
+    return found and found[0]
+
+
+def predictions_of(folder: Path) -> list[Path]:
+    """The files of predictions of the run in a folder."""
+    if not (folder / PREDICTIONS).is_dir():
+        return []
+    return [path for path in (folder / PREDICTIONS).iterdir() if PREDICTION.fullmatch(path.name)]
 
 
 def agree_on_folder(folder: Path) -> None:

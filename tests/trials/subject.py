@@ -144,7 +144,7 @@ class Process:
 def differences(subject, workdir, *, exact_steps=True):
     """What of a finished run is not as the undisturbed run left it; a list of sentences."""
     expected, wrong = subject.expected, []
-    folders = ("adapter", "best")
+    folders = ("adapter", "best", "predictions")
     exported = [name for one in folders for name in _files(expected / one, f"{one}/")]
     for name in ("config.yaml", *exported):
         if not (workdir / name).is_file():

@@ -45,7 +45,7 @@ from balora_jax.tasks.labels.teacher_cache import TeacherCache
 from balora_jax.tasks.labels.validate import LabelsValidator
 from balora_jax.tasks.measured import check_measured
 from balora_jax.tasks.settings import benchmark_of
-from balora_jax.training.run import Loaded
+from balora_jax.training.run import Loaded, Scored
 
 Arrays = dict[str, Array]
 
@@ -329,7 +329,7 @@ def _held_out(
     return encoded
 
 
-def evaluate(config: RunConfig, *, adapter: str | None) -> dict[str, Any]:
+def evaluate(config: RunConfig, *, adapter: str | None) -> Scored:
     """Score a fine-tuned checkpoint, or an adapter on its base, on the validation rows.
 
     Raises:

@@ -37,15 +37,17 @@ from balora_jax.tasks.text.program import TextProgram, text_program
 from balora_jax.tasks.text.score import (
     Answerer,
     Exam,
+    Samples,
     asked_of,
     exam_of,
     example_settings,
     question_row,
+    samples_of,
     training_sets,
 )
 from balora_jax.tasks.text.teacher_rows import Kept, TeacherRows, check_room, planned, said_size
 from balora_jax.tasks.text.validate import HeldOutRows, TextValidator, held_out_rows
-from balora_jax.training.run import Arrays, Loaded, Scorer
+from balora_jax.training.run import Arrays, Loaded, Scored, Scorer
 
 MODES: Mapping[str, Mode] = {"none": "padding", "batch": "batch", "rows": "packing"}
 """What ``data.packing`` asks for, in the words of checkpoints."""
@@ -60,6 +62,7 @@ class TextRun(TextProgram):
         tokenizer: its tokenizer.
         data: encoded training rows and what became of them.
         exam: the rows of the score; None for no score.
+        samples: prompts whose answers are kept at every score; None for none.
         length: tokens of every row of a batch that is not packed by ``packing: batch``.
         held_out: the rows of the validation loss; None for none.
     """
@@ -68,6 +71,7 @@ class TextRun(TextProgram):
     tokenizer: Any
     data: TrainingData
     exam: Exam | None
+    samples: Samples | None
     length: int
     held_out: EncodedSet | None = None
 
@@ -159,7 +163,7 @@ class TextRun(TextProgram):
 
     def scorer(self) -> Scorer | None:
         """What answers the validation rows, with one compiled decoder; None without rows."""
-        if self.exam is None:
+        if self.exam is None and self.samples is None:
             return None
         answerer = Answerer(self.student.bind, self.base, self.tokenizer, self.config.eval)
         return partial(self._score, answerer)
@@ -171,10 +175,15 @@ class TextRun(TextProgram):
         trainable: Arrays,
         key: PRNGKeyArray,
         title: str,
-    ) -> dict[str, Any]:
-        assert self.exam is not None
-        parts = (constants.frozen, constants.origin, trainable)
-        return self.exam.score(answerer, parts, key=key, title=title)
+    ) -> Scored:
+        parts, found = (constants.frozen, constants.origin, trainable), Scored({})
+        if self.exam is not None:
+            found = self.exam.score(answerer, parts, key=key, title=title)
+        if self.samples is None:
+            return found
+        known = found.predictions
+        samples = self.samples.taken(answerer, parts, known, key=key, title=title)
+        return found._replace(samples=samples)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -226,6 +235,7 @@ class _Opened(NamedTuple):
     tokenizer: Any
     sets: list[TrainingSet]
     exam: Exam | None
+    samples: Samples | None
     held_out: HeldOutRows | None
 
 
@@ -250,6 +260,7 @@ def check(config: RunConfig) -> TextRun:
         tokenizer=opened.tokenizer,
         data=data,
         exam=opened.exam,
+        samples=opened.samples,
         length=row_length(config.data, data, opened.base, opened.program.mesh),
         held_out=held_out,
     )
@@ -279,10 +290,12 @@ def _open(config: RunConfig) -> _Opened:
     tokenizer = base.tokenizer()
     sets = load_sets(training_sets(config.data))
     exam = exam_of(tokenizer, config.data, config.eval, asked)
-    if exam is not None:  # what is wrong is said before a weight is read
-        base.stop_ids()
-        base.check_prompts(exam.prompts, config.eval.max_new_tokens)
-    return _Opened(program, base, tokenizer, sets, exam, held_out)
+    samples = samples_of(tokenizer, config.data, config.eval, exam)
+    for asks in (exam, samples):
+        if asks is not None:  # what is wrong is said before a weight is read
+            base.stop_ids()
+            base.check_prompts(asks.prompts, config.eval.max_new_tokens)
+    return _Opened(program, base, tokenizer, sets, exam, samples, held_out)
 
 
 def encoded(held_out: HeldOutRows, opened: _Opened) -> EncodedSet:
@@ -326,7 +339,7 @@ def row_length(config: DataConfig, data: TrainingData | EncodedSet, base: Base, 
     return sharding.round_up_length(length, config.max_length, mesh)
 
 
-def evaluate(config: RunConfig, *, adapter: str | None) -> dict[str, Any]:
+def evaluate(config: RunConfig, *, adapter: str | None) -> Scored:
     """Score a base model, or an adapter on it, on the validation rows.
 
     Raises:
