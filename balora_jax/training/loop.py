@@ -16,6 +16,7 @@ from balora_jax.config_file import dump_config
 from balora_jax.errors import RunStoppedError
 from balora_jax.io import checkpoint, checkpoint_folder, metrics
 from balora_jax.io.folders import write_atomically
+from balora_jax.io.keeper import Keeper
 from balora_jax.parallel import hosts
 from balora_jax.progress import Bar
 from balora_jax.signals import Signals
@@ -48,7 +49,7 @@ class Training:
         trackers: those that the config names.
         found: the checkpoints of a run to go on with; None for a new one.
         shared: for what several runs need of one teacher; None for the run's own folder.
-        check: raises where the folder is no longer the run's.
+        keeper: keeps the folder.
     """
 
     def __init__(
@@ -61,9 +62,9 @@ class Training:
         trackers: Sequence[Tracker] = (),
         found: checkpoint_folder.Found | None,
         shared: Path | None = None,
-        check: Callable[[], None],
+        keeper: Keeper,
     ):
-        self.check_folder = check
+        self.keeper = keeper
         self.run, self.folder, self.signals = run, folder, signals
         training = run.config.training
         self.batches = run.batches()
@@ -82,12 +83,13 @@ class Training:
         if found is not None and found.step is not None:
             self.store = self.open_store()
             self.start = self.restore(found.step)
-        open_folder(folder, run, found)
+        open_folder(folder, run, found, apart=keeper.apart)
         if self.start:
             self.store.look_again()
         else:
             self.store = self.open_store()
         self.log = open_log(folder, self.start)
+        keeper.push()
         told = trackers if hosts.is_first() else ()
         self.trackers = Trackers(told, folder, run.config.model_dump(mode="json"))
         self.report = Reporter(
@@ -98,7 +100,7 @@ class Training:
     def open_store(self) -> checkpoint.Checkpoints:
         """The checkpoints of the run."""
         keep = self.run.config.training.keep_checkpoints
-        return checkpoint.Checkpoints(self.folder / CHECKPOINTS, keep=keep, check=self.check_folder)
+        return checkpoint.Checkpoints(self.folder / CHECKPOINTS, keep=keep, keeper=self.keeper)
 
     def restore(self, step: int) -> int:
         """Go to the checkpoint of a step; returns it.
@@ -248,8 +250,13 @@ class Training:
             self.before = self.score("before")
 
 
-def open_folder(folder: Path, run: Run, found: checkpoint_folder.Found | None) -> None:
-    """The first writing: tidy the folder of a run to go on with, and put the config in it."""
+def open_folder(
+    folder: Path, run: Run, found: checkpoint_folder.Found | None, *, apart: bool
+) -> None:
+    """The first writing: tidy the folder of a run to go on with, and put the config in it.
+
+    Hosts share it, unless it lies ``apart`` on each of them.
+    """
     if hosts.is_first():
         remove_leftovers(folder)
         if found is not None:
@@ -258,7 +265,7 @@ def open_folder(folder: Path, run: Run, found: checkpoint_folder.Found | None) -
         if run.left_out:
             rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in run.left_out)
             write_atomically(folder / SKIPPED, rows)
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 and not apart:
         agree_on_folder(folder)
     if found is not None:
         hosts.say(*found.said)
