@@ -52,9 +52,9 @@ class Store:
                 found = self._files.find(self._root, detail=True)
             except FileNotFoundError:
                 return []
-        files = (path for path, about in found.items() if about.get("type", "file") == "file")
-        names = (self._relative(path) for path in files)
-        return sorted(name for name in names if name and not name.endswith("/"))
+        paths = (path for path, about in found.items() if about.get("type", "file") == "file")
+        names = (path.removeprefix(self._root) for path in paths if path.startswith(self._root))
+        return sorted(self._inside(name) for name in names if name and not name.endswith("/"))
 
     def read(self, name: str) -> bytes | None:
         """The content of an object; None where there is none."""
@@ -113,10 +113,9 @@ class Store:
                 except FileNotFoundError:
                     continue
 
-    def _relative(self, path: str) -> str:
-        name = path.removeprefix(self._root)
-        if name == path or ".." in PurePosixPath(name).parts:
-            raise OSError(errno.EINVAL, f"{self.address} holds an object with the name {path!r}")
+    def _inside(self, name: str) -> str:
+        if ".." in PurePosixPath(name).parts:
+            raise OSError(errno.EINVAL, f"{self.address} holds an object with the name {name!r}")
         return name
 
     @contextmanager

@@ -68,6 +68,12 @@ class Mirror:
             return
         half = [folder for folder, last in _LAST.items() if f"{folder}/{last}" not in names]
         wanted = [name for name in names if name.partition("/")[0] not in half]
+        for folder in half:
+            if _below(folder, names):
+                hosts.say(
+                    f"{self.store.address}/{folder}: not brought there to its end; left out, as "
+                    "the end of the run writes it anew"
+                )
         self.store.get(wanted, self.folder)
         self._known = {name: _stamp(self.folder / name) for name in wanted}
 
