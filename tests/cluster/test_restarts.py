@@ -9,14 +9,17 @@ import socket
 import subprocess
 import sys
 import time
+from urllib.parse import quote
 
 import pytest
 
-from tests import compiler
-from tests.cluster.jobset import JobSet
+from tests import bucket, compiler
+from tests.cluster.jobset import CONFIGS, JobSet
 from tests.tiny_run import FEW, adapter_bytes, metrics_of, write_config, write_inputs
 
 PATIENCE = 240.0
+ADDRESS = "gs://b/runs/one"
+ROOT = CONFIGS.parents[1]
 
 
 class Ended:
@@ -71,9 +74,15 @@ def test_pods_that_are_left_are_ended():
 class Pods:
     """Starts the container of a manifest as processes here, on a tiny config."""
 
-    def __init__(self, jobs, config, workdir, logs):
-        self.jobs, self.config, self.workdir, self.logs = jobs, config, workdir, logs
+    def __init__(self, jobs, config, folder, workdir=None):
+        self.jobs, self.config, self.folder = jobs, config, folder
+        self.workdir = workdir or str(folder / "run")
         self.port, self.starts = 0, 0
+        folder.mkdir()
+        # Read by every Python at its start.
+        (folder / "sitecustomize.py").write_text(
+            f"from tests import bucket\nbucket.install({str(folder / 'bucket')!r})\n"
+        )
 
     def start(self, index):
         if index == 0:
@@ -83,8 +92,9 @@ class Pods:
                 self.port = free.getsockname()[1]
         arguments = [self.here(text) for text in self.jobs.arguments(index)]
         command = [sys.executable, "-m", "balora_jax", *arguments]
-        environment = {**os.environ, **compiler.on_cpu()}
-        log = (self.logs / f"{self.starts}-{index}.log").open("w")
+        paths = [str(self.folder), str(ROOT), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, **compiler.on_cpu(), "PYTHONPATH": os.pathsep.join(paths)}
+        log = (self.folder / f"{self.starts}-{index}.log").open("w")
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
     def here(self, text):
@@ -97,50 +107,68 @@ class Pods:
             return f"--coordinator=127.0.0.1:{self.port}"
         return text
 
+    def left(self):
+        """What the run left, as a folder."""
+        if self.workdir == ADDRESS:
+            return bucket.unpacked(self.folder / "bucket", ADDRESS, self.folder / "seen")
+        return self.folder / "run"
+
+    def rows(self):
+        file = self.folder / "run" / "metrics.jsonl"
+        if self.workdir == ADDRESS:
+            file = (
+                self.folder / "bucket" / quote(f"{ADDRESS.removeprefix('gs://')}/metrics.jsonl", "")
+            )
+        return file.read_bytes().count(b"\n") if file.exists() else 0
+
+    def wait_for_rows(self, count, pods):
+        end = time.monotonic() + PATIENCE
+        while self.rows() < count:
+            assert all(pod.poll() is None for pod in pods), self.text()
+            assert time.monotonic() < end, self.text()
+            time.sleep(0.01)
+
     def text(self):
-        return "\n".join(log.read_text() for log in sorted(self.logs.iterdir()))
+        return "\n".join(log.read_text() for log in sorted(self.folder.glob("*.log")))
 
 
-@pytest.mark.skipif("BALORA_RESTARTS" not in os.environ, reason="takes a minute")
-def test_a_preempted_set_ends_with_the_bytes_of_an_undisturbed_one(tmp_path):
+def undisturbed(attempt, pods):
+    """Nothing happens to the pods."""
+
+
+@pytest.mark.skipif("BALORA_RESTARTS" not in os.environ, reason="takes minutes")
+def test_a_disturbed_set_ends_with_the_bytes_of_an_undisturbed_one(tmp_path):
     inputs = write_inputs(tmp_path)
     training = {"max_steps": 40, "checkpoint_every": 10}
     config = write_config(
         tmp_path / "c.yaml", inputs, adapter=FEW, training=training, mesh={"data": 2}
     )
-    jobs, found = JobSet("jobset_gpu.yaml"), {}
+    jobs = JobSet("jobset_gpu.yaml")
+    quiet = Pods(jobs, config, tmp_path / "quiet")
+    found = jobs.run(quiet.start, disturb=undisturbed)
+    assert (found.completed, found.codes) == (True, [[0, 0]]), quiet.text()
 
-    def preempt(attempt, pods, workdir):
-        end = time.monotonic() + PATIENCE
-        while attempt == 0 and not _rows(workdir) >= 12:
-            assert all(pod.poll() is None for pod in pods)
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        if attempt == 0:
-            pods[1].send_signal(signal.SIGTERM)
-
-    for name, disturb in (
-        ("quiet", lambda attempt, pods: None),
-        ("preempted", lambda attempt, pods: preempt(attempt, pods, tmp_path / "preempted")),
+    for name, workdir, number, victim, codes in (
+        ("preempted", None, signal.SIGTERM, 1, [3, 3]),
+        ("preempted_bucket", ADDRESS, signal.SIGTERM, 1, [3, 3]),
+        ("killed_bucket", ADDRESS, signal.SIGKILL, 0, [-signal.SIGKILL, 3]),
     ):
-        (tmp_path / f"{name}.logs").mkdir()
-        pods = Pods(jobs, config, tmp_path / name, tmp_path / f"{name}.logs")
-        found[name] = jobs.run(pods.start, disturb=disturb)
-        assert found[name].completed, pods.text()
-    assert found["quiet"].codes == [[0, 0]]
-    assert found["preempted"].codes == [[3, 3], [0, 0]]
-    assert "resumed at step" in pods.text()
-    assert adapter_bytes(tmp_path / "preempted") == adapter_bytes(tmp_path / "quiet")
-    assert metrics_of(tmp_path / "preempted") == metrics_of(tmp_path / "quiet")
+        run = Pods(jobs, config, tmp_path / name, workdir)
 
-    bad = write_config(tmp_path / "bad.yaml", inputs, mesh={"data": 3})
-    (tmp_path / "bad.logs").mkdir()
-    pods = Pods(jobs, bad, tmp_path / "bad", tmp_path / "bad.logs")
-    refused = jobs.run(pods.start)
-    assert (refused.completed, refused.codes) == (False, [[2, 2]]), pods.text()
-    assert not (tmp_path / "bad").exists()
+        def disturb(attempt, pods, run=run, number=number, victim=victim):
+            if attempt == 0:
+                run.wait_for_rows(12 if run.workdir != ADDRESS else 10, pods)
+                pods[victim].send_signal(number)
 
+        found = jobs.run(run.start, disturb=disturb)
+        assert (found.completed, found.codes) == (True, [codes, [0, 0]]), run.text()
+        assert "resumed at step" in run.text()
+        assert adapter_bytes(run.left()) == adapter_bytes(quiet.left())
+        assert metrics_of(run.left()) == metrics_of(quiet.left())
 
-def _rows(workdir):
-    file = workdir / "metrics.jsonl"
-    return file.read_bytes().count(b"\n") if file.exists() else 0
+    bad = Pods(
+        jobs, write_config(tmp_path / "bad.yaml", inputs, mesh={"data": 3}), tmp_path / "bad"
+    )
+    refused = jobs.run(bad.start)
+    assert (refused.completed, refused.codes) == (False, [[2, 2]]), bad.text()
+    assert not bad.left().exists()
