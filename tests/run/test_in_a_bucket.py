@@ -1,7 +1,5 @@
 """``--workdir gs://…``: the run of a folder, kept in a bucket."""
 
-import json
-
 import pytest
 
 from balora_jax.io import lease
@@ -90,21 +88,3 @@ def test_a_bucket_that_fails_ends_the_run_with_3(finished_plain, a_bucket, monke
     assert not any(name.endswith("SHA256SUMS") for name in names)
     monkeypatch.undo()
     monkeypatch.setattr(lease, "DEAD", 0.5)
-
-
-def test_a_damaged_checkpoint_in_a_bucket_is_put_aside(
-    finished_plain, a_bucket, tmp_path, no_curves
-):
-    assert train(finished_plain.config).code == 0
-    store = Store(ADDRESS, "here")
-    [summary] = [name for name in store.names() if name == "summary.json"]
-    before = json.loads(store.read(summary))
-    name = next(name for name in store.names() if name.startswith("checkpoints/4/state/"))
-    store.write(name, b"not what it was")
-    code, out, err = train(finished_plain.config, "--resume")
-    assert code == 0, err
-    assert f"{ADDRESS}/checkpoints/4: damaged, as " in out
-    seen = bucket.unpacked(a_bucket, ADDRESS, tmp_path / "seen")
-    assert (seen / "checkpoints" / "damaged-4").is_dir()
-    assert adapter_bytes(seen) == adapter_bytes(finished_plain.workdir)
-    assert json.loads(store.read(summary))["after"] == before["after"]

@@ -180,6 +180,18 @@ def test_other_objects_of_a_users_stay(a_bucket, tmp_path):
     assert store.read("notes/mine.txt") == b"mine"
 
 
+def test_a_damaged_checkpoint_is_put_aside_in_the_bucket_too(a_bucket, tmp_path):
+    life(mirror(tmp_path / "first", resume=False), [])
+    store = Store(ADDRESS, "here")
+    store.write("checkpoints/9/state/d", b"not what it was")
+    found, left = gone_on(tmp_path / "second")
+    assert left.step == 6
+    found.push()
+    names = [name for name in store.names() if name.startswith("checkpoints/")]
+    assert {name.split("/")[1] for name in names} == {"3", "6", "damaged-9"}
+    assert store.read("checkpoints/damaged-9/state/d") == b"not what it was"
+
+
 def test_what_did_not_change_is_not_sent_again(a_bucket, tmp_path, monkeypatch):
     found = mirror(tmp_path / "first", resume=False)
     life(found, [])
