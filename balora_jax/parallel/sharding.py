@@ -54,10 +54,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"{' x '.join(map(str, sizes))} = {math.prod(sizes)}. Change them; -1 fills one in."
         )
     auto = (AxisType.Auto,) * len(AXES)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1 or devices[0].platform != "tpu":
+    slices = slices_of(devices)
+    if slices == 1:
         return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
     return Mesh(_over_slices(sizes, slices, devices), AXES, axis_types=auto)
+
+
+def slices_of(devices: Sequence[Any]) -> int:
+    """How many TPU slices devices are of; one for other devices."""
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def _over_slices(sizes: Sequence[int], slices: int, devices: Sequence[Any]) -> np.ndarray:

@@ -269,8 +269,11 @@ def head_chunks(program: TextProgram) -> int:
 
 
 def hosts_between(mesh: Any) -> int:
-    """Hosts of a mesh of GPUs, which speak over a network; one for TPUs, whose links go on."""
-    if sharding.platform_of(mesh) != "gpu":
+    """What speaks over a network: hosts of a mesh of GPUs, or slices of one of TPUs."""
+    platform = sharding.platform_of(mesh)
+    if platform == "tpu":
+        return sharding.slices_of(list(mesh.devices.flat))
+    if platform != "gpu":
         return 1
     return len({device.process_index for device in mesh.devices.flat})
 
