@@ -114,9 +114,11 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int, keeper: Keeper | None = None):
         keeper = keeper or Keeper()
         self._apart = keeper.apart and jax.process_count() > 1
+        if self._apart:
+            folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None,
-            create=True,
+            create=not self._apart,
             enable_async_checkpointing=True,
             multiprocessing_options=_processes(alone=self._apart),
         )

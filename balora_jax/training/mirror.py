@@ -38,6 +38,9 @@ _MARK = f"{CHECKPOINTS}/{WRITING}"
 _LAST = {ADAPTER: ADAPTER_CONFIG, MODEL: CONFIG_FILE}
 """The file without which nobody can use the others of a folder: it comes last and goes first."""
 
+_LONGEST_WAIT = 600
+"""Seconds in which the first process has the lease, or knows that it does not get it."""
+
 _Stamp = tuple[int, int, int]
 
 
@@ -246,7 +249,7 @@ def mirrored(address: str, *, resume: bool) -> Iterator[Mirror]:
         def take() -> None:
             mirror.lease = stack.enter_context(leased(store, mirror.push_metrics, hosts.say))
 
-        hosts.by_first(take)
+        hosts.by_first(take, seconds=_LONGEST_WAIT)
         stack.enter_context(called(str(mirror.folder), store.address))
         stack.callback(_keep_outcome)
         try:

