@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.io import seals
 from balora_jax.io.checkpoint_folder import REMOVED, WRITING, sealed_steps
 from balora_jax.io.folders import write_atomically
+from balora_jax.io.keeper import Keeper
 from balora_jax.numerics.objective import length_schedules
 from balora_jax.parallel import hosts
 from balora_jax.untyped.json_text import read_object
@@ -104,19 +105,28 @@ class Checkpoints:
     digest of every file once it is on disk. An older one is removed only when the next is about to
     be written: until then the newest is not known to be good.
 
-    Every method is to be called by all processes of a run, at the same steps.
+    Every method is to be called by all processes of a run, at the same steps. Where hosts have
+    folders apart, the first one writes the whole, which the others send it; each reads its own.
 
     Args:
         folder: gets one for each step.
         keep: how many to keep.
-        check: called before anything is written; raises where the folder is not the run's.
+        keeper: keeps the folder: it is checked before anything is written, and pushed after.
     """
 
-    def __init__(self, folder: Path, *, keep: int, check: Callable[[], None] = lambda: None):
+    def __init__(self, folder: Path, *, keep: int, keeper: Keeper | None = None):
+        keeper = keeper or Keeper()
+        self._apart = keeper.apart and jax.process_count() > 1
+        if self._apart:
+            folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None, create=True, enable_async_checkpointing=True
+            max_to_keep=None,
+            create=not self._apart,
+            enable_async_checkpointing=True,
+            multiprocessing_options=_processes(alone=self._apart),
         )
-        self.folder, self.keep, self._check = folder.absolute(), keep, check
+        self.folder, self.keep = folder.absolute(), keep
+        self._check, self._push = keeper.check, keeper.push
         self._manager = ocp.CheckpointManager(self.folder, options=options)
         self._unsealed: int | None = None
 
@@ -146,16 +156,24 @@ class Checkpoints:
             if hosts.is_first():
                 write_atomically(self.folder / WRITING, f"{step}\n")
             hosts.barrier("checkpoint begun")
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    data=ocp.args.JsonSave(dict(data)),
-                    run=ocp.args.JsonSave({"format": FORMAT, **identity._asdict()}),
-                ),
-                force=True,  # a step that orbax passes over would be missed only by the next run
-            )
+            if self._apart:
+                state = jax.tree.map(hosts.gathered, state)
+            if hosts.is_first() or not self._apart:
+                self._start(step, state, data, identity)
         self._unsealed = step
+        if self._apart:
+            self.wait()  # the others cannot see when it is on the first one's disk
+
+    def _start(self, step: int, state: Any, data: Mapping[str, Any], identity: Identity) -> None:
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=ocp.args.JsonSave(dict(data)),
+                run=ocp.args.JsonSave({"format": FORMAT, **identity._asdict()}),
+            ),
+            force=True,  # a step that orbax passes over would be missed only by the next run
+        )
 
     def poll(self) -> None:
         """Seal what was started, if it is on disk by now; to be called between steps."""
@@ -174,8 +192,10 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._check()
             if hosts.is_first():
+                self._push()
                 seals.seal(self.path_of(self._unsealed), self._unsealed)
                 (self.folder / WRITING).unlink()
+                self._push()
         self._unsealed = None
 
     def abandon(self) -> None:
@@ -243,6 +263,16 @@ class Checkpoints:
         with self._writing():
             self._prune()
         self._manager.close()
+
+
+def _processes(*, alone: bool) -> ocp.options.MultiprocessingOptions:
+    """Who writes a checkpoint: all together, or this one into a folder that no other one sees."""
+    if not alone:
+        return ocp.options.MultiprocessingOptions()
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"host{me}"
+    )
 
 
 def _silence_late_answers() -> None:

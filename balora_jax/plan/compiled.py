@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from balora_jax.config import RunConfig, TrainingConfig
@@ -280,12 +280,23 @@ def hosts_between(mesh: Any) -> int:
     return len({device.process_index for device in mesh.devices.flat})
 
 
+def _exchanged(module: hlo.Module, mesh: Any) -> list[hlo.Collective]:
+    """Collectives of a program; over several TPU slices it is the program of one of them."""
+    sizes = dict(mesh.shape)
+    slices = sharding.slices_of(list(mesh.devices.flat)) if isinstance(mesh, Mesh) else 1
+    if slices == 1:
+        return module.collectives(sizes, hosts_between(mesh))
+    over = sharding.AXES[0]
+    inside = module.collectives(sizes | {over: sizes[over] // slices})
+    return [*module.between_slices(slices, over), *inside]
+
+
 def _moved(program: TextProgram, text: str | None) -> Row:
     """What a step moves, from the text of the program."""
     if text is None:
         return {"collectives": None, "sent": None, "traffic": None, "open_loops": None}
     module = hlo.Module(text, head_chunks(program))
-    found = module.collectives(dict(program.mesh.shape), hosts_between(program.mesh))
+    found = _exchanged(module, program.mesh)
     return {
         "collectives": [vars(one) | {"axes": list(one.axes)} for one in found],
         "sent": hlo.total(found),

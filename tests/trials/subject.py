@@ -98,11 +98,14 @@ class Process:
         self.phases = workdir.parent / f"phases{count}"
         arguments = ["train", config, "--workdir", str(workdir), *(["--resume"] if resume else [])]
         self.sent, self.phase = None, "none"
-        self.process = workers.start(
-            moments.command,
+        self.process = self.start(
             *(arguments, str(self.log), cache, str(workdir), str(self.phases)),
             *(None if report is None else str(report), moment),
         )
+
+    def start(self, *arguments):
+        """A process of ``moments.command``."""
+        return workers.start(moments.command, *arguments)
 
     def wait_for_entry(self, phases=1):
         """Until it has entered the command line, or so many phases."""
