@@ -88,7 +88,7 @@ class Training:
             self.store.look_again()
         else:
             self.store = self.open_store()
-        self.records.open(self.start)
+        self.records.begin(self.start)
         self.log = open_log(folder, self.start)
         told = trackers if hosts.is_first() else ()
         self.trackers = Trackers(told, folder, run.config.model_dump(mode="json"))
