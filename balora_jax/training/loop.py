@@ -247,6 +247,7 @@ class Training:
         if self.scorer is None:
             return {}
         found = self.scorer(self.constants, self.state.adapters, self.key, title)
+        self.check_folder()
         self.records.keep(title, int(self.state.step), found)
         return found.figures
 

@@ -11,7 +11,7 @@ from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 from balora_jax.finetune import fit
 from balora_jax.tasks.registry import TASKS
-from balora_jax.tasks.text import run as text_run
+from balora_jax.tasks.text.score import opened_model
 from tests import tiny_labels_run, tiny_run
 
 IDS = np.array([[3, 7, 5, 9, 4, 6]], np.int32)
