@@ -76,13 +76,18 @@ def fit(
     if is_store(workdir):
         check_hosts(config)
         with mirrored(str(workdir), resume=resume) as mirror:
-            return _fit(config, mirror.folder, mirror, resume=resume, shared=shared)
+            return _fit(config, mirror.folder, mirror, resume, shared, callbacks)
     folder = named_folder(workdir, "--workdir")
-    return _fit(config, folder, None, resume=resume, shared=shared)
+    return _fit(config, folder, None, resume, shared, callbacks)
 
 
 def _fit(
-    config: RunConfig, folder: Path, mirror: Mirror | None, *, resume: bool, shared: Path | None
+    config: RunConfig,
+    folder: Path,
+    mirror: Mirror | None,
+    resume: bool,
+    shared: Path | None,
+    callbacks: Sequence[Callback],
 ) -> dict[str, Any]:
     """:func:`fit` in a folder of this machine, which a mirror may keep elsewhere."""
     began = time.monotonic()
@@ -144,11 +149,12 @@ def dated(config: RunConfig, folder: Path) -> RunConfig:
     return parse_config(tree, str(folder))
 
 
-def describe(run: Run, folder: Path) -> None:
+def describe(run: Run, folder: Path | None = None) -> None:
     """Say what is about to run: settings, layers, counts, data and an example with its loss mask.
 
-    Of the settings those that are not their defaults; all of them stand in the folder.
+    Of the settings those that are not their defaults; all of them stand in the folder, if any.
     """
+    where = "" if folder is None else f", written to {folder / CONFIG}"
     modules = run.adapters.modules
     kinds = sorted({module.path.rsplit(".", 1)[-1] for module in modules})
     layers = f"{len(modules)} layers ({', '.join(kinds)})" if kinds else "none, full model"
@@ -158,7 +164,7 @@ def describe(run: Run, folder: Path) -> None:
         devices += f", {jax.process_count()} processes"
     hosts.say(
         dump_changes(run.config).rstrip(),
-        f"all other settings are their defaults, written to {folder / CONFIG}",
+        f"all other settings are their defaults{where}",
         f"base: {run.base.folder} ({run.base.config.model_type}, {run.total:,} parameters)",
         f"adapters: {layers}, {run.trainable:,} trainable parameters ({share:.2f} %)",
         devices,
