@@ -134,6 +134,8 @@ def test_an_outlier_does_not_flatten_a_signed_curve(tmp_path, monkeypatch):
     assert 1 < high < 20
     said = [text.get_text() for text in axes[TERMS[NAMES[1]].title].texts]
     assert said == ["1 outside"]
+    low, high = axes["fill: places with a token"].get_ylim()
+    assert (low, high) == (0, pytest.approx(1, abs=0.05))
 
 
 def test_a_hundred_thousand_rows_take_seconds(tmp_path, monkeypatch):
