@@ -126,11 +126,12 @@ def dated(config: RunConfig, folder: Path) -> RunConfig:
     return parse_config(tree, str(folder))
 
 
-def describe(run: Run, folder: Path) -> None:
+def describe(run: Run, folder: Path | None = None) -> None:
     """Say what is about to run: settings, layers, counts, data and an example with its loss mask.
 
-    Of the settings those that are not their defaults; all of them stand in the folder.
+    Of the settings those that are not their defaults; all of them will stand in the folder.
     """
+    there = "" if folder is None else f", written to {folder / CONFIG}"
     modules = run.adapters.modules
     kinds = sorted({module.path.rsplit(".", 1)[-1] for module in modules})
     layers = f"{len(modules)} layers ({', '.join(kinds)})" if kinds else "none, full model"
@@ -140,7 +141,7 @@ def describe(run: Run, folder: Path) -> None:
         devices += f", {jax.process_count()} processes"
     hosts.say(
         dump_changes(run.config).rstrip(),
-        f"all other settings are their defaults, written to {folder / CONFIG}",
+        f"all other settings are their defaults{there}",
         f"base: {run.base.folder} ({run.base.config.model_type}, {run.total:,} parameters)",
         f"adapters: {layers}, {run.trainable:,} trainable parameters ({share:.2f} %)",
         devices,
