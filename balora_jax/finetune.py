@@ -152,9 +152,9 @@ def dated(config: RunConfig, folder: Path) -> RunConfig:
 def describe(run: Run, folder: Path | None = None) -> None:
     """Say what is about to run: settings, layers, counts, data and an example with its loss mask.
 
-    Of the settings those that are not their defaults; all of them stand in the folder, if any.
+    Of the settings those that are not their defaults; all of them will stand in the folder.
     """
-    where = "" if folder is None else f", written to {folder / CONFIG}"
+    there = "" if folder is None else f", written to {folder / CONFIG}"
     modules = run.adapters.modules
     kinds = sorted({module.path.rsplit(".", 1)[-1] for module in modules})
     layers = f"{len(modules)} layers ({', '.join(kinds)})" if kinds else "none, full model"
@@ -164,7 +164,7 @@ def describe(run: Run, folder: Path | None = None) -> None:
         devices += f", {jax.process_count()} processes"
     hosts.say(
         dump_changes(run.config).rstrip(),
-        f"all other settings are their defaults{where}",
+        f"all other settings are their defaults{there}",
         f"base: {run.base.folder} ({run.base.config.model_type}, {run.total:,} parameters)",
         f"adapters: {layers}, {run.trainable:,} trainable parameters ({share:.2f} %)",
         devices,
