@@ -16,10 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
-import jax
-
 from balora_jax import signals
-from balora_jax.config import RunConfig
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.io import lock, seals
 from balora_jax.io.checkpoint_folder import WRITING
@@ -28,7 +25,6 @@ from balora_jax.io.keeper import Keeper
 from balora_jax.io.lease import Lease, leased
 from balora_jax.io.peft_writer import ADAPTER_CONFIG
 from balora_jax.io.store import Store
-from balora_jax.models.methods import METHODS
 from balora_jax.parallel import hosts
 from balora_jax.pretrained.export import ADAPTER, MODEL
 from balora_jax.training.workdir import CHECKPOINTS, CONFIG, FILES, FOLDERS, METRICS, SUMMARY
@@ -210,23 +206,6 @@ def _stamp(file: Path) -> _Stamp:
     """What changes with the content of a file."""
     found = file.stat()
     return found.st_size, found.st_mtime_ns, found.st_ino
-
-
-def check_hosts(config: RunConfig) -> None:
-    """Raises InputError for a run whose hosts need one folder, where each has its own."""
-    if jax.process_count() == 1:
-        return
-    terms = config.regularizers
-    own_rows = config.task == "text" and terms.teacher_cache and terms.teacher_cache_folder is None
-    for where, needs in (
-        (f"adapter.method={config.adapter.method}", METHODS[config.adapter.method].trains_base),
-        ("regularizers.teacher_cache=true", own_rows),
-    ):
-        if needs:
-            raise InputError(
-                f"{where}: expected a --workdir that all hosts share, got one in a bucket. Name a "
-                "folder on NFS or Filestore, or use one host."
-            )
 
 
 @contextmanager
