@@ -365,11 +365,6 @@ def _gains(summary: dict[str, Any]) -> list[str]:
         f"{name.replace('_', ' ')} on held-out rows: {before[name]:.3f} -> {after[name]:.3f} in "
         f"{seconds:.0f} s"
         for name in after
-        if not _is_count(name) and isinstance(after[name], float | int)
+        if not metrics.is_count(name) and isinstance(after[name], float | int)
         if isinstance(before.get(name), float | int)
     ]
-
-
-def _is_count(figure: str) -> bool:
-    """Whether a figure of a score is a number of rows (MNLI's two sets name theirs)."""
-    return figure in ("answered", "undecided") or figure.split("_")[0] == "rows"

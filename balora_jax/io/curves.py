@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from balora_jax.io.metrics import is_count
 from balora_jax.numerics.objective import TASK
 from balora_jax.numerics.terms import TERMS
 
@@ -27,7 +28,8 @@ WIDE = 8.0
 STYLES = ("-", (0, (5, 4)), (0, (1.5, 3)), (0, (6, 3, 1.5, 3)))
 """Styles of lines that may lie on each other."""
 
-VALIDATION = "validation_"
+VALIDATION, SCORE = "validation_", "score_"
+"""How the columns of held-out rows begin."""
 
 
 class Panel(NamedTuple):
@@ -54,7 +56,9 @@ def panels(rows: Rows) -> list[Panel]:
     """The panels that rows have something to show in, in their order."""
     names = dict.fromkeys(name for row in rows for name in row)
     held_out = tuple(name for name in names if name.startswith(VALIDATION))
-    scores = tuple(name for name in names if name.startswith("score_"))
+    scores = tuple(
+        name for name in names if name.startswith(SCORE) and not is_count(name.removeprefix(SCORE))
+    )
     shares = tuple(f"gradient_share_{name}" for name in (TASK, *TERMS))
     weights = tuple(f"lambda{i}" for i, _ in enumerate(TERMS, start=1))
     found = [

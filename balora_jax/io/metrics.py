@@ -24,6 +24,15 @@ def columns() -> list[str]:
     ]
 
 
+def is_count(figure: str) -> bool:
+    """Whether a figure of a score is a number of rows (MNLI's two sets name theirs).
+
+    >>> is_count("rows_matched"), is_count("answered"), is_count("exact_match")
+    (True, True, False)
+    """
+    return figure in ("answered", "undecided") or figure.split("_")[0] == "rows"
+
+
 class Lines(NamedTuple):
     """The content of a metrics file.
 

@@ -86,7 +86,11 @@ def test_every_figure_has_its_panel(tmp_path, monkeypatch):
     rows = rows_of(100)
     for row in rows[19::20]:
         row |= {"validation_loss": row["task_loss"] + 0.1, "validation_perplexity": 9.0}
-        row |= {"score_exact_match": row["step"] / 100, f"validation_{NAMES[1]}": 0.5}
+        row |= {
+            "score_exact_match": row["step"] / 100,
+            "score_rows": 20,
+            f"validation_{NAMES[1]}": 0.5,
+        }
         row |= {f"gradient_share_{name}": 0.25 for name in ("task_loss", *NAMES)}
     rows[40] |= {"loss": None, "task_loss": None, "grad_norm": None}
     axes, _ = painted(rows, tmp_path, monkeypatch)
@@ -105,6 +109,7 @@ def test_every_figure_has_its_panel(tmp_path, monkeypatch):
     assert loss["validation_loss"].get_xdata().tolist() == [20, 40, 60, 80, 100]
     assert loss["not finite"].get_xdata().tolist() == [41]
     assert axes["loss (nats per token)"].get_yscale() == "log"
+    assert [line.get_label() for line in axes["score"].get_lines()] == ["score_exact_match"]
     weights = axes["weights λ"].get_lines()
     looks = {(str(line.get_linestyle()), line.get_linewidth()) for line in weights}
     assert len(looks) == len(NAMES)
