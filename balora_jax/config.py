@@ -174,6 +174,9 @@ class TrainingConfig(Section):
     Attributes:
         max_steps: optimizer steps in all; give this or ``epochs``.
         epochs: passes over the data, instead of ``max_steps``.
+        extend: a run that goes on may be made longer (``max_steps`` or ``epochs``) though its
+            schedules depend on its length: they then span the new one. Without it only a run of
+            constant schedules without a warm-up may.
         stop_at: end this session at this step, with a checkpoint; schedules still span max_steps.
         batch_size: rows of one optimizer step over all devices.
         accumulation: micro-batches that a step is split into.
@@ -199,6 +202,11 @@ class TrainingConfig(Section):
         log_gradient_share_every: steps between measurements of each term's gradient norm; 0 never.
         checkpoint_every: steps between checkpoints; 0 only at the end.
         keep_checkpoints: how many of the newest are kept.
+        keep_best: also export the adapter of the step at which a figure of the held-out rows was
+            best, to ``best/``: ``validation_loss``, another ``validation_`` figure (lower is
+            better), or ``score_exact_match`` and the like (higher is); None for the last alone.
+        patience: stop after this many measurements in a row of ``keep_best``'s figure, or of
+            ``validation_loss``, that are no better than the best; None to take all steps.
         profile_steps: first and last step of a trace in ``profile/``, which TensorBoard and
             Perfetto open; None for none.
         trackers: names of what gets every row of the log besides ``metrics.jsonl``; your own come
@@ -211,6 +219,7 @@ class TrainingConfig(Section):
 
     max_steps: Positive | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
+    extend: bool = False
     stop_at: Positive | None = None
     batch_size: Positive = 32
     accumulation: Positive = 1
@@ -234,6 +243,8 @@ class TrainingConfig(Section):
     log_gradient_share_every: Annotated[int, Field(ge=0)] = 0
     checkpoint_every: Annotated[int, Field(ge=0)] = 100
     keep_checkpoints: Positive = 2
+    keep_best: str | None = None
+    patience: Positive | None = None
     profile_steps: tuple[Positive, Positive] | None = None
     trackers: tuple[str, ...] = ()
     compilation_cache: Annotated[str, Field(min_length=1)] = "auto"
@@ -288,9 +299,12 @@ class MeshConfig(Section):
 
 
 class EvalConfig(Section):
-    """The score before and after training on ``data.validation``.
+    """The score and the loss of ``data.validation``, before, after and while a run trains.
 
     Attributes:
+        every: steps between measurements of the loss and the terms on the validation rows, taken as
+            training examples; before the first step and at the end too; 0 never.
+        score_every: steps between scores while the run trains; 0 only before and after.
         task: the benchmark: ``exact_match``, ``gsm8k``, ``gsm_hard``, ``svamp``, ``asdiv``,
             ``math`` (text) or ``labels``; ``none`` for no score; where not given, ``exact_match``
             for text and ``labels`` for labels.
@@ -298,7 +312,7 @@ class EvalConfig(Section):
             ``math_verify`` insists on it and ``plain`` does without; ``authors``,
             ``lm_eval_strict`` and ``lm_eval_flexible`` are those of others, for comparison.
         marker: text before the answer; not empty.
-        limit: use the first rows only.
+        limit: score the first rows only; ``data.validation_limit`` holds for the loss as well.
         batch_size: prompts decoded together.
         max_new_tokens: longest answer.
         temperature: 0 for greedy decoding.
@@ -307,8 +321,13 @@ class EvalConfig(Section):
             given.
         gold_column: column of the right answer; the benchmark's or ``data.response_column`` where
             not given.
+        samples: of so many validation rows, the first ones, the answers are kept at every score of
+            a run (``samples.jsonl``) and shown, whether they are scored or not.
+        prompts: questions of your own whose answers are kept and shown as those of ``samples``.
     """
 
+    every: Annotated[int, Field(ge=0)] = 0
+    score_every: Annotated[int, Field(ge=0)] = 0
     task: str | None = None
     grader: Grader = "auto"
     marker: Annotated[str, Field(min_length=1)] = "The answer is:"
@@ -319,6 +338,8 @@ class EvalConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     prompt_column: str | None = None
     gold_column: str | None = None
+    samples: Annotated[int, Field(ge=0)] = 0
+    prompts: tuple[str, ...] = ()
 
 
 class StudyConfig(Section):

@@ -4,6 +4,7 @@ import datetime
 import functools
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax
 
 from balora_jax import hardware
 from balora_jax.config import DataConfig, RunConfig
-from balora_jax.config_file import dump_config, parse_config
+from balora_jax.config_file import dump_changes, dump_config, parse_config
 from balora_jax.data.template_files import read_template
 from balora_jax.errors import InputError
 from balora_jax.io import drawing, metrics
@@ -28,12 +29,22 @@ from balora_jax.pretrained.card_kinds import ADAPTER, FULL
 from balora_jax.signals import taken
 from balora_jax.tasks.registry import TASKS
 from balora_jax.training.endings import failures, reading
+from balora_jax.training.held_out import LOSS
 from balora_jax.training.loop import Training, resumable
 from balora_jax.training.mirror import Mirror, mirrored
-from balora_jax.training.run import Run
+from balora_jax.training.records import beside_each_other
+from balora_jax.training.run import Arrays, Run
 from balora_jax.training.trackers import TRACKERS
-from balora_jax.training.trackers.tracker import last_seen
-from balora_jax.training.workdir import CURVES, METRICS, SUMMARY, check_workdir, held, recorded_day
+from balora_jax.training.trackers.tracker import Callback, check_receivers
+from balora_jax.training.workdir import (
+    CONFIG,
+    CURVES,
+    METRICS,
+    SUMMARY,
+    check_workdir,
+    held,
+    recorded_day,
+)
 
 
 def fit(
@@ -42,6 +53,7 @@ def fit(
     workdir: str | Path,
     resume: bool = False,
     shared: Path | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Fine-tune as the config says; everything a run leaves lies in ``workdir``.
 
@@ -52,6 +64,8 @@ def fit(
         resume: go on from the newest checkpoint in ``workdir`` (from the start if there is none).
         shared: folder for what several runs need of one teacher (``regularizers.teacher_cache`` of
             ``task: text``); ``workdir`` where it is not given.
+        callbacks: objects with ``start(workdir, config)``, ``log(row)`` and ``finish(summary)``,
+            which get each row of ``metrics.jsonl`` as it is written, as a tracker does.
 
     Returns:
         The contents of ``summary.json``.
@@ -64,9 +78,9 @@ def fit(
     if is_store(workdir):
         check_hosts(config)
         with mirrored(str(workdir), resume=resume) as mirror:
-            return _fit(config, mirror.folder, mirror, resume=resume, shared=shared)
+            return _fit(config, mirror.folder, mirror, resume, shared, callbacks)
     folder = named_folder(workdir, "--workdir")
-    return _fit(config, folder, None, resume=resume, shared=shared)
+    return _fit(config, folder, None, resume, shared, callbacks)
 
 
 def check_hosts(config: RunConfig) -> None:
@@ -88,7 +102,12 @@ def check_hosts(config: RunConfig) -> None:
 
 
 def _fit(
-    config: RunConfig, folder: Path, mirror: Mirror | None, *, resume: bool, shared: Path | None
+    config: RunConfig,
+    folder: Path,
+    mirror: Mirror | None,
+    resume: bool,
+    shared: Path | None,
+    callbacks: Sequence[Callback],
 ) -> dict[str, Any]:
     """:func:`fit` in a folder of this machine, which a mirror may keep elsewhere."""
     began = time.monotonic()
@@ -97,9 +116,9 @@ def _fit(
         signals.several = jax.process_count() > 1
         with reading():
             hosts.by_first(functools.partial(check_workdir, folder, resume=resume))
-            trackers = [TRACKERS[name] for name in config.training.trackers]
+            trackers = [*(TRACKERS[name] for name in config.training.trackers), *callbacks]
             if trackers:
-                hosts.by_first(functools.partial(last_seen, folder))
+                hosts.by_first(functools.partial(check_receivers, trackers, folder))
             config = dated(config, folder)
             run = TASKS[config.task].check(config)
             template = chat_template_of(config)
@@ -109,7 +128,7 @@ def _fit(
                 hosts.by_first(functools.partial(run.check_folders, folder, shared))
                 found = resumable(run, folder) if resume else None
                 loaded = run.load()
-            describe(run)
+            describe(run, folder)
             with jax.set_mesh(run.mesh):
                 training = Training(
                     run,
@@ -120,16 +139,17 @@ def _fit(
                     found=found,
                     shared=shared,
                     keeper=keeper,
+                    on_best=functools.partial(export_best, template=template),
                 )
                 with training.trackers as told:
                     training.score_before()
                     training.train()
                     keeper.check()
                     written = export_trained(training, template)
-                    summary = summarise(training, training.score("after"), began)
+                    summary = summarise(training, training.score_after(), began)
                     told.summary = summary
                 keeper.check()
-                write_card(training, summary["after"])
+                write_card(training, summary["after"] | training.measure_after())
                 write_results(folder, summary, written)
         return summary
 
@@ -149,8 +169,12 @@ def dated(config: RunConfig, folder: Path) -> RunConfig:
     return parse_config(tree, str(folder))
 
 
-def describe(run: Run) -> None:
-    """Say what is about to run: config, layers, counts, data and one example with its loss mask."""
+def describe(run: Run, folder: Path | None = None) -> None:
+    """Say what is about to run: settings, layers, counts, data and an example with its loss mask.
+
+    Of the settings those that are not their defaults; all of them will stand in the folder.
+    """
+    there = "" if folder is None else f", written to {folder / CONFIG}"
     modules = run.adapters.modules
     kinds = sorted({module.path.rsplit(".", 1)[-1] for module in modules})
     layers = f"{len(modules)} layers ({', '.join(kinds)})" if kinds else "none, full model"
@@ -159,7 +183,8 @@ def describe(run: Run) -> None:
     if jax.process_count() > 1:
         devices += f", {jax.process_count()} processes"
     hosts.say(
-        dump_config(run.config).rstrip(),
+        dump_changes(run.config).rstrip(),
+        f"all other settings are their defaults{there}",
         f"base: {run.base.folder} ({run.base.config.model_type}, {run.total:,} parameters)",
         f"adapters: {layers}, {run.trainable:,} trainable parameters ({share:.2f} %)",
         devices,
@@ -193,20 +218,37 @@ def export_trained(training: Training, template: str | None) -> str:
         training: at its end.
         template: the chat template, if it is not the tokenizer's.
     """
-    run, folder = training.run, training.folder
-    trainable = hosts.gathered_all(training.state.adapters)
+    whole = training.run.adapters.method.trains_base
+    folder = training.folder / (export.MODEL if whole else export.ADAPTER)
+    return _export(training, folder, training.state.adapters, card_of(training, {}), template)
+
+
+def export_best(training: Training, template: str | None) -> None:
+    """Write what the held-out rows were best with, where it is kept; as :func:`export_trained`."""
+    kept, best = training.held_out.kept, training.held_out.best
+    if kept is None or best is None:
+        return
+    card = card_of(training, best["figures"], steps=best["step"], skipped=best["skipped"])
+    _export(training, training.folder / export.BEST, kept, card, template)
+
+
+def _export(
+    training: Training, folder: Path, arrays: Arrays, card: str, template: str | None
+) -> str:
+    """Write trainable arrays as the run's method has it into a folder; says what was written."""
+    run, model = training.run, training.run.config.model
+    trainable = hosts.gathered_all(arrays)
     origin = hosts.gathered_all(training.constants.origin)
     if not hosts.is_first():
         return ""
-    model = run.config.model
-    beside = beside_trained(training, template)
+    beside = beside_trained(training, card, template)
     if run.adapters.method.trains_base:
         found = export.write_model(
-            folder / export.MODEL, run.base, trainable, model.dtype, beside=beside, overwrite=True
+            folder, run.base, trainable, model.dtype, beside=beside, overwrite=True
         )
         return f"model: {found.folder} ({found.merged} tensors changed)"
     report = export.write_adapter(
-        folder / export.ADAPTER,
+        folder,
         run.base,
         model.name_or_path,
         run.adapters.modules,
@@ -221,25 +263,39 @@ def export_trained(training: Training, template: str | None) -> str:
     return f"adapter: {report.folder} (PEFT, rank {report.rank}, {report.parameters:,} numbers)"
 
 
-def beside_trained(training: Training, template: str | None) -> dict[str, Path | bytes]:
+def beside_trained(training: Training, card: str, template: str | None) -> dict[str, Path | bytes]:
     """What lies beside the trained weights: tokenizer, chat template, card and settings."""
     found = found_beside(training.run.base.folder, OF_A_TOKENIZER)
     if template is not None:
         found[CHAT_TEMPLATE] = template.encode()
-    found[CARD] = card_of(training, {}).encode()
+    found[CARD] = card.encode()
     return found | {SETTINGS: dump_config(training.run.config).encode()}
 
 
-def card_of(training: Training, after: dict[str, Any]) -> str:
-    """The card of what was trained; ``after`` is empty as long as nothing is scored."""
-    run = training.run
+def card_of(
+    training: Training,
+    after: Mapping[str, Any],
+    *,
+    steps: int | None = None,
+    skipped: int | None = None,
+) -> str:
+    """The card of what was trained.
+
+    Args:
+        training: while it runs, or at its end.
+        after: figures of the held-out rows; empty as long as nothing is scored.
+        steps: of what the card is for; all where not given.
+        skipped: updates of them; as many as were skipped until now where not given.
+    """
+    run, state = training.run, training.state
+    before = training.before | training.held_out.before
     trained = Trained(
         **vars(export.subject_of(run.config, run.base)),
         rows=str(run.report),
-        steps=int(training.state.step),
-        skipped=int(training.state.guard.skipped),
-        before=training.before,
-        after=after,
+        steps=int(state.step) if steps is None else steps,
+        skipped=int(state.guard.skipped) if skipped is None else skipped,
+        before={name: value for name, value in before.items() if value is not None},
+        after={name: value for name, value in after.items() if value is not None},
     )
     return model_card(trained, FULL if run.adapters.method.trains_base else ADAPTER)
 
@@ -257,6 +313,7 @@ def summarise(training: Training, after: dict[str, Any], began: float) -> dict[s
         "peak_memory_bytes": hardware.peak_memory_bytes(),
         "versions": hardware.versions(),
         "device": hardware.device_description(),
+        **training.held_out.summary(training.measure_after()),
     }
 
 
@@ -279,21 +336,36 @@ def write_results(folder: Path, summary: dict[str, Any], written: str) -> None:
         drawn = drawing.draw_curves(rows, folder / CURVES)
         text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
         write_atomically(folder / SUMMARY, text)
-        hosts.say(written)
+        hosts.say(written, *_best(folder, summary))
         if drawn:
             hosts.say(f"curves:  {folder / 'curves.png'}")
-        hosts.say(*_gains(summary))
+        hosts.say(*beside_each_other(folder), *_gains(summary))
     hosts.barrier("finished")
 
 
+def _best(folder: Path, summary: dict[str, Any]) -> list[str]:
+    """Where the best lies, if it is kept, and what it is."""
+    best = summary.get("validation", {}).get("best")
+    if best is None or not (folder / export.BEST).is_dir():
+        return []
+    figure = best["metric"].replace("_", " ")
+    return [
+        f"best:    {folder / export.BEST} ({figure} {best['value']:.4f} after step {best['step']})"
+    ]
+
+
 def _gains(summary: dict[str, Any]) -> list[str]:
-    """A line for each figure of the score: before, after, and how long it took."""
-    before, after, seconds = summary["before"], summary["after"], summary["wall_seconds"]
+    """A line for each figure of the score, and the held-out loss: before, after, and how long."""
+    measured, seconds = summary.get("validation", {}), summary["wall_seconds"]
+    before, after = (
+        summary[when] | {k: v for k, v in measured.get(when, {}).items() if k == LOSS}
+        for when in ("before", "after")
+    )
     return [
         f"{name.replace('_', ' ')} on held-out rows: {before[name]:.3f} -> {after[name]:.3f} in "
         f"{seconds:.0f} s"
         for name in after
-        if not _is_count(name) and not isinstance(after[name], str)
+        if not _is_count(name) and isinstance(after[name], float | int)
         if isinstance(before.get(name), float | int)
     ]
 

@@ -6,7 +6,8 @@ For a model with three methods (:class:`Cached`; the decoders of this package ha
 :func:`make_decoder` compiles a loop for one :class:`Sampling`; :func:`generate` pads prompts to
 few widths, runs it batch by batch and cuts each row at its stop token. Rows draw with keys of their
 own, so a text does not depend on what else is in its batch. :func:`decode` is the loop itself, to
-be jitted by the caller; :func:`next_token` chooses from logits.
+be jitted by the caller; :func:`next_token` chooses from logits. :class:`Streamer` gives the tokens
+of one prompt as they are written.
 
 ``load_pretrained(...).generate(prompts)`` does all of it, with the checkpoint's tokenizer.
 
@@ -27,10 +28,11 @@ be jitted by the caller; :func:`next_token` chooses from logits.
 from balora_jax.models.generation import (
     Cached,
     Sampling,
+    Streamer,
     decode,
     generate,
     make_decoder,
     next_token,
 )
 
-__all__ = ["Cached", "Sampling", "decode", "generate", "make_decoder", "next_token"]
+__all__ = ["Cached", "Sampling", "Streamer", "decode", "generate", "make_decoder", "next_token"]

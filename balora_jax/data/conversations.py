@@ -89,6 +89,20 @@ def answered(row: Row, settings: ExampleSettings, gold: str, where: str) -> Row:
     )
 
 
+def last_turn(turns: Sequence[Mapping[str, Any]], role: str) -> str:
+    """The text of the last turn of a role; empty where there is none.
+
+    >>> turns = [{"role": "user", "content": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    >>> last_turn(turns, "user"), last_turn(turns, "assistant")
+    ('Hi', 'Hello')
+    """
+    for turn in reversed(turns):
+        said, content = (turn.get(key) for key in _role_keys(turn, "row"))
+        if _ROLES.get(str(said)) == role:
+            return content_text(content)
+    return ""
+
+
 def unread_keys(row: Row, settings: ExampleSettings, chat: Renderer) -> list[str]:
     """Keys of a row's turns that hold something and that the chat template never mentions."""
     turns = row.get(settings.messages_column or "")

@@ -4,13 +4,40 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
 from balora_jax.errors import InputError
 from balora_jax.evals.grading import OURS, Grader, check_ours, ours
 from balora_jax.evals.judge import Judge
 
 Row = Mapping[str, Any]
+
+RATES = ("exact_match", "answered")
+"""Figures of a score of texts that say how good it is: shares of the rows."""
+
+
+class Verdict(NamedTuple):
+    """What is made of one text.
+
+    Attributes:
+        answer: that it states; None where it states none.
+        right: whether that is the right one.
+    """
+
+    answer: str | None
+    right: bool
+
+
+class Judged(NamedTuple):
+    """What is made of all texts.
+
+    Attributes:
+        figures: of the whole.
+        verdicts: of each text; none of a benchmark that says no more than its figures.
+    """
+
+    figures: dict[str, Any]
+    verdicts: list[Verdict]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,34 +114,50 @@ class TextBenchmark(Benchmark):
         Raises:
             InputError: a grader that does not fit, or is not installed.
         """
+        return self._judged(texts, golds, marker, grader).figures
+
+    def judged(
+        self, texts: Sequence[str], golds: Sequence[str], marker: str, grader: str = "auto"
+    ) -> Judged:
+        """The figures of :meth:`score`, and what is made of each text.
+
+        A subclass that has figures of its own has no verdicts, unless it has a ``judged`` as well.
+        """
+        if type(self).score is not TextBenchmark.score:
+            return Judged(self.score(texts, golds, marker, grader), [])
+        return self._judged(texts, golds, marker, grader)
+
+    def _judged(
+        self, texts: Sequence[str], golds: Sequence[str], marker: str, grader: str
+    ) -> Judged:
         self.check_grader(grader)
         others = {g.name: g for g in self.graders}
         if grader in others:
-            return _figures(others[grader], texts, golds, marker)
+            return _judged_by(others[grader], texts, golds, marker)
         with Judge() as judge:
             found = ours(grader, judge)
             if self.right is not None:
                 found = Grader(self.name, found.read, self.right)
-            figures = _figures(replace(found, read=self.parse or found.read), texts, golds, marker)
+            found = replace(found, read=self.parse or found.read)
+            figures, verdicts = _judged_by(found, texts, golds, marker)
             if judge.failed:  # it proved nothing
                 figures["grader"] = "plain"
-            return figures | {"undecided": judge.undecided}
+            return Judged(figures | {"undecided": judge.undecided}, verdicts)
 
 
-def _figures(
-    grader: Grader, texts: Sequence[str], golds: Sequence[str], marker: str
-) -> dict[str, Any]:
+def _judged_by(grader: Grader, texts: Sequence[str], golds: Sequence[str], marker: str) -> Judged:
     answers = [grader.read(text, marker) for text in texts]
-    right = sum(grader.right(answer, gold) for answer, gold in zip(answers, golds, strict=True))
-    answered = sum(answer is not None for answer in answers)
+    pairs = zip(answers, golds, strict=True)
+    verdicts = [Verdict(answer, bool(grader.right(answer, gold))) for answer, gold in pairs]
     rows = max(len(texts), 1)
-    return {
-        "exact_match": right / rows,
-        "answered": answered / rows,
+    figures = {
+        "exact_match": sum(verdict.right for verdict in verdicts) / rows,
+        "answered": sum(verdict.answer is not None for verdict in verdicts) / rows,
         "rows": len(texts),
         "grader": grader.name,
         "undecided": 0,
     }
+    return Judged(figures, verdicts)
 
 
 def column_text(row: Row, column: str, marker: str = "") -> str:

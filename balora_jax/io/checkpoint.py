@@ -21,7 +21,7 @@ from balora_jax.io import seals
 from balora_jax.io.checkpoint_folder import REMOVED, WRITING, sealed_steps
 from balora_jax.io.folders import write_atomically
 from balora_jax.io.keeper import Keeper
-from balora_jax.numerics.objective import depends_on_length
+from balora_jax.numerics.objective import length_schedules
 from balora_jax.parallel import hosts
 from balora_jax.untyped.json_text import read_object
 
@@ -42,6 +42,7 @@ FREE_KEYS = (
     "regularizers.teacher_cache",
     "regularizers.teacher_cache_folder",
     "training.stop_at",
+    "training.extend",
     "training.head",
     "training.head_chunk",
     "training.head_memory_mib",
@@ -53,11 +54,13 @@ FREE_KEYS = (
     "training.log_gradient_share_every",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "training.patience",
     "mesh",
     "eval",
     "study",
 )
 
+LENGTH = ("training.max_steps", "training.epochs")
 
 FORMAT = 3
 """Of what lies in a checkpoint; another version's is refused by number."""
@@ -313,14 +316,17 @@ def read_identity(path: Path) -> Identity:
 def read_data(path: Path) -> dict[str, Any]:
     """The position in the data (``batches``) and the first score (``before``) of a checkpoint.
 
+    And ``held_out``, what was measured of the held-out rows, where something was.
+
     Raises:
         InputError: another program wrote it.
     """
     data = _read(path, "data/metadata")
     if (
-        data.keys() != {"batches", "before"}
+        data.keys() - {"held_out"} != {"batches", "before"}
         or not all(isinstance(v, dict) for v in data.values())
         or not all(map(_is_score, data["before"].values()))
+        or ("held_out" in data and not _is_held_out(data["held_out"]))
     ):
         raise InputError(
             f"{path}: expected a position in the data and a score, got something else. Go on from "
@@ -333,6 +339,30 @@ def _is_score(value: Any) -> bool:
     """Whether a value can stand in a score: a finite number, or the name of a grader."""
     return isinstance(value, str) or (
         type(value) in (int, float) and abs(value) < 2**1023 and math.isfinite(value)
+    )
+
+
+def _is_held_out(found: dict[str, Any]) -> bool:
+    """Whether values are what :class:`training.held_out.HeldOut` gives."""
+    if found.keys() != {"before", "best", "without_gain"}:
+        return False
+    best = found["best"]
+    whole = best is None or (
+        isinstance(best, dict)
+        and best.keys() == {"step", "value", "skipped", "figures"}
+        and all(type(best[name]) is int for name in ("step", "skipped"))
+        and _is_score(best["value"])
+        and not isinstance(best["value"], str)
+        and _are_figures(best["figures"])
+    )
+    return whole and type(found["without_gain"]) is int and _are_figures(found["before"])
+
+
+def _are_figures(found: Any) -> bool:
+    """Whether a value has finite numbers by name, or None for those that are not finite."""
+    return isinstance(found, dict) and all(
+        value is None or (_is_score(value) and not isinstance(value, str))
+        for value in found.values()
     )
 
 
@@ -350,12 +380,16 @@ def _scoring(config: Mapping[str, Any]) -> list[Any]:
     data = config.get("data") or {}
     rows = [data.get(key) for key in ("validation", "validation_limit", "validation_split")]
     settings = dict(config.get("eval") or {})
-    settings.pop("batch_size", None)
+    for key in ("batch_size", "every", "score_every"):
+        settings.pop(key, None)
     return [*rows, settings]
 
 
-def check_same_run(saved: Identity, now: Identity, where: str) -> None:
-    """Raises InputError where going on would not be the same run, naming the first difference."""
+def check_same_run(saved: Identity, now: Identity, where: str, *, extend: bool = False) -> None:
+    """Raises InputError where going on would not be the same run, naming the first difference.
+
+    With ``extend`` it may be longer although its schedules depend on its length.
+    """
     if saved.base != now.base:
         raise InputError(
             f"{where}: expected the base model this run began with (fingerprint "
@@ -366,12 +400,16 @@ def check_same_run(saved: Identity, now: Identity, where: str) -> None:
     for key, before, after in differences(saved_config, config):
         if any(key == free or key.startswith(free + ".") for free in FREE_KEYS):
             continue
-        if key == "training.max_steps" and _extends(now.config, before, after):
-            continue
-        raise InputError(
-            f"{where}: expected {key} to stay {before!r}, got {after!r}. Set it back, or use a new "
-            "--workdir."
-        )
+        advice = "Set it back, or use a new --workdir."
+        if key in LENGTH and _is_longer(before, after):
+            tied = _tied_to_length(now.config)
+            if not tied or extend:
+                continue
+            advice = (
+                f"This changes {', '.join(tied)}, which follow the length of the run: set it back, "
+                "or set training.extend=true to go on with them over the new length."
+            )
+        raise InputError(f"{where}: expected {key} to stay {before!r}, got {after!r}. {advice}")
     if saved.start != now.start:
         raise InputError(
             f"{where}: expected the adapter of adapter.start that this run began with (fingerprint "
@@ -389,12 +427,29 @@ def _in_todays_words(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**config, "data": {**data, "packing": packing}}
 
 
-def _extends(config: Mapping[str, Any], before: Any, after: Any) -> bool:
-    """A run may be lengthened where nothing depends on its length."""
-    training = config["training"]
-    steady = training["schedule"] == "constant" and training["warmup"] == 0.0
-    longer = isinstance(before, int) and isinstance(after, int) and after > before
-    return longer and steady and not depends_on_length(config["regularizers"])
+def extension(saved: Identity, now: Identity) -> list[str]:
+    """What is to be said of a run that goes on to another length, checked before; else nothing."""
+    before, after = saved.config["training"], now.config["training"]
+    key = next((key for key in ("max_steps", "epochs") if before[key] != after[key]), None)
+    if key is None:
+        return []
+    tied = _tied_to_length(now.config)
+    changed = f"; over the new length now: {', '.join(tied)}" if tied else ""
+    return [f"the run is longer: training.{key} {before[key]} -> {after[key]}{changed}"]
+
+
+def _is_longer(before: Any, after: Any) -> bool:
+    return isinstance(before, int | float) and isinstance(after, int | float) and after > before
+
+
+def _tied_to_length(config: Mapping[str, Any]) -> list[str]:
+    """Settings with their values by which a step depends on how many there are in all."""
+    training, found = config["training"], []
+    if training["schedule"] != "constant":
+        found.append(f"training.schedule {training['schedule']}")
+    if training["warmup"]:
+        found.append(f"training.warmup {training['warmup']}")
+    return found + [f"regularizers.{one}" for one in length_schedules(config["regularizers"])]
 
 
 def differences(

@@ -2,9 +2,9 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from balora_jax.numerics.few import batches_by_length
 from balora_jax.parallel import hosts
 
 _WIDTH_MULTIPLE = 16
+_STREAMED = 64
+"""Columns of the shortest prompt that is streamed: a conversation soon has as many."""
 NOTHING = -1
 """Of a column after a row's end: no row of any table, so that no token is taken for it."""
 
@@ -92,6 +94,28 @@ def keep_nucleus(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B V
     return jnp.where(keep, logits, -jnp.inf)
 
 
+class Written(NamedTuple):
+    """What a decoder has written so far, and what it goes on from.
+
+    Attributes:
+        tokens: int32 [B, M]; -1 where nothing is written, and from a row's stop token on.
+        last: int32 [B], the newest of each row.
+        done: bool [B], rows that have ended.
+        column: int32, how many columns are written.
+        lengths: int32 [B], tokens of the prompts.
+        keys: [B], of the draws.
+        cache: of the model.
+    """
+
+    tokens: Array
+    last: Array
+    done: Array
+    column: Array
+    lengths: Array
+    keys: Array
+    cache: Any
+
+
 def decode(
     module: Cached,
     input_ids: Int[Array, "B T"],
@@ -104,38 +128,59 @@ def decode(
     ``mask`` is 1 on prompt tokens; padding may stand left or right. Rows without any token end at
     once. Each row draws with a key of its own: those given [B], or from one key by its place.
     """
+
+    def unfinished(written: Written) -> Array:
+        return (written.column < sampling.max_new_tokens) & ~jnp.all(written.done)
+
+    def step(written: Written) -> Written:
+        return advanced(module, written, sampling)
+
+    return jax.lax.while_loop(
+        unfinished, step, begun(module, input_ids, mask, sampling, key)
+    ).tokens
+
+
+def begun(
+    module: Cached,
+    input_ids: Int[Array, "B T"],
+    mask: Int[Array, "B T"],
+    sampling: Sampling,
+    key: Key[Array, "..."],
+) -> Written:
+    """The first column after prompts, as :func:`decode` writes it."""
     rows, width = input_ids.shape
     limit = sampling.max_new_tokens
-    row_keys = key if key.ndim else each_row(key, jnp.arange(rows))
-    stops = jnp.asarray(sampling.stop_ids, jnp.int32)
-
-    def choose(hidden: Array, done: Array, column: Array) -> tuple[Array, Array]:
-        keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, column)
-        token = next_token(module.logits(hidden), sampling, keys)
-        done = done | jnp.any(token[:, None] == stops[None, :], axis=-1)
-        return jnp.where(done, NOTHING, token), done
-
+    keys = key if key.ndim else each_row(key, jnp.arange(rows))
     cache = module.empty_cache(rows, width + limit)
     hidden, cache = module.extend(input_ids, mask_positions(mask), mask, cache)
     last = jnp.argmax(jnp.arange(width)[None, :] * mask, axis=-1)
-    token, done = choose(hidden[jnp.arange(rows), last], jnp.sum(mask, axis=-1) == 0, jnp.array(0))
-    out = jnp.full((rows, limit), NOTHING, jnp.int32).at[:, 0].set(token)
     lengths = jnp.sum(mask, axis=-1)
+    logits = module.logits(hidden[jnp.arange(rows), last])
+    token, done = _chosen(logits, lengths == 0, jnp.array(0), sampling, keys)
+    tokens = jnp.full((rows, limit), NOTHING, jnp.int32).at[:, 0].set(token)
+    return Written(tokens, token, done, jnp.array(1), lengths, keys, cache)
 
-    def unfinished(carry):
-        _, _, done, column, _ = carry
-        return (column < limit) & ~jnp.all(done)
 
-    def step(carry):
-        out, token, done, column, cache = carry
-        positions = (lengths + column - 1)[:, None]
-        given = jnp.where(done, sampling.pad_id, token)[:, None]
-        hidden, cache = module.extend(given, positions, jnp.ones_like(positions), cache)
-        token, done = choose(hidden[:, 0], done, column)
-        return out.at[:, column].set(token), token, done, column + 1, cache
+def advanced(module: Cached, written: Written, sampling: Sampling) -> Written:
+    """One more column."""
+    tokens, token, done, column, lengths, keys, cache = written
+    positions = (lengths + column - 1)[:, None]
+    given = jnp.where(done, sampling.pad_id, token)[:, None]
+    hidden, cache = module.extend(given, positions, jnp.ones_like(positions), cache)
+    token, done = _chosen(module.logits(hidden[:, 0]), done, column, sampling, keys)
+    tokens = tokens.at[:, column].set(token)
+    return Written(tokens, token, done, column + 1, lengths, keys, cache)
 
-    carry = (out, token, done, jnp.array(1), cache)
-    return jax.lax.while_loop(unfinished, step, carry)[0]
+
+def _chosen(
+    logits: Array, done: Array, column: Array, sampling: Sampling, row_keys: Array
+) -> tuple[Array, Array]:
+    """The next token of every row, and which rows have ended."""
+    keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, column)
+    token = next_token(logits, sampling, keys)
+    stops = jnp.asarray(sampling.stop_ids, jnp.int32)
+    done = done | jnp.any(token[:, None] == stops[None, :], axis=-1)
+    return jnp.where(done, NOTHING, token), done
 
 
 def make_decoder(bind: Callable[..., Cached], sampling: Sampling) -> Callable[..., Array]:
@@ -145,6 +190,57 @@ def make_decoder(bind: Callable[..., Cached], sampling: Sampling) -> Callable[..
         return decode(bind(*parts), input_ids, mask, sampling, key)
 
     return jax.jit(run)
+
+
+class Streamer:
+    """Tokens of one prompt as they are written: the same as :func:`generate` gives for it alone.
+
+    Prompts are padded to few widths, each a compilation.
+
+    Args:
+        bind: from ``*parts`` to the module.
+        sampling: the rule.
+        longest: of a prompt and its answer.
+    """
+
+    def __init__(self, bind: Callable[..., Cached], sampling: Sampling, longest: int):
+        self._sampling, self._longest = sampling, longest
+
+        def begin(parts, input_ids, mask, keys):
+            return begun(bind(*parts), input_ids, mask, sampling, keys)
+
+        def advance(parts, written):
+            return advanced(bind(*parts), written, sampling)
+
+        self._begin, self._advance = jax.jit(begin), jax.jit(advance, donate_argnums=1)
+
+    def __call__(
+        self, parts: Sequence[Any], prompt: Sequence[int], key: PRNGKeyArray
+    ) -> Iterator[int]:
+        """The tokens after a prompt, up to the first stop token, one by one."""
+        most = self._longest - self._sampling.max_new_tokens
+        width = streamed_width(len(prompt), most)
+        ids, mask = pad_prompts([prompt], rows=1, width=width, pad_id=self._sampling.pad_id)
+        written = self._begin(parts, ids, mask, keys_of(key, jnp.zeros(1, jnp.int32), 1))
+        for count in range(1, self._sampling.max_new_tokens + 1):
+            token = int(np.asarray(written.last)[0])
+            if token == NOTHING:
+                return
+            yield token
+            if count < self._sampling.max_new_tokens:
+                written = self._advance(parts, written)
+
+
+def streamed_width(length: int, most: int) -> int:
+    """The width that one prompt is padded to: 64, 128, 256, … and ``most``.
+
+    >>> [streamed_width(length, 300) for length in (1, 65, 200, 290)]
+    [64, 128, 256, 300]
+    """
+    width = _STREAMED
+    while width < length:
+        width *= 2
+    return max(length, min(width, most))
 
 
 def each_row(key: PRNGKeyArray, rows: Int[Array, "B"]) -> Key[Array, "B"]:

@@ -198,15 +198,20 @@ def bytes_by_kind(
     """Where the bytes of one device go; the kinds add up to the compiler's total.
 
     What a step is given follows from shapes and mesh; ``padding`` is what the compiler adds to it
-    for tiles, or leaves out where it reads an array not at all (then below 0). The split of the
-    temporaries is an estimate: ``head`` is what the head's pass takes when it is compiled alone on
+    for tiles. An array that the step does not read (the key, which only dropout and samples do)
+    takes no bytes, and counts for none in its kind, the batch first. The split of the temporaries
+    is an estimate: ``head`` is what the head's pass takes when it is compiled alone on
     the same shapes and mesh, at most all of them, and the step's peak may lie elsewhere.
     """
     held = held_bytes(arguments)
     if memory is None:
         return held
     rest = dict(held)
-    rest["padding"] = memory["arguments"] - sum(held.values())
+    left_out = max(sum(held.values()) - memory["arguments"], 0)
+    for kind in ("batch", *held):
+        cut = min(rest[kind], left_out)
+        rest[kind], left_out = rest[kind] - cut, left_out - cut
+    rest["padding"] = memory["arguments"] - sum(rest.values())
     if head_alone is not None:
         rest["head"] = min(head_alone, memory["temporaries"])
     rest["activations"] = memory["temporaries"] - rest.get("head", 0)

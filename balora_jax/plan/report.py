@@ -159,11 +159,11 @@ def _remarks(figures: Mapping[str, Any], config: RunConfig) -> list[str]:
 def _size(size: float) -> str:
     """Bytes for people.
 
-    >>> _size(3 * 2**30), _size(-1536), _size(7)
-    ('3.00 GiB', '-1.5 KiB', '7 B')
+    >>> _size(3 * 2**30), _size(1536), _size(7)
+    ('3.00 GiB', '1.5 KiB', '7 B')
     """
     for unit, factor, form in (("GiB", 2**30, ".2f"), ("MiB", 2**20, ".1f"), ("KiB", 2**10, ".1f")):
-        if abs(size) >= factor:
+        if size >= factor:
             return f"{size / factor:{form}} {unit}"
     return f"{size:.0f} B"
 
@@ -185,13 +185,13 @@ def draw(figures: Mapping[str, Any], path: Path) -> bool:
         Whether it was drawn.
     """
 
-    def paint(pyplot: Any) -> Any:
+    def paint(subplots: Any) -> Any:
         rows = list(reversed(figures["rows"]))
         names = [row["case"].replace(", ", "\n", 1) for row in rows]
-        figure, axis = pyplot.subplots(figsize=(10, 0.7 * len(rows) + 1.6), constrained_layout=True)
+        figure, axis = subplots(figsize=(10, 0.7 * len(rows) + 1.6))
         left = [0.0] * len(rows)
         for number, (kind, title) in enumerate(KINDS.items()):
-            sizes = [max(row["bytes_by_kind"].get(kind, 0), 0) / 2**30 for row in rows]
+            sizes = [row["bytes_by_kind"].get(kind, 0) / 2**30 for row in rows]
             axis.barh(names, sizes, left=left, label=title, color=f"C{number}")
             left = [a + b for a, b in zip(left, sizes, strict=True)]
         rest = [max(needed(row) - place, 0.0) for row, place in zip(rows, left, strict=True)]

@@ -48,13 +48,25 @@ class PretrainedModel:
         bind: from ``*parts`` to the module.
     """
 
-    def __init__(self, base: Base, skeleton: Structure, parts: Sequence[dict[str, Array]]):
+    def __init__(
+        self,
+        base: Base,
+        skeleton: Structure,
+        parts: Sequence[dict[str, Array]],
+        plain: "PretrainedModel | None" = None,
+    ):
         self.config = base.config
         self.parts = tuple(parts)
         self.base = base
+        self._plain = plain
         self.bind = skeleton.bind
         self._skeleton = skeleton
         self._logits = jax.jit(lambda parts, ids, mask: skeleton.bind(*parts)(ids, mask))
+
+    @property
+    def plain(self) -> "PretrainedModel":
+        """The base without the adapter, on the same arrays; this model where there is none."""
+        return self._plain or self
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -260,12 +272,13 @@ def load_decoder(
     made = partial(structure, dtype=dtype, kernel=kernel, quantization=quantization)
     plain = made(base.config)
     frozen = base.load_for(plain)
+    alone = PretrainedModel(base, plain, [frozen])
     if peft is None:
-        return PretrainedModel(base, plain, [frozen])
+        return alone
     adapted = _adapted(peft, base, plain, frozen, str(adapter))
     skeleton = made(adapted.config, adapters=adapted.shapes, whole=adapted.whole)
     base = replace(base, config=adapted.config)
-    return PretrainedModel(base, skeleton, [frozen, adapted.constants, adapted.trained])
+    return PretrainedModel(base, skeleton, [frozen, adapted.constants, adapted.trained], alone)
 
 
 def load_encoder(

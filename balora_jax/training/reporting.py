@@ -8,9 +8,13 @@ from typing import Any, NamedTuple
 import jax
 
 from balora_jax.io import metrics
+from balora_jax.io.drawing import LiveCurves
 from balora_jax.parallel import hosts
 from balora_jax.progress import Bar, progress_bar
 from balora_jax.training.trackers.tracker import Trackers
+
+Measure = Callable[[], dict[str, float | None]]
+"""What measures more figures of a step, by their names in the log."""
 
 COUNTS = ("tokens", "skipped", "skipped_in_a_row")
 
@@ -36,6 +40,7 @@ class Reporter:
         flops: model FLOPs of a step by the shape of its batch and its counted tokens.
         peak: FLOPs per second of all devices; None where not known.
         trackers: what gets each row of the log as well.
+        curves: what draws the log while the run goes on.
     """
 
     def __init__(
@@ -45,8 +50,9 @@ class Reporter:
         flops: Callable[[Sequence[int], float], float],
         peak: float | None,
         trackers: Trackers | None = None,
+        curves: LiveCurves | None = None,
     ):
-        self.trackers = trackers
+        self.trackers, self.curves = trackers, curves
         self.log, self.every, self.flops, self.peak = log, every, flops, peak
         self.pending: tuple[int, Any, Filled] | None = None
         self.clock, self.tokens, self.steps, self.work = time.monotonic(), 0.0, 0, 0.0
@@ -63,8 +69,11 @@ class Reporter:
         self.pending = (step, values, batch)
         return row
 
-    def flush(self, bar: Bar) -> dict[str, float] | None:
-        """Wait for the remembered step, log it if it is due, return it."""
+    def flush(self, bar: Bar, measure: Measure | None = None) -> dict[str, float] | None:
+        """Wait for the remembered step, log it if it is due, return it.
+
+        With ``measure`` it is due; its row gets those figures as well, whose time is no step's.
+        """
         if self.pending is None:
             return None
         step, values, batch = self.pending
@@ -79,23 +88,31 @@ class Reporter:
             shown["skipped"] = f"{row['skipped']:.0f}"
         bar.set_postfix(shown, refresh=False)
         bar.update(1)
-        if step % self.every == 0 or step == 1 or row["skipped_in_a_row"]:
-            self._write(row)
+        if measure or step % self.every == 0 or step == 1 or row["skipped_in_a_row"]:
+            self._write(row, measure)
         return row
 
-    def _write(self, row: dict[str, float]) -> None:
+    def begin(self, figures: dict[str, float | None]) -> None:
+        """A row of step 0: figures of the start, and nothing in the columns of a step."""
+        if self.log is not None:
+            self.log.write({**dict.fromkeys(metrics.columns()), "step": 0, **figures})
+
+    def _write(self, row: dict[str, float], measure: Measure | None) -> None:
         seconds = max(time.monotonic() - self.clock, 1e-9)
         speed = {"tokens_per_second": self.tokens / seconds, "step_seconds": seconds / self.steps}
         if self.peak is not None:
             speed["mfu"] = self.work / seconds / self.peak
         speed["fill"] = self.real / self.places
+        figures: dict[str, float | None] = {} if measure is None else measure()
         if self.log is not None:
             whole = {name: int(row[name]) for name in COUNTS}
             # JSON knows no NaN: what is not finite is null.
             finite = {name: v if math.isfinite(v) else None for name, v in row.items()}
-            self.log.write(finite | whole | speed)
+            self.log.write({**finite, **whole, **speed, **figures})
             if self.trackers is not None:
-                self.trackers.log(finite | whole | speed)
+                self.trackers.log({**finite, **whole, **speed, **figures})
+            if self.curves is not None:
+                self.curves.follow()
         self.restart()
 
 

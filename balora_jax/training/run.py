@@ -16,8 +16,27 @@ from balora_jax.training.steps import StepParts
 
 Arrays = dict[str, Array]
 
-Scorer = Callable[..., dict[str, Any]]
-"""``(constants, trainable, key, title)`` → figures of the validation rows, printed as well."""
+Validator = Callable[[Any, Arrays], dict[str, float]]
+"""``(constants, trainable)`` → loss and terms of the validation rows by name, the loss first."""
+
+
+class Scored(NamedTuple):
+    """What a score finds.
+
+    Attributes:
+        figures: of the validation rows; none where these are not scored.
+        predictions: of each validation row what was predicted, for the reader.
+        samples: answers to the prompts of ``eval.samples``: ``prompt``, ``answer`` and, where there
+            is one, ``gold``.
+    """
+
+    figures: dict[str, Any]
+    predictions: Sequence[dict[str, Any]] = ()
+    samples: Sequence[dict[str, Any]] = ()
+
+
+Scorer = Callable[..., Scored]
+"""``(constants, trainable, key, title)`` → what is found, with the figures printed as well."""
 
 
 class Loaded(NamedTuple):
@@ -159,6 +178,10 @@ class Run(Protocol):
 
     def prepare(self, batch: dict[str, Any], teacher: Any) -> dict[str, Any]:
         """A batch as the step takes it, with its part of what :meth:`teacher` gave."""
+        ...
+
+    def validator(self) -> Validator | None:
+        """What measures the loss of the validation rows; None where that is not asked for."""
         ...
 
     def scorer(self) -> Scorer | None:

@@ -1,6 +1,7 @@
 """The folder of a run: what may lie in it before the run begins, and who writes there."""
 
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -16,8 +17,8 @@ from balora_jax.io.hf_export import is_merged
 from balora_jax.io.hf_files import CONFIG_FILE
 from balora_jax.io.peft_writer import is_adapter
 from balora_jax.parallel import hosts
-from balora_jax.pretrained.export import ADAPTER, MODEL
-from balora_jax.training.trackers.tracker import SEEN
+from balora_jax.pretrained.export import ADAPTER, BEST, MODEL
+from balora_jax.training.trackers.tracker import SEEN, TRACKED
 from balora_jax.untyped.yaml_text import read_yaml
 
 CONFIG = "config.yaml"
@@ -29,9 +30,16 @@ CHECKPOINTS, PROFILE = "checkpoints", "profile"
 TEACHER = "teacher_logits.safetensors"
 TEACHER_ROWS = "teacher_hidden.safetensors"
 SKIPPED = "skipped_rows.jsonl"
+SAMPLES, PREDICTIONS = "samples.jsonl", "predictions"
 
-FILES = (CONFIG, METRICS, metrics.ASIDE, SUMMARY, CURVES, SEEN, TEACHER, TEACHER_ROWS, SKIPPED)
-FOLDERS = (CHECKPOINTS, ADAPTER, MODEL, PROFILE)
+PREDICTION = re.compile(r"(before|after|step_(\d+))\.jsonl")
+"""Names of files in ``predictions/``; the second group is the step of a score on the way."""
+
+FILES = (
+    *(CONFIG, METRICS, metrics.ASIDE, SUMMARY, CURVES, SEEN, TEACHER, TEACHER_ROWS),
+    *(SKIPPED, SAMPLES),
+)
+FOLDERS = (CHECKPOINTS, ADAPTER, MODEL, BEST, PROFILE, TRACKED, PREDICTIONS)
 """Everything that a run writes into its folder, and replaces there when it goes on."""
 
 MOST_METRICS = 2 * 2**30
@@ -125,25 +133,29 @@ def _check_kinds(folder: Path, there: list[str]) -> None:
     token = folder / _TOKEN
     for path, wants_folder in (
         *((folder / name, name in FOLDERS) for name in there),
+        *((path, False) for path in predictions_of(folder)),
         *_leftovers(folder),
         *([(token, False)] if os.path.lexists(token) else []),
     ):
         # What is replaced may be no link; what is only written into may lie on another disk.
-        mode = (os.stat if path.name in (CHECKPOINTS, PROFILE) else os.lstat)(path).st_mode
+        mode = (os.stat if path.name in (CHECKPOINTS, PROFILE, TRACKED) else os.lstat)(path).st_mode
         if not (stat.S_ISDIR(mode) if wants_folder else stat.S_ISREG(mode)):
             wanted = "a folder" if wants_folder else "a file"
             raise InputError(
                 f"--workdir {folder}: expected {path.name} to be {wanted} of the run, got "
                 "something else. Move it elsewhere."
             )
-    if METRICS in there and (size := (folder / METRICS).stat().st_size) > MOST_METRICS:
-        raise InputError(
-            f"{folder / METRICS}: expected at most {MOST_METRICS >> 30} GiB of rows, got "
-            f"{size / 2**30:.0f} GiB. Move the file elsewhere."
-        )
-    for name, is_ours in ((ADAPTER, is_adapter), (MODEL, is_merged)):
+    for name in (METRICS, SAMPLES):
+        if name in there and (size := (folder / name).stat().st_size) > MOST_METRICS:
+            raise InputError(
+                f"{folder / name}: expected at most {MOST_METRICS >> 30} GiB of rows, got "
+                f"{size / 2**30:.0f} GiB. Move the file elsewhere."
+            )
+    kinds = {ADAPTER: (is_adapter,), MODEL: (is_merged,), BEST: (is_adapter, is_merged)}
+    for name, are_ours in kinds.items():
         written = folder / name
-        if written.is_dir() and any(written.iterdir()) and not is_ours(written):
+        filled = written.is_dir() and any(written.iterdir())
+        if filled and not any(is_ours(written) for is_ours in are_ours):
             raise InputError(
                 f"{written}: expected what the run wrote, which its end replaces, got a folder "
                 "with other files in it. Move them elsewhere."
@@ -195,8 +207,25 @@ def remove_leftovers(folder: Path) -> None:
 
 def _leftovers(folder: Path) -> list[tuple[Path, bool]]:
     """Drafts of a run's files and folders, and whether each is to be a folder."""
-    files = [(path, False) for path in drafts_of(folder, (*FILES, CARD))]  # adapter/'s card
-    return files + [(path, True) for path in drafts_of(folder, (ADAPTER, MODEL))]
+    files = drafts_of(folder, (*FILES, CARD))  # adapter/'s card
+    if (folder / PREDICTIONS).is_dir():
+        named = {name for child in (folder / PREDICTIONS).iterdir() if (name := _drafted(child))}
+        files += drafts_of(folder / PREDICTIONS, named)
+    folders = drafts_of(folder, (ADAPTER, MODEL, BEST))
+    return [(path, False) for path in files] + [(path, True) for path in folders]
+
+
+def _drafted(child: Path) -> str | None:
+    """The name of the file of predictions that something may be a draft of."""
+    found = PREDICTION.match(child.name, 1)
+    return found and found[0]
+
+
+def predictions_of(folder: Path) -> list[Path]:
+    """The files of predictions of the run in a folder."""
+    if not (folder / PREDICTIONS).is_dir():
+        return []
+    return [path for path in (folder / PREDICTIONS).iterdir() if PREDICTION.fullmatch(path.name)]
 
 
 def agree_on_folder(folder: Path) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The adapter and the report."""
     parser.add_argument("--adapter", help="PEFT folder; the base alone without it")
-    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--json", help="write the figures and every prediction to this file")
 
 
 def run(config: "RunConfig", options: argparse.Namespace) -> None:
@@ -22,7 +22,8 @@ def run(config: "RunConfig", options: argparse.Namespace) -> None:
 
     with kept(config.training.compilation_cache):
         found = TASKS[config.task].evaluate(config, adapter=options.adapter)
-    report(found, options.json)
+    kept = {"predictions": list(found.predictions)} if options.json else {}
+    report(found.figures | kept, options.json)
 
 
 VERB = Verb("eval", "score a base model or an adapter", add_options, run)

@@ -1,5 +1,6 @@
 """From texts and right answers to a score."""
 
+from fractions import Fraction
 from types import SimpleNamespace
 
 import jax
@@ -167,7 +168,7 @@ def adder(tokenizer):
 
 
 def scored(tokenizer, rows, config, monkeypatch):
-    """The figures of the adder on rows that stand for those of a file."""
+    """What the adder's score is on rows that stand for those of a file."""
     monkeypatch.setattr(score, "load_rows", lambda source, split, limit: rows)
     data = config.data.model_copy(update={"validation": "unread"})
     asked = score.asked_of(data, config.eval, benchmark_of(config.task, config.eval.task))
@@ -178,7 +179,7 @@ def scored(tokenizer, rows, config, monkeypatch):
 def test_rows_are_prompted_answered_and_scored(tokenizer, capsys, monkeypatch):
     rows = [{"question": f"{a}+{b}", "answer": f"#{a + b}"} for a, b in ((1, 2), (4, 5), (8, 9))]
     rows.append({"question": "2+2", "answer": "#5"})
-    figures = scored(tokenizer, rows, config(), monkeypatch)
+    figures, predictions, _ = scored(tokenizer, rows, config(), monkeypatch)
     counts = {"exact_match": 0.5, "answered": 0.75, "rows": 4}
     assert figures == {**counts, "grader": OURS, "undecided": 0}
     printed = capsys.readouterr().out
@@ -186,12 +187,50 @@ def test_rows_are_prompted_answered_and_scored(tokenizer, capsys, monkeypatch):
         f"before: exact match 0.500 on 4 rows, by the grader {OURS}; first answer: 'so #3' "
         "(right: 3)\n"
     )
+    assert predictions == [
+        {"row": 1, "question": "1+2", "gold": "3", "text": " so #3", "answer": "3", "right": True},
+        {"row": 2, "question": "4+5", "gold": "9", "text": " so #9", "answer": "9", "right": True},
+        {"row": 3, "question": "8+9", "gold": "17", "text": "?", "answer": None, "right": False},
+        {"row": 4, "question": "2+2", "gold": "5", "text": " so #4", "answer": "4", "right": False},
+    ]
+
+
+def test_verdicts_agree_with_a_plain_look_at_the_texts():
+    """Over every pair of a text and a right answer: the numbers behind the marker, as fractions."""
+    texts = [f"so {MARKER} {text}" for text in ("4", "4.0", "-4", "1/2", "0.5", "1,200", "")]
+    golds = ["4", "1/2", "1200"]
+    pairs = [(text, gold) for text in texts for gold in golds]
+    figures, verdicts = benchmark("exact_match").judged(*zip(*pairs, strict=True), MARKER)
+    stated = [text.partition(MARKER)[2].strip().replace(",", "") for text, _ in pairs]
+    right = [
+        said != "" and Fraction(said) == Fraction(gold)
+        for said, (_, gold) in zip(stated, pairs, strict=True)
+    ]
+    assert [verdict.right for verdict in verdicts] == right
+    assert [verdict.answer is not None for verdict in verdicts] == [said != "" for said in stated]
+    assert figures["exact_match"] == sum(right) / len(pairs)
+
+
+def test_a_score_of_ones_own_keeps_its_figures_and_says_nothing_of_rows(
+    tokenizer, capsys, monkeypatch
+):
+    class Lengths(TextBenchmark):
+        def score(self, texts, golds, marker, grader="auto"):
+            return {**super().score(texts, golds, marker, grader), "length": len(texts[0])}
+
+    monkeypatch.setitem(
+        BENCHMARKS._items, "lengths", Lengths(name="lengths", gold=lambda row, *_: row["answer"])
+    )
+    rows = [{"question": "1+2", "answer": "3"}]
+    figures, predictions, _ = scored(tokenizer, rows, config(eval={"task": "lengths"}), monkeypatch)
+    assert (figures["length"], figures["exact_match"]) == (6, 1.0)
+    assert predictions == [{"row": 1, "question": "1+2", "gold": "3", "text": " so #3"}]
 
 
 def test_gold_column_of_its_own(tokenizer, capsys, monkeypatch):
     rows = [{"question": "1+1", "answer": "unused", "right": 2}]
     settings = config(eval={"gold_column": "right"})
-    figures = scored(tokenizer, rows, settings, monkeypatch)
+    figures, _, _ = scored(tokenizer, rows, settings, monkeypatch)
     assert figures["exact_match"] == 1.0
     assert "(right: 2)" in capsys.readouterr().out
 

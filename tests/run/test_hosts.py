@@ -174,7 +174,7 @@ def test_everything_is_said_and_written_once(two):
     assert "training: " not in second
     assert [row["step"] for row in metrics_of(two.workdir)] == list(range(1, STEPS + 1))
     assert {path.name for path in two.workdir.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "checkpoints", "adapter", "summary.json",
+        "config.yaml", "metrics.jsonl", "checkpoints", "adapter", "summary.json", "predictions",
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from balora_jax import finetune
 from balora_jax.config_file import load_config, parse_config
+from balora_jax.data.glue import LabelsTask
 from balora_jax.errors import InputError
 from balora_jax.tasks.labels import run as labels_run
 from balora_jax.tasks.labels import score as labels_score
@@ -78,7 +79,7 @@ def test_everything_is_written(finished):
     names = {path.name for path in run.iterdir()}
     assert names == {
         *("config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "adapter", CACHE),
-        "curves.png",
+        *("curves.png", "predictions"),
     }
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert [set(json.loads(line)) for line in lines] == [METRICS] * STEPS
@@ -413,6 +414,37 @@ def test_a_score_is_of_rows_no_longer_than_the_model_takes(tmp_path):
     with jax.set_mesh(run.mesh):
         scorer(run.constants(loaded), loaded.trainable, jax.random.key(0), "before")
     assert np.isfinite(np.concatenate(seen)).all()
+
+
+def test_predictions_are_those_of_the_figures(finished, inputs):
+    """Each row's class and its share; the figures from the rows alone."""
+    _, run, _ = finished
+    asked = [json.loads(line) for line in (inputs / "validation.jsonl").read_text().splitlines()]
+    for title in ("before", "after"):
+        lines = (run / "predictions" / f"{title}.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert [row["row"] for row in rows] == list(range(1, len(asked) + 1))
+        assert [row["gold"] for row in rows] == [row["kind"] for row in asked]
+        for row in rows:
+            assert list(row["probabilities"]) == ["bad", "good"]
+            assert sum(row["probabilities"].values()) == pytest.approx(1.0)
+            assert row["predicted"] == max(row["probabilities"], key=row["probabilities"].get)
+            assert row["right"] is (row["predicted"] == row["gold"])
+        share = sum(row["right"] for row in rows) / len(rows)
+        assert share == pytest.approx(summary_of(run)[title]["accuracy"])
+
+
+def test_predictions_from_logits_by_hand():
+    task = LabelsTask("t", ("text",), ("kind",), ("bad", "good"), ("accuracy",))
+    logits = np.array([[0.0, np.log(3.0)], [1000.0, 0.0]], np.float32)
+    first, second = labels_score.predicted(logits, np.array([1, 1]), task)
+    assert first.pop("probabilities") == pytest.approx({"bad": 0.25, "good": 0.75})
+    assert first == {"row": 1, "gold": "good", "predicted": "good", "right": True}
+    assert second.pop("probabilities") == {"bad": 1.0, "good": 0.0}
+    assert second == {"row": 2, "gold": "good", "predicted": "bad", "right": False}
+    scores = LabelsTask("t", ("text",), ("score",), (), ("pearson",))
+    found = labels_score.predicted(np.array([[2.5]], np.float32), np.array([3.0]), scores)
+    assert found == [{"row": 1, "gold": 3.0, "predicted": 2.5}]
 
 
 def test_glue_scores_each_validation_split(tmp_path, inputs, monkeypatch, capsys):

@@ -40,6 +40,7 @@ def test_the_folder_holds_what_is_promised(finished):
     names = {path.name for path in finished.workdir.iterdir()}
     assert names == {
         "config.yaml", "metrics.jsonl", "checkpoints", "adapter", "summary.json", "curves.png",
+        "predictions",
     }  # fmt: skip
     assert {path.name for path in (finished.workdir / "adapter").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "README.md", "balora_config.yaml",
@@ -185,7 +186,10 @@ def test_eval_gives_the_score_of_the_run(finished, tmp_path, with_adapter):
     outcome = invoke("eval", finished.config, *adapter, "--json", figures)
     assert outcome.code == 0, outcome.err
     found = json.loads(figures.read_text())
-    assert found == summary["after" if with_adapter else "before"]
+    title = "after" if with_adapter else "before"
+    lines = (finished.workdir / "predictions" / f"{title}.jsonl").read_text().splitlines()
+    assert found.pop("predictions") == [json.loads(line) for line in lines]
+    assert found == summary[title]
 
 
 def generated(tmp_path, config, *more):

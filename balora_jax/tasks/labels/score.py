@@ -25,6 +25,7 @@ from balora_jax.parallel import hosts, sharding
 from balora_jax.parallel.sharding import rows_sharding
 from balora_jax.progress import progress_bar
 from balora_jax.tasks.labels.loss import Constants
+from balora_jax.training.run import Scored
 
 Arrays = dict[str, Array]
 
@@ -53,23 +54,28 @@ class LabelsScorer:
 
     def __call__(
         self, constants: Constants, trainable: Arrays, key: PRNGKeyArray, title: str
-    ) -> dict[str, Any]:
-        """The task's metrics, printed as well."""
+    ) -> Scored:
+        """The task's metrics, printed as well, and the prediction of each row."""
         del key  # nothing here draws
         return self.score((constants.frozen, constants.origin, trainable), title)
 
-    def score(self, parts: Any, title: str) -> dict[str, Any]:
+    def score(self, parts: Any, title: str) -> Scored:
         """The metrics of a model's arrays; of MNLI's two sets with their titles."""
         figures: dict[str, Any] = {}
+        predictions: list[dict[str, Any]] = []
         for name, rows in self.validation.items():
-            found = self._score(parts, rows, f"{title} {name}")
-            suffix = "" if len(self.validation) == 1 else f"_{name}"
+            found, predicted = self._score(parts, rows, f"{title} {name}")
+            suffix = suffix_of(name, len(self.validation))
+            of = {"set": name} if suffix else {}
             figures |= {f"{metric}{suffix}": value for metric, value in found.items()}
+            predictions += [of | row for row in predicted]
         shown = ", ".join(f"{metric} {value:.4g}" for metric, value in figures.items())
         hosts.say(f"{title}: {shown}")
-        return figures
+        return Scored(figures, predictions)
 
-    def _score(self, parts: Any, rows: LabelsSet, title: str) -> dict[str, Any]:
+    def _score(
+        self, parts: Any, rows: LabelsSet, title: str
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         logits = over_rows(
             self.forward,
             parts,
@@ -83,7 +89,45 @@ class LabelsScorer:
         golds = np.asarray([example.label for example in rows.examples])
         predictions = logits[:, 0] if self.task.regression else logits.argmax(axis=-1)
         figures = score_labels(self.task.metrics, predictions, golds)
-        return {**figures, "rows": len(golds)}
+        return {**figures, "rows": len(golds)}, predicted(logits, golds, self.task)
+
+
+def predicted(logits: np.ndarray, golds: np.ndarray, task: LabelsTask) -> list[dict[str, Any]]:
+    """What is predicted for each row, for the reader.
+
+    Args:
+        logits: [rows, C] of the classes, or [rows, 1], the scores of a regression.
+        golds: [rows], class ids or scores.
+        task: names the classes.
+    """
+    if task.regression:
+        pairs = zip(golds.tolist(), logits[:, 0].tolist(), strict=True)
+        rows = [{"gold": gold, "predicted": score} for gold, score in pairs]
+        return [{"row": number, **row} for number, row in enumerate(rows, start=1)]
+    logits = logits.astype(np.float64)
+    odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    shares = odds / odds.sum(axis=-1, keepdims=True)
+    ids = zip(golds.tolist(), logits.argmax(axis=-1).tolist(), shares.tolist(), strict=True)
+    return [
+        {
+            "row": number,
+            "gold": task.labels[gold],
+            "predicted": task.labels[choice],
+            "right": gold == choice,
+            "probabilities": dict(zip(task.labels, row, strict=True)),
+        }
+        for number, (gold, choice, row) in enumerate(ids, start=1)
+    ]
+
+
+def suffix_of(title: str, sets: int) -> str:
+    """What the figures of one of several validation sets end with."""
+    return "" if sets == 1 else f"_{title}"
+
+
+def rates_of(task: LabelsTask, title: str, sets: int) -> list[str]:
+    """Names of the metrics of one of several validation sets."""
+    return [metric + suffix_of(title, sets) for metric in task.metrics]
 
 
 def task_of(config: DataConfig) -> LabelsTask:
@@ -164,5 +208,6 @@ def over_rows(
             arrays = [hosts.place(batch[name], place) for name in NAMES]
             found.append(hosts.gathered(forward(parts, *arrays))[: len(places)])
             bar.update(len(places))
+            hosts.moved()
     order = np.array([i for places, _ in batches for i in places])
     return np.concatenate(found)[np.argsort(order)]

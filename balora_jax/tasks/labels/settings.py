@@ -33,6 +33,8 @@ UNREAD = (
     "eval.top_p",
     "eval.prompt_column",
     "eval.gold_column",
+    "eval.samples",
+    "eval.prompts",
 )
 
 NO_REQUEST = {"data.packing": "none"}

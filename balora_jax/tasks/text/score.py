@@ -7,12 +7,13 @@ from typing import Any
 from balora_jax.array_types import Array, PRNGKeyArray
 from balora_jax.config import DataConfig, EvalConfig
 from balora_jax.config_data import TrainSet
-from balora_jax.data.conversations import answered
+from balora_jax.data.conversations import answered, last_turn
 from balora_jax.data.examples import encode_prompt
 from balora_jax.data.sources import load_rows
 from balora_jax.data.template_files import read_template, template_of
-from balora_jax.data.templates import ExampleSettings
+from balora_jax.data.templates import ExampleSettings, prompt_text
 from balora_jax.data.training_sets import TrainingSet
+from balora_jax.errors import InputError
 from balora_jax.evals.benchmark import Benchmark, TextBenchmark, golds_of, place
 from balora_jax.models.decoder import Decoder
 from balora_jax.models.generation import Sampling, generate, make_decoder
@@ -20,6 +21,7 @@ from balora_jax.parallel import hosts
 from balora_jax.pretrained.checkpoint import Base
 from balora_jax.pretrained.load import continuations, sampling_for
 from balora_jax.progress import progress_bar
+from balora_jax.training.run import Scored
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
@@ -48,6 +50,11 @@ class Answerer:
         """Texts after each prompt (token ids), with a progress bar called ``title``."""
         quiet = not hosts.is_first()
         with progress_bar(total=len(prompts), desc=title, unit="row", disable=quiet) as bar:
+
+            def progress(rows: int) -> None:
+                bar.update(rows)
+                hosts.moved()
+
             tokens = generate(
                 self._decoder,
                 parts,
@@ -55,7 +62,7 @@ class Answerer:
                 self.sampling,
                 batch_size=min(self.batch_size, len(prompts)),
                 key=key,
-                progress=bar.update,
+                progress=progress,
             )
         return continuations(self.tokenizer, prompts, tokens)
 
@@ -120,6 +127,7 @@ class Exam:
 
     Attributes:
         benchmark: how answers are read and judged.
+        questions: as people read them.
         prompts: token ids of every question.
         golds: the right answers.
         marker: text before a stated answer.
@@ -127,6 +135,7 @@ class Exam:
     """
 
     benchmark: TextBenchmark
+    questions: list[str]
     prompts: list[list[int]]
     golds: list[str]
     marker: str
@@ -139,10 +148,10 @@ class Exam:
         *,
         key: PRNGKeyArray,
         title: str,
-    ) -> dict[str, Any]:
-        """Answer every row, print the score and the first answer, return the figures."""
+    ) -> Scored:
+        """Answer every row, print the score and the first answer; with each row's prediction."""
         texts = answerer(parts, self.prompts, key, title)
-        figures = self.benchmark.score(texts, self.golds, self.marker, self.grader)
+        figures, verdicts = self.benchmark.judged(texts, self.golds, self.marker, self.grader)
         name, value = next(iter(figures.items()))
         shown = " ".join(texts[0].split())[:160]
         hosts.say(
@@ -150,7 +159,14 @@ class Exam:
             f"{figures['grader']}; "
             f"first answer: {shown!r} (right: {self.golds[0]})"
         )
-        return figures
+        rows = zip(self.questions, self.golds, texts, strict=True)
+        predictions: list[dict[str, Any]] = [
+            {"row": number, "question": question, "gold": gold, "text": text}
+            for number, (question, gold, text) in enumerate(rows, start=1)
+        ]
+        for row, verdict in zip(predictions, verdicts, strict=False):
+            row |= verdict._asdict()
+        return Scored(figures, predictions)
 
 
 def validation_rows(data: DataConfig, config: EvalConfig, benchmark: Benchmark) -> Rows:
@@ -216,6 +232,113 @@ def exam_of(
     if asked is None:
         return None
     settings = replace(example_settings(data), prompt_column=asked.prompt)
-    named = ((row, place(i)) for i, row in enumerate(asked.rows, start=1))
+    prompts = encoded(asked.rows, tokenizer, settings)
+    questions = [question_of(row, settings) for row in asked.rows]
+    return Exam(asked.benchmark, questions, prompts, asked.golds, config.marker, config.grader)
+
+
+def encoded(rows: Rows, tokenizer: Any, settings: ExampleSettings) -> list[list[int]]:
+    """The token ids that ask the questions of validation rows.
+
+    Raises:
+        InputError: a row without a named column.
+    """
+    named = ((row, place(i)) for i, row in enumerate(rows, start=1))
+    return [encode_prompt(row, tokenizer, settings, at) for row, at in named]
+
+
+def question_of(row: Row, settings: ExampleSettings) -> str:
+    """The question of a row, for people: of a conversation the last turn of the user."""
+    cell = row.get(settings.messages_column or settings.prompt_column)
+    if cell is None:
+        return prompt_text(row, settings, "row")
+    return last_turn(cell, "user") if isinstance(cell, list) else str(cell)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Prompts whose answers are kept and shown at every score.
+
+    Attributes:
+        questions: as people read them.
+        prompts: their token ids.
+        golds: the right answers of those that have one.
+        scored: how many more there are at the head of the exam, which are answered there.
+    """
+
+    questions: list[str]
+    prompts: list[list[int]]
+    golds: list[str | None]
+    scored: int
+
+    def taken(
+        self,
+        answerer: Callable[..., list[str]],
+        parts: Sequence[dict[str, Array]],
+        exam: Sequence[dict[str, Any]],
+        *,
+        key: PRNGKeyArray,
+        title: str,
+    ) -> list[dict[str, Any]]:
+        """Prompt and answer of each, those of ``eval.prompts`` first.
+
+        Args:
+            answerer: writes the answers.
+            parts: of the model.
+            exam: predictions of the exam; empty where there is none.
+            key: of the draws.
+            title: of the progress bar.
+        """
+        texts = answerer(parts, self.prompts, key, f"{title} samples") if self.prompts else []
+        own = zip(self.questions, texts, self.golds, strict=True)
+        known = [(row["question"], row["text"], row["gold"]) for row in exam[: self.scored]]
+        return [
+            {"prompt": question, "answer": text} | ({} if gold is None else {"gold": gold})
+            for question, text, gold in (*own, *known)
+        ]
+
+
+def samples_of(
+    tokenizer: Any, data: DataConfig, config: EvalConfig, exam: Exam | None
+) -> Samples | None:
+    """The prompts of ``eval.prompts``, and of the first ``eval.samples`` validation rows.
+
+    None where none is asked for.
+
+    Raises:
+        InputError: there are no validation rows, or one cannot be asked.
+    """
+    settings = example_settings(data)
+    rows = [question_row(prompt, settings) for prompt in config.prompts]
+    golds: list[str | None] = [None] * len(rows)
+    named = ((row, f"eval.prompts, {i}") for i, row in enumerate(rows, start=1))
     prompts = [encode_prompt(row, tokenizer, settings, at) for row, at in named]
-    return Exam(asked.benchmark, prompts, asked.golds, config.marker, config.grader)
+    if config.samples and exam is None:
+        if data.validation is None:
+            raise InputError(
+                f"eval.samples: expected 0 without data.validation, got {config.samples}: there "
+                "are no rows to ask. Name a file of rows, or write questions into eval.prompts."
+            )
+        limits = [n for n in (config.limit, data.validation_limit) if n is not None]
+        limit = min([config.samples, *limits])
+        found = load_rows(data.validation, split=data.validation_split, limit=limit)
+        found = list(map(dict, found))
+        prompts += encoded(found, tokenizer, settings)
+        rows += found
+        golds += [answer_of(row, settings) for row in found]
+    if not rows and not config.samples:
+        return None
+    questions = [question_of(row, settings) for row in rows]
+    return Samples(questions, prompts, golds, config.samples if exam else 0)
+
+
+def answer_of(row: Row, settings: ExampleSettings) -> str | None:
+    """The answer that stands in a row that is not scored; None where there is none."""
+    cell = row.get(settings.messages_column or settings.response_column)
+    return (
+        last_turn(cell, "assistant")
+        if isinstance(cell, list)
+        else None
+        if cell is None
+        else str(cell)
+    )
