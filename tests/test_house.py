@@ -13,7 +13,7 @@ import pytest
 import balora_jax
 from balora_jax.config import OF_THE_TEACHER
 from balora_jax.config_schema import run_schema
-from balora_jax.io.checkpoint import FREE_KEYS
+from balora_jax.io.same_run import FREE_KEYS
 from balora_jax.numerics.objective import objective_of
 from balora_jax.parallel.axes import AXES
 

@@ -15,7 +15,7 @@ from balora_jax.config_schema import run_schema
 from balora_jax.data.glue import GLUE
 from balora_jax.data.sources import hub_set
 from balora_jax.io.beside import SETTINGS
-from balora_jax.io.checkpoint import FREE_KEYS
+from balora_jax.io.same_run import FREE_KEYS
 from balora_jax.models.starts import STARTS
 from balora_jax.numerics.terms import TERMS
 from balora_jax.pretrained.base_name import BaseName

@@ -14,7 +14,7 @@ from balora_jax import hardware
 from balora_jax.config import TrainingConfig
 from balora_jax.config_file import dump_config
 from balora_jax.errors import RunStoppedError
-from balora_jax.io import checkpoint, checkpoint_folder, metrics
+from balora_jax.io import checkpoint, checkpoint_folder, metrics, same_run
 from balora_jax.io.drawing import LiveCurves
 from balora_jax.io.folders import write_atomically
 from balora_jax.io.keeper import Keeper
@@ -103,20 +103,24 @@ class Training:
         keeper.push()
         told = trackers if hosts.is_first() else ()
         self.trackers = Trackers(told, folder, run.config.model_dump(mode="json"), folder / METRICS)
-        self.report = Reporter(
-            self.log,
-            training.log_every,
-            run.step_flops,
-            peak_of(run.mesh),
-            self.trackers,
-            LiveCurves(folder / METRICS, folder / CURVES),
-        )
+        self.report = self.open_report()
         self.teacher: Any = run.teacher(self.constants, folder, shared)
 
     def open_store(self) -> checkpoint.Checkpoints:
         """The checkpoints of the run."""
         keep = self.run.config.training.keep_checkpoints
         return checkpoint.Checkpoints(self.folder / CHECKPOINTS, keep=keep, keeper=self.keeper)
+
+    def open_report(self) -> Reporter:
+        """What brings the rows of the steps to the log, the trackers and the curves."""
+        return Reporter(
+            self.log,
+            self.run.config.training.log_every,
+            self.run.step_flops,
+            peak_of(self.run.mesh),
+            self.trackers,
+            LiveCurves(self.folder / METRICS, self.folder / CURVES),
+        )
 
     def restore(self, step: int) -> int:
         """Go to the checkpoint of a step; returns it.
@@ -126,7 +130,7 @@ class Training:
         """
         path = self.store.path_of(step)
         saved, data = checkpoint.read_identity(path).config, checkpoint.read_data(path)
-        alike = checkpoint.scored_alike(saved, identity_of(self.run).config)
+        alike = same_run.scored_alike(saved, identity_of(self.run).config)
         again = {} if alike else self.score("before")
         known = data.get("held_out") if alike else None
         if known is None and "held_out" in data:
@@ -397,15 +401,15 @@ def _found(run: Run, folder: Path) -> checkpoint_folder.Found:
         saved = checkpoint.read_identity(path)
         now = identity_of(run)
         extend = run.config.training.extend
-        checkpoint.check_same_run(saved, now, f"{folder}: --resume", extend=extend)
-        found = found._replace(said=[*found.said, *checkpoint.extension(saved, now)])
+        same_run.check_same_run(saved, now, f"{folder}: --resume", extend=extend)
+        found = found._replace(said=[*found.said, *same_run.extension(saved, now)])
         run.batches().set_state(checkpoint.read_data(path)["batches"])
     return found
 
 
-def identity_of(run: Run) -> checkpoint.Identity:
+def identity_of(run: Run) -> same_run.Identity:
     """What a checkpoint must agree with to be resumed."""
-    return checkpoint.Identity(
+    return same_run.Identity(
         run.config.model_dump(mode="json"), run.base.fingerprint, run.adapters.start.fingerprint
     )
 

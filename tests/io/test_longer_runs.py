@@ -3,7 +3,7 @@
 import pytest
 
 from balora_jax.errors import InputError
-from balora_jax.io.checkpoint import Identity, check_same_run, extension
+from balora_jax.io.same_run import Identity, check_same_run, extension
 
 
 def identity(*, steps=None, epochs=None, schedule="constant", warmup=0.0):
