@@ -199,6 +199,11 @@ class TrainingConfig(Section):
         log_gradient_share_every: steps between measurements of each term's gradient norm; 0 never.
         checkpoint_every: steps between checkpoints; 0 only at the end.
         keep_checkpoints: how many of the newest are kept.
+        keep_best: also export the adapter of the step at which a figure of the held-out rows was
+            best, to ``best/``: ``validation_loss``, another ``validation_`` figure (lower is
+            better), or ``score_exact_match`` and the like (higher is); None for the last alone.
+        patience: stop after this many measurements in a row of ``keep_best``'s figure, or of
+            ``validation_loss``, that are no better than the best; None to take all steps.
         profile_steps: first and last step of a trace in ``profile/``, which TensorBoard and
             Perfetto open; None for none.
         trackers: names of what gets every row of the log besides ``metrics.jsonl``; your own come
@@ -234,6 +239,8 @@ class TrainingConfig(Section):
     log_gradient_share_every: Annotated[int, Field(ge=0)] = 0
     checkpoint_every: Annotated[int, Field(ge=0)] = 100
     keep_checkpoints: Positive = 2
+    keep_best: str | None = None
+    patience: Positive | None = None
     profile_steps: tuple[Positive, Positive] | None = None
     trackers: tuple[str, ...] = ()
     compilation_cache: Annotated[str, Field(min_length=1)] = "auto"
@@ -288,9 +295,12 @@ class MeshConfig(Section):
 
 
 class EvalConfig(Section):
-    """The score before and after training on ``data.validation``.
+    """The score and the loss of ``data.validation``, before, after and while a run trains.
 
     Attributes:
+        every: steps between measurements of the loss and the terms on the validation rows, taken as
+            training examples; before the first step and at the end too; 0 never.
+        score_every: steps between scores while the run trains; 0 only before and after.
         task: the benchmark: ``exact_match``, ``gsm8k``, ``gsm_hard``, ``svamp``, ``asdiv``,
             ``math`` (text) or ``labels``; ``none`` for no score; where not given, ``exact_match``
             for text and ``labels`` for labels.
@@ -298,7 +308,7 @@ class EvalConfig(Section):
             ``math_verify`` insists on it and ``plain`` does without; ``authors``,
             ``lm_eval_strict`` and ``lm_eval_flexible`` are those of others, for comparison.
         marker: text before the answer; not empty.
-        limit: use the first rows only.
+        limit: score the first rows only; ``data.validation_limit`` holds for the loss as well.
         batch_size: prompts decoded together.
         max_new_tokens: longest answer.
         temperature: 0 for greedy decoding.
@@ -312,6 +322,8 @@ class EvalConfig(Section):
         prompts: questions of your own whose answers are kept and shown as those of ``samples``.
     """
 
+    every: Annotated[int, Field(ge=0)] = 0
+    score_every: Annotated[int, Field(ge=0)] = 0
     task: str | None = None
     grader: Grader = "auto"
     marker: Annotated[str, Field(min_length=1)] = "The answer is:"

@@ -4,6 +4,7 @@ import datetime
 import functools
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from balora_jax.pretrained.card_kinds import ADAPTER, FULL
 from balora_jax.signals import taken
 from balora_jax.tasks.registry import TASKS
 from balora_jax.training.endings import failures, reading
+from balora_jax.training.held_out import LOSS
 from balora_jax.training.loop import Training, resumable
 from balora_jax.training.records import beside_each_other
-from balora_jax.training.run import Run
+from balora_jax.training.run import Arrays, Run
 from balora_jax.training.trackers import TRACKERS
 from balora_jax.training.trackers.tracker import last_seen
 from balora_jax.training.workdir import CURVES, METRICS, SUMMARY, check_workdir, held, recorded_day
@@ -86,16 +88,17 @@ def fit(
                     found=found,
                     shared=shared,
                     check=check,
+                    on_best=functools.partial(export_best, template=template),
                 )
                 with training.trackers as told:
                     training.score_before()
                     training.train()
                     check()
                     written = export_trained(training, template)
-                    summary = summarise(training, training.score("after"), began)
+                    summary = summarise(training, training.score_after(), began)
                     told.summary = summary
                 check()
-                write_card(training, summary["after"])
+                write_card(training, summary["after"] | training.measure_after())
                 write_results(folder, summary, written)
         return summary
 
@@ -159,20 +162,37 @@ def export_trained(training: Training, template: str | None) -> str:
         training: at its end.
         template: the chat template, if it is not the tokenizer's.
     """
-    run, folder = training.run, training.folder
-    trainable = hosts.gathered_all(training.state.adapters)
+    whole = training.run.adapters.method.trains_base
+    folder = training.folder / (export.MODEL if whole else export.ADAPTER)
+    return _export(training, folder, training.state.adapters, card_of(training, {}), template)
+
+
+def export_best(training: Training, template: str | None) -> None:
+    """Write what the held-out rows were best with, where it is kept; as :func:`export_trained`."""
+    kept, best = training.held_out.kept, training.held_out.best
+    if kept is None or best is None:
+        return
+    card = card_of(training, best["figures"], steps=best["step"], skipped=best["skipped"])
+    _export(training, training.folder / export.BEST, kept, card, template)
+
+
+def _export(
+    training: Training, folder: Path, arrays: Arrays, card: str, template: str | None
+) -> str:
+    """Write trainable arrays as the run's method has it into a folder; says what was written."""
+    run, model = training.run, training.run.config.model
+    trainable = hosts.gathered_all(arrays)
     origin = hosts.gathered_all(training.constants.origin)
     if not hosts.is_first():
         return ""
-    model = run.config.model
-    beside = beside_trained(training, template)
+    beside = beside_trained(training, card, template)
     if run.adapters.method.trains_base:
         found = export.write_model(
-            folder / export.MODEL, run.base, trainable, model.dtype, beside=beside, overwrite=True
+            folder, run.base, trainable, model.dtype, beside=beside, overwrite=True
         )
         return f"model: {found.folder} ({found.merged} tensors changed)"
     report = export.write_adapter(
-        folder / export.ADAPTER,
+        folder,
         run.base,
         model.name_or_path,
         run.adapters.modules,
@@ -187,25 +207,39 @@ def export_trained(training: Training, template: str | None) -> str:
     return f"adapter: {report.folder} (PEFT, rank {report.rank}, {report.parameters:,} numbers)"
 
 
-def beside_trained(training: Training, template: str | None) -> dict[str, Path | bytes]:
+def beside_trained(training: Training, card: str, template: str | None) -> dict[str, Path | bytes]:
     """What lies beside the trained weights: tokenizer, chat template, card and settings."""
     found = found_beside(training.run.base.folder, OF_A_TOKENIZER)
     if template is not None:
         found[CHAT_TEMPLATE] = template.encode()
-    found[CARD] = card_of(training, {}).encode()
+    found[CARD] = card.encode()
     return found | {SETTINGS: dump_config(training.run.config).encode()}
 
 
-def card_of(training: Training, after: dict[str, Any]) -> str:
-    """The card of what was trained; ``after`` is empty as long as nothing is scored."""
-    run = training.run
+def card_of(
+    training: Training,
+    after: Mapping[str, Any],
+    *,
+    steps: int | None = None,
+    skipped: int | None = None,
+) -> str:
+    """The card of what was trained.
+
+    Args:
+        training: while it runs, or at its end.
+        after: figures of the held-out rows; empty as long as nothing is scored.
+        steps: of what the card is for; all where not given.
+        skipped: updates of them; as many as were skipped until now where not given.
+    """
+    run, state = training.run, training.state
+    before = training.before | training.held_out.before
     trained = Trained(
         **vars(export.subject_of(run.config, run.base)),
         rows=str(run.report),
-        steps=int(training.state.step),
-        skipped=int(training.state.guard.skipped),
-        before=training.before,
-        after=after,
+        steps=int(state.step) if steps is None else steps,
+        skipped=int(state.guard.skipped) if skipped is None else skipped,
+        before={name: value for name, value in before.items() if value is not None},
+        after={name: value for name, value in after.items() if value is not None},
     )
     return model_card(trained, FULL if run.adapters.method.trains_base else ADAPTER)
 
@@ -223,6 +257,7 @@ def summarise(training: Training, after: dict[str, Any], began: float) -> dict[s
         "peak_memory_bytes": hardware.peak_memory_bytes(),
         "versions": hardware.versions(),
         "device": hardware.device_description(),
+        **training.held_out.summary(training.measure_after()),
     }
 
 
@@ -245,7 +280,7 @@ def write_results(folder: Path, summary: dict[str, Any], written: str) -> None:
         drawn = drawing.draw_curves(rows, folder / CURVES)
         text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
         write_atomically(folder / SUMMARY, text)
-        print(written)
+        print(written, *_best(folder, summary), sep="\n")
         if drawn:
             print(f"curves:  {folder / 'curves.png'}")
         for line in (*beside_each_other(folder), *_gains(summary)):
@@ -253,14 +288,29 @@ def write_results(folder: Path, summary: dict[str, Any], written: str) -> None:
     hosts.barrier("finished")
 
 
+def _best(folder: Path, summary: dict[str, Any]) -> list[str]:
+    """Where the best lies, if it is kept, and what it is."""
+    best = summary.get("validation", {}).get("best")
+    if best is None or not (folder / export.BEST).is_dir():
+        return []
+    figure = best["metric"].replace("_", " ")
+    return [
+        f"best:    {folder / export.BEST} ({figure} {best['value']:.4f} after step {best['step']})"
+    ]
+
+
 def _gains(summary: dict[str, Any]) -> list[str]:
-    """A line for each figure of the score: before, after, and how long it took."""
-    before, after, seconds = summary["before"], summary["after"], summary["wall_seconds"]
+    """A line for each figure of the score, and the held-out loss: before, after, and how long."""
+    measured, seconds = summary.get("validation", {}), summary["wall_seconds"]
+    before, after = (
+        summary[when] | {k: v for k, v in measured.get(when, {}).items() if k == LOSS}
+        for when in ("before", "after")
+    )
     return [
         f"{name.replace('_', ' ')} on held-out rows: {before[name]:.3f} -> {after[name]:.3f} in "
         f"{seconds:.0f} s"
         for name in after
-        if not _is_count(name) and not isinstance(after[name], str)
+        if not _is_count(name) and isinstance(after[name], float | int)
         if isinstance(before.get(name), float | int)
     ]
 

@@ -60,6 +60,15 @@ def test_steps_must_go_on_once_there_are_some():
     assert watch.over(120.0) is None
 
 
+def test_what_is_done_between_two_steps_is_progress():
+    watch = Patience(stall=10.0, now=0.0)
+    watch.hear({"steady": True, "step": 7}, 0.0)
+    watch.hear({"moved": True}, 9.0)
+    watch.hear({"alive": True}, 18.0)
+    assert watch.over(18.9) is None
+    assert watch.over(19.0) == "this process made no progress for 10 s after step 7"
+
+
 def test_silence_is_no_life():
     watch = Patience(stall=10.0, now=0.0)
     assert watch.over(1000.0) is None  # modules are being loaded

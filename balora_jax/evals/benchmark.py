@@ -12,6 +12,9 @@ from balora_jax.evals.judge import Judge
 
 Row = Mapping[str, Any]
 
+RATES = ("exact_match", "answered")
+"""Figures of a score of texts that say how good it is: shares of the rows."""
+
 
 class Verdict(NamedTuple):
     """What is made of one text.

@@ -52,6 +52,7 @@ FREE_KEYS = (
     "training.log_gradient_share_every",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "training.patience",
     "mesh",
     "eval",
     "study",
@@ -283,14 +284,17 @@ def read_identity(path: Path) -> Identity:
 def read_data(path: Path) -> dict[str, Any]:
     """The position in the data (``batches``) and the first score (``before``) of a checkpoint.
 
+    And ``held_out``, what was measured of the held-out rows, where something was.
+
     Raises:
         InputError: another program wrote it.
     """
     data = _read(path, "data/metadata")
     if (
-        data.keys() != {"batches", "before"}
+        data.keys() - {"held_out"} != {"batches", "before"}
         or not all(isinstance(v, dict) for v in data.values())
         or not all(map(_is_score, data["before"].values()))
+        or ("held_out" in data and not _is_held_out(data["held_out"]))
     ):
         raise InputError(
             f"{path}: expected a position in the data and a score, got something else. Go on from "
@@ -303,6 +307,30 @@ def _is_score(value: Any) -> bool:
     """Whether a value can stand in a score: a finite number, or the name of a grader."""
     return isinstance(value, str) or (
         type(value) in (int, float) and abs(value) < 2**1023 and math.isfinite(value)
+    )
+
+
+def _is_held_out(found: dict[str, Any]) -> bool:
+    """Whether values are what :class:`training.held_out.HeldOut` gives."""
+    if found.keys() != {"before", "best", "without_gain"}:
+        return False
+    best = found["best"]
+    whole = best is None or (
+        isinstance(best, dict)
+        and best.keys() == {"step", "value", "skipped", "figures"}
+        and all(type(best[name]) is int for name in ("step", "skipped"))
+        and _is_score(best["value"])
+        and not isinstance(best["value"], str)
+        and _are_figures(best["figures"])
+    )
+    return whole and type(found["without_gain"]) is int and _are_figures(found["before"])
+
+
+def _are_figures(found: Any) -> bool:
+    """Whether a value has finite numbers by name, or None for those that are not finite."""
+    return isinstance(found, dict) and all(
+        value is None or (_is_score(value) and not isinstance(value, str))
+        for value in found.values()
     )
 
 
@@ -320,7 +348,8 @@ def _scoring(config: Mapping[str, Any]) -> list[Any]:
     data = config.get("data") or {}
     rows = [data.get(key) for key in ("validation", "validation_limit", "validation_split")]
     settings = dict(config.get("eval") or {})
-    settings.pop("batch_size", None)
+    for key in ("batch_size", "every", "score_every"):
+        settings.pop(key, None)
     return [*rows, settings]
 
 

@@ -270,6 +270,11 @@ def preempted(step: int) -> bool:
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
 
+def moved() -> None:
+    """Tell the parent that what is done between two steps, such as a score, goes on."""
+    child.tell(moved=True)
+
+
 def leave(code: int) -> None:
     """End this process with a code at once where others may not answer any more.
 

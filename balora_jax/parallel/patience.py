@@ -16,8 +16,8 @@ class Patience:
 
     A process tells facts, each a mapping with some of these keys: ``name`` (of itself), ``wait``
     (what for; None: no longer; perhaps with a ``limit`` in seconds and an ``advice``), ``steady``
-    (whether it takes steps, and so can stop after one and save) and ``step`` (the last one done).
-    Any other fact is a sign of life.
+    (whether it takes steps, and so can stop after one and save), ``step`` (the last one done) and
+    ``moved`` (what it does between two steps goes on). Any other fact is a sign of life.
 
     Args:
         stall: seconds without a sign of life after the first, in one wait, or from step to step.
@@ -41,7 +41,7 @@ class Patience:
             self.advice = fact.get("advice", "")
             self.since = self.said = now
         self.steady, self.step = fact.get("steady", self.steady), fact.get("step", self.step)
-        if "steady" in fact or "step" in fact:
+        if fact.keys() & {"steady", "step", "moved"}:
             self.stepped = now
 
     def line(self, now: float, clock: float) -> str | None:

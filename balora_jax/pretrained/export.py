@@ -44,8 +44,9 @@ from balora_jax.pretrained.load import host_copy
 from balora_jax.pretrained.peft_start import peft_modules
 from balora_jax.pretrained.peft_whole import saved_whole
 
-ADAPTER, MODEL = "adapter", "model"
-"""Folders of a run: its PEFT adapter, or the checkpoint of a full fine-tuning."""
+ADAPTER, MODEL, BEST = "adapter", "model", "best"
+"""Folders of a run: its PEFT adapter, or the checkpoint of a full fine-tuning; either at the step
+whose figures were best."""
 
 MARKERS = {"peft": ADAPTER_CONFIG, "merged": CONFIG_FILE, "gguf": ADAPTER_FILE}
 """From the formats of an export to the file by which each is known."""

@@ -19,7 +19,7 @@ from balora_jax.paths import named_folder
 from balora_jax.progress import progress_bar
 from balora_jax.signals import Interrupted, Signals, taken
 from balora_jax.study.grid import FIGURES, FILES, PICTURE, TABLE, StudyRun, chosen, plan_runs
-from balora_jax.study.table import Figures, diverged, draw, figures_of, main_metric, table
+from balora_jax.study.table import Figures, diverged, draw, figure_of, figures_of, table
 from balora_jax.training.workdir import CONFIG, SUMMARY, check_writable
 from balora_jax.untyped.json_text import read_object
 
@@ -27,6 +27,8 @@ LOG = "log.txt"
 """File in the folder of each run with what it printed."""
 
 RECORDED = ("before", "after", "wall_seconds", "trainable_parameters", "device")
+MEASURED = "validation"
+"""What a record has besides, where the held-out rows were measured."""
 
 
 def conduct(
@@ -170,10 +172,13 @@ def _is_summary(found: Figures) -> bool:
     scores = (found.get("before"), found.get("after"))
     numbers = (found.get("wall_seconds"), found.get("trainable_parameters"))
     values = [value for score in scores if isinstance(score, dict) for value in score.values()]
+    measured = found.get(MEASURED, {})
     return (
         all(isinstance(score, dict) for score in scores)
         and all(type(number) in (int, float) for number in numbers)
         and all(type(value) in (int, float, str) for value in values)
+        and isinstance(measured, dict)
+        and all(isinstance(value, dict) for value in measured.values())
     )
 
 
@@ -232,7 +237,8 @@ def _stoppable() -> Iterator[Signals]:
 
 
 def _record(summary: Mapping[str, Any]) -> Figures:
-    return {name: summary.get(name) for name in RECORDED}
+    found = {name: summary.get(name) for name in RECORDED}
+    return found | ({MEASURED: summary[MEASURED]} if MEASURED in summary else {})
 
 
 def _save(folder: Path, figures: Figures) -> None:
@@ -244,5 +250,5 @@ def _save(folder: Path, figures: Figures) -> None:
 def _last_score(record: Mapping[str, Any]) -> str:
     if "failed" in record:
         return "diverged"
-    name = main_metric(record["after"])
-    return "not scored" if name is None else f"{name} {100 * record['after'][name]:.2f}"
+    found = figure_of(record)
+    return "not scored" if found is None else f"{found.name} {found.said}"

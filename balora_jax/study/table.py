@@ -5,7 +5,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from balora_jax import hardware
 from balora_jax.io.drawing import save_picture
@@ -52,6 +52,40 @@ def diverged(figures: Mapping[str, Any]) -> list[str]:
     ]
 
 
+class Shown(NamedTuple):
+    """What a table shows of a run.
+
+    Attributes:
+        name: of the figure.
+        value: of it: a score in points, or a loss.
+        digits: behind the point.
+    """
+
+    name: str
+    value: float
+    digits: int
+
+    @property
+    def said(self) -> str:
+        """The value for a person."""
+        return f"{self.value:.{self.digits}f}"
+
+
+def figure_of(row: Mapping[str, Any]) -> Shown | None:
+    """The score of a run, or the loss of its held-out rows where nothing was scored; or None.
+
+    >>> figure_of({"after": {"accuracy": 0.5}})
+    Shown(name='accuracy', value=50.0, digits=2)
+    >>> figure_of({"after": {}, "validation": {"after": {"validation_loss": 1.5}}}).said
+    '1.5000'
+    """
+    score = row.get("after") or {}
+    if (name := main_metric(score)) is not None:
+        return Shown(name, 100 * score[name], 2)
+    loss = ((row.get("validation") or {}).get("after") or {}).get("validation_loss")
+    return None if loss is None else Shown("validation_loss", loss, 4)
+
+
 def main_metric(after: Mapping[str, Any] | None) -> str | None:
     """The first name of a score that is a metric; None where nothing was scored.
 
@@ -61,11 +95,15 @@ def main_metric(after: Mapping[str, Any] | None) -> str | None:
     return next((name for name in after or {} if name not in COUNTS), None)
 
 
-def _points(figures: Mapping[str, Any], variant: str, dataset: str) -> list[float]:
-    """100 x the main metric of every run of a cell."""
+def _shown(figures: Mapping[str, Any], variant: str, dataset: str) -> list[Shown]:
+    """What is shown of every run of a cell."""
     rows = [r for r in figures["runs"] if (r["variant"], r["dataset"]) == (variant, dataset)]
-    scores = [row.get("after") or {} for row in rows]
-    return [100 * s[name] for s in scores if (name := main_metric(s)) is not None]
+    return [found for row in rows if (found := figure_of(row)) is not None]
+
+
+def _points(figures: Mapping[str, Any], variant: str, dataset: str) -> list[float]:
+    """100 x the main metric of every run of a cell, or their losses."""
+    return [shown.value for shown in _shown(figures, variant, dataset)]
 
 
 def _deviation(points: Sequence[float]) -> float | None:
@@ -75,19 +113,19 @@ def _deviation(points: Sequence[float]) -> float | None:
 def table(figures: Mapping[str, Any]) -> str:
     """Mean ± sample standard deviation (runs) of each cell, in points, as Markdown.
 
-    The average of a variant is the mean of its cells; there is none while a cell is empty.
+    Where nothing was scored a cell has the loss of the held-out rows. The average of a variant is
+    the mean of its cells; there is none while a cell is empty, or of scores and losses together.
     """
     datasets, runs = figures["datasets"], figures["runs"]
     header = ["variant", *(_title(figures, name) for name in datasets), "average", "wall time"]
     lines = []
     for variant in figures["variants"]:
-        cells = [_points(figures, variant, dataset) for dataset in datasets]
-        average = f"{statistics.mean(map(statistics.mean, cells)):.2f}" if all(cells) else "–"
+        cells = [_shown(figures, variant, dataset) for dataset in datasets]
         took = _wall_seconds([row for row in runs if row["variant"] == variant])
-        lines.append([variant, *map(_cell, cells), average, _clock(took)])
+        lines.append([variant, *map(_cell, cells), _average(cells), _clock(took)])
     ended = [row for row in runs if "failed" not in row]
     below = (
-        f"points: mean ± sample standard deviation (runs); {len(ended)} runs took "
+        f"{_unit(figures)}: mean ± sample standard deviation (runs); {len(ended)} runs took "
         f"{_clock(figures['wall_seconds'])} in all; {figures['device']}, "
         f"jax {figures['versions']['jax']}"
     )
@@ -96,19 +134,36 @@ def table(figures: Mapping[str, Any]) -> str:
     return "\n".join([*markdown(header, lines), "", below, *last])
 
 
+def _unit(figures: Mapping[str, Any]) -> str:
+    """What the numbers of a table are."""
+    words = {2: "points", 4: "validation loss"}
+    digits = {found.digits for row in figures["runs"] if (found := figure_of(row)) is not None}
+    return " or ".join(words[one] for one in sorted(digits)) or words[2]
+
+
 def _title(figures: Mapping[str, Any], dataset: str) -> str:
-    """A data set with its main metric, where a run of it was scored."""
-    scores = (row.get("after") for row in figures["runs"] if row["dataset"] == dataset)
-    name = next(filter(None, map(main_metric, scores)), None)
-    return dataset if name is None else f"{dataset} ({name.replace('_', ' ')})"
+    """A data set with its main figure, where a run of it has one."""
+    found = (figure_of(row) for row in figures["runs"] if row["dataset"] == dataset)
+    shown = next(filter(None, found), None)
+    return dataset if shown is None else f"{dataset} ({shown.name.replace('_', ' ')})"
 
 
-def _cell(points: Sequence[float]) -> str:
-    if not points:
+def _cell(cell: Sequence[Shown]) -> str:
+    if not cell:
         return "–"
+    points, digits = [shown.value for shown in cell], cell[0].digits
     deviation = _deviation(points)
-    spread = "" if deviation is None else f" ± {deviation:.2f}"
-    return f"{statistics.mean(points):.2f}{spread} ({len(points)})"
+    spread = "" if deviation is None else f" ± {deviation:.{digits}f}"
+    return f"{statistics.mean(points):.{digits}f}{spread} ({len(points)})"
+
+
+def _average(cells: Sequence[Sequence[Shown]]) -> str:
+    """The mean of the cells of a variant."""
+    digits = {cell[0].digits for cell in cells if cell}
+    if not all(cells) or len(digits) > 1:
+        return "–"
+    means = [statistics.mean(shown.value for shown in cell) for cell in cells]
+    return f"{statistics.mean(means):.{digits.pop()}f}"
 
 
 def _clock(seconds: float) -> str:
@@ -134,7 +189,7 @@ def draw(figures: Mapping[str, Any], path: Path) -> bool:
                 label=variant,
             )
         axis.set_xticks(range(len(datasets)), [_title(figures, name) for name in datasets])
-        axis.set_ylabel("points: mean, sample standard deviation")
+        axis.set_ylabel(f"{_unit(figures)}: mean, sample standard deviation")
         axis.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside upper center", ncols=len(variants), fontsize=8)
         return figure

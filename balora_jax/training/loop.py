@@ -20,6 +20,7 @@ from balora_jax.parallel import hosts
 from balora_jax.progress import Bar
 from balora_jax.signals import Signals
 from balora_jax.training import expert_order, steps
+from balora_jax.training.held_out import Figures, HeldOut
 from balora_jax.training.profiling import Profile
 from balora_jax.training.records import Records
 from balora_jax.training.reporting import Filled, Reporter, divergence, progress
@@ -50,6 +51,7 @@ class Training:
         found: the checkpoints of a run to go on with; None for a new one.
         shared: for what several runs need of one teacher; None for the run's own folder.
         check: raises where the folder is no longer the run's.
+        on_best: called where the held-out rows are better off than ever, to write that down.
     """
 
     def __init__(
@@ -63,8 +65,9 @@ class Training:
         found: checkpoint_folder.Found | None,
         shared: Path | None = None,
         check: Callable[[], None],
+        on_best: Callable[["Training"], None] = lambda _: None,
     ):
-        self.check_folder = check
+        self.check_folder, self.on_best = check, on_best
         self.run, self.folder, self.signals = run, folder, signals
         training = run.config.training
         self.batches = run.batches()
@@ -77,9 +80,12 @@ class Training:
         self.key = jax.random.key(training.seed)
         self.before: dict[str, Any] = {}
         self.saved: int | None = None
-        self.postponed = False
+        self.skipping = self.postponed = False
         self.start = 0
         self.scorer, self.records = run.scorer(), Records(folder)
+        self.held_out = HeldOut(
+            run.config.eval, training, run.validator(), self.total_steps, self.state.adapters
+        )
         if found is not None and found.step is not None:
             self.store = self.open_store()
             self.start = self.restore(found.step)
@@ -105,30 +111,41 @@ class Training:
     def restore(self, step: int) -> int:
         """Go to the checkpoint of a step; returns it.
 
-        Its score of the start is kept if it is of the same rows and settings; else the start is
-        scored again, before its weights are given up.
+        What it says of held-out rows is kept if it is of the same rows and settings; else the start
+        is scored and measured again, before its weights are given up.
         """
-        saved = checkpoint.read_identity(self.store.path_of(step)).config
+        path = self.store.path_of(step)
+        saved, data = checkpoint.read_identity(path).config, checkpoint.read_data(path)
         alike = checkpoint.scored_alike(saved, identity_of(self.run).config)
         again = {} if alike else self.score("before")
+        known = data.get("held_out") if alike else None
+        if known is None and "held_out" in data:
+            hosts.say("the held-out rows or their settings are others: the best is looked for anew")
+        if known is None or not known["before"]:
+            self.held_out.begin(self.constants, self.state.adapters)
         found = self.store.restore(step, self.saved_tree())
         held = expert_order.as_held(found.state, self.run.base.config)
         self.constants = self.constants._replace(origin=held["origin"])
         self.state = steps.TrainState(**held["train"])
         self.batches.set_state(found.data["batches"])
         self.before, self.saved = found.data["before"] if alike else again, step
+        if known is not None:
+            self.held_out.set_state(known, held.get("best"))
         hosts.say(f"resumed at step {step} from {self.store.path_of(step)}")
         return step
 
     def saved_tree(self) -> dict[str, Any]:
         """The arrays of a checkpoint; the origin too, as another machine's SVD may differ."""
-        return {"train": self.state._asdict(), "origin": self.constants.origin}
+        found = {"train": self.state._asdict(), "origin": self.constants.origin}
+        kept = self.held_out.kept
+        return found if kept is None else found | {"best": kept}
 
     def train(self) -> None:
         """All steps that are left, with the log and the checkpoints closed after them."""
         with ExitStack() as polite:
             done = False
             try:
+                self.go_on_with_the_best()
                 self.take_steps(polite)
                 done = True
             finally:
@@ -163,22 +180,63 @@ class Training:
                 if step == self.start + 1:
                     polite.enter_context(self.signals.polite())
                 filled = Filled(rows["input_ids"].shape, self.batches.tokens(rows))
-                self.check_row(self.report.take(step, values | shares, bar, filled))
+                self.settle(self.report.take(step, values | shares, bar, filled))
                 profile.after(step, self.state)
+                if self.held_out.due(step):
+                    self.measure(step, bar)
                 self.store.poll()
                 due = training.checkpoint_every and step % training.checkpoint_every == 0
                 if due or self.postponed or step == self.stop_at:
                     self.save_if_good(step, bar)
+                if step == self.stop_at:  # which may have moved
+                    break
             self.stop_if_interrupted(self.stop_at, bar)
+
+    def go_on_with_the_best(self) -> None:
+        """After a resume: what was best is written again, and a run that it stopped stays so."""
+        if self.held_out.best is not None:
+            self.on_best(self)
+        if self.held_out.exhausted:
+            self.stop_at = self.start
+            hosts.say(self.held_out.ending(self.start))
+
+    def measure(self, step: int, bar: Bar) -> None:
+        """Measure the held-out rows after a step, for its row of the log, and stop if it is time.
+
+        The best so far is written down before the row and before a checkpoint: one that a kill
+        leaves without them is found again by the run that goes on.
+        """
+        held_out = self.held_out
+
+        def figures() -> Figures:
+            bar.clear()
+            adapters, constants = self.state.adapters, self.constants
+            found = held_out.measure(step, constants, adapters, self.score)
+            skipped = int(self.state.guard.skipped)
+            if held_out.compare(step, found, adapters, skipped):
+                self.check_folder()
+                self.on_best(self)
+            return found
+
+        row = self.report.flush(bar, figures)
+        if held_out.exhausted:
+            self.stop_at = step
+            hosts.say(held_out.ending(step))
+        self.settle(row)
+
+    def settle(self, row: dict[str, float] | None) -> None:
+        """Check the row of a step, and remember whether its update was made."""
+        if row is not None:
+            self.check_row(row)
+            self.skipping = row["skipped_in_a_row"] > 0
 
     def save_if_good(self, step: int, bar: Bar) -> None:
         """A checkpoint of this step, or of the next one whose update was made.
 
         While updates are skipped the weights may be to blame, and older checkpoints must stay.
         """
-        row = self.report.flush(bar)
-        self.check_row(row)
-        self.postponed = row is not None and row["skipped_in_a_row"] > 0 and step < self.stop_at
+        self.settle(self.report.flush(bar))
+        self.postponed = self.skipping and step < self.stop_at
         if not self.postponed:
             self.save(step)
 
@@ -190,17 +248,17 @@ class Training:
                 f"{self.good_before(step)}. Lower training.learning_rate and start again."
             )
         data = {"batches": self.batches.get_state(), "before": self.before}
+        if self.held_out.is_on:
+            data["held_out"] = self.held_out.get_state()
         tree = expert_order.as_stored(self.saved_tree(), self.run.base.config)
         self.store.save(step, tree, data, identity_of(self.run))
         self.saved = step
 
-    def check_row(self, row: dict[str, float] | None) -> None:
+    def check_row(self, row: dict[str, float]) -> None:
         """Raises RunStoppedError where more updates were skipped in a row than may be.
 
         A run must not end on a loss that is not finite: nobody would know its weights to be good.
         """
-        if row is None:
-            return
         finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
         may_go_on = finite or row["step"] < self.stop_at
         most = self.run.config.training.max_skipped if may_go_on else 0
@@ -228,7 +286,7 @@ class Training:
             received.append("SIGTERM")
         if not received:
             return
-        self.check_row(self.report.flush(bar))
+        self.settle(self.report.flush(bar))
         if self.saved != step:
             self.save(step)
         self.store.wait()
@@ -252,9 +310,26 @@ class Training:
         return found.figures
 
     def score_before(self) -> None:
-        """Score the start, unless the run that goes on has done so."""
+        """Score and measure the start, unless the run that goes on has done so."""
         if not self.before and not self.start:
             self.before = self.score("before")
+        if self.held_out.validator is not None and not self.held_out.before:
+            self.held_out.begin(self.constants, self.state.adapters)
+            self.report.begin(self.held_out.before)
+
+    def score_after(self) -> dict[str, Any]:
+        """Score the end, unless that was done after the last step."""
+        step, found = self.held_out.scored
+        if step != int(self.state.step):
+            return self.score("after")
+        self.check_folder()
+        self.records.again("after")
+        return found
+
+    def measure_after(self) -> Figures:
+        """The loss and the terms of the held-out rows at the end."""
+        step = int(self.state.step)
+        return self.held_out.validate(step, "after", self.constants, self.state.adapters)
 
 
 def open_folder(folder: Path, run: Run, found: checkpoint_folder.Found | None) -> None:
@@ -277,7 +352,8 @@ def open_log(folder: Path, start: int) -> metrics.MetricsLog | None:
     """The log of the first process, without rows after ``start``; None in all others."""
     if not hosts.is_first():
         return None
-    log = metrics.MetricsLog(folder / METRICS, keep_until=start)
+    # A row of step 0 is written anew with the first step.
+    log = metrics.MetricsLog(folder / METRICS, keep_until=start or -1)
     if log.unread:
         hosts.say(f"{folder / METRICS}: {log.unread} lines are no rows; moved to {metrics.ASIDE}")
     return log

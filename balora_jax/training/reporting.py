@@ -12,6 +12,9 @@ from balora_jax.parallel import hosts
 from balora_jax.progress import Bar, progress_bar
 from balora_jax.training.trackers.tracker import Trackers
 
+Measure = Callable[[], dict[str, float | None]]
+"""What measures more figures of a step, by their names in the log."""
+
 COUNTS = ("tokens", "skipped", "skipped_in_a_row")
 
 
@@ -63,8 +66,11 @@ class Reporter:
         self.pending = (step, values, batch)
         return row
 
-    def flush(self, bar: Bar) -> dict[str, float] | None:
-        """Wait for the remembered step, log it if it is due, return it."""
+    def flush(self, bar: Bar, measure: Measure | None = None) -> dict[str, float] | None:
+        """Wait for the remembered step, log it if it is due, return it.
+
+        With ``measure`` it is due; its row gets those figures as well, whose time is no step's.
+        """
         if self.pending is None:
             return None
         step, values, batch = self.pending
@@ -79,23 +85,29 @@ class Reporter:
             shown["skipped"] = f"{row['skipped']:.0f}"
         bar.set_postfix(shown, refresh=False)
         bar.update(1)
-        if step % self.every == 0 or step == 1 or row["skipped_in_a_row"]:
-            self._write(row)
+        if measure or step % self.every == 0 or step == 1 or row["skipped_in_a_row"]:
+            self._write(row, measure)
         return row
 
-    def _write(self, row: dict[str, float]) -> None:
+    def begin(self, figures: dict[str, float | None]) -> None:
+        """A row of step 0: figures of the start, and nothing in the columns of a step."""
+        if self.log is not None:
+            self.log.write({**dict.fromkeys(metrics.columns()), "step": 0, **figures})
+
+    def _write(self, row: dict[str, float], measure: Measure | None) -> None:
         seconds = max(time.monotonic() - self.clock, 1e-9)
         speed = {"tokens_per_second": self.tokens / seconds, "step_seconds": seconds / self.steps}
         if self.peak is not None:
             speed["mfu"] = self.work / seconds / self.peak
         speed["fill"] = self.real / self.places
+        figures: dict[str, float | None] = {} if measure is None else measure()
         if self.log is not None:
             whole = {name: int(row[name]) for name in COUNTS}
             # JSON knows no NaN: what is not finite is null.
             finite = {name: v if math.isfinite(v) else None for name, v in row.items()}
-            self.log.write(finite | whole | speed)
+            self.log.write({**finite, **whole, **speed, **figures})
             if self.trackers is not None:
-                self.trackers.log(finite | whole | speed)
+                self.trackers.log({**finite, **whole, **speed, **figures})
         self.restart()
 
 

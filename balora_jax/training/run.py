@@ -16,6 +16,9 @@ from balora_jax.training.steps import StepParts
 
 Arrays = dict[str, Array]
 
+Validator = Callable[[Any, Arrays], dict[str, float]]
+"""``(constants, trainable)`` → loss and terms of the validation rows by name, the loss first."""
+
 
 class Scored(NamedTuple):
     """What a score finds.
@@ -175,6 +178,10 @@ class Run(Protocol):
 
     def prepare(self, batch: dict[str, Any], teacher: Any) -> dict[str, Any]:
         """A batch as the step takes it, with its part of what :meth:`teacher` gave."""
+        ...
+
+    def validator(self) -> Validator | None:
+        """What measures the loss of the validation rows; None where that is not asked for."""
         ...
 
     def scorer(self) -> Scorer | None:

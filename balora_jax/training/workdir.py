@@ -17,7 +17,7 @@ from balora_jax.io.hf_export import is_merged
 from balora_jax.io.hf_files import CONFIG_FILE
 from balora_jax.io.peft_writer import is_adapter
 from balora_jax.parallel import hosts
-from balora_jax.pretrained.export import ADAPTER, MODEL
+from balora_jax.pretrained.export import ADAPTER, BEST, MODEL
 from balora_jax.training.trackers.tracker import SEEN
 from balora_jax.untyped.yaml_text import read_yaml
 
@@ -39,7 +39,7 @@ FILES = (
     *(CONFIG, METRICS, metrics.ASIDE, SUMMARY, CURVES, SEEN, TEACHER, TEACHER_ROWS),
     *(SKIPPED, SAMPLES),
 )
-FOLDERS = (CHECKPOINTS, ADAPTER, MODEL, PROFILE, PREDICTIONS)
+FOLDERS = (CHECKPOINTS, ADAPTER, MODEL, BEST, PROFILE, PREDICTIONS)
 """Everything that a run writes into its folder, and replaces there when it goes on."""
 
 MOST_METRICS = 2 * 2**30
@@ -151,9 +151,11 @@ def _check_kinds(folder: Path, there: list[str]) -> None:
                 f"{folder / name}: expected at most {MOST_METRICS >> 30} GiB of rows, got "
                 f"{size / 2**30:.0f} GiB. Move the file elsewhere."
             )
-    for name, is_ours in ((ADAPTER, is_adapter), (MODEL, is_merged)):
+    kinds = {ADAPTER: (is_adapter,), MODEL: (is_merged,), BEST: (is_adapter, is_merged)}
+    for name, are_ours in kinds.items():
         written = folder / name
-        if written.is_dir() and any(written.iterdir()) and not is_ours(written):
+        filled = written.is_dir() and any(written.iterdir())
+        if filled and not any(is_ours(written) for is_ours in are_ours):
             raise InputError(
                 f"{written}: expected what the run wrote, which its end replaces, got a folder "
                 "with other files in it. Move them elsewhere."
@@ -209,7 +211,7 @@ def _leftovers(folder: Path) -> list[tuple[Path, bool]]:
     if (folder / PREDICTIONS).is_dir():
         named = {name for child in (folder / PREDICTIONS).iterdir() if (name := _drafted(child))}
         files += drafts_of(folder / PREDICTIONS, named)
-    folders = drafts_of(folder, (ADAPTER, MODEL))
+    folders = drafts_of(folder, (ADAPTER, MODEL, BEST))
     return [(path, False) for path in files] + [(path, True) for path in folders]
 
 

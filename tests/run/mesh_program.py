@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 
 from balora_jax.config import MeshConfig
 from balora_jax.config_file import parse_config
+from balora_jax.data.examples import Example
 from balora_jax.models import attention
 from balora_jax.models.structure import structure
 from balora_jax.parallel import sharding
@@ -32,6 +33,7 @@ from balora_jax.pretrained.checkpoint import open_base, open_encoder
 from balora_jax.tasks.labels import loss as labels_loss
 from balora_jax.tasks.labels import run as labels_run
 from balora_jax.tasks.text.program import text_program
+from balora_jax.tasks.text.validate import TextValidator
 from balora_jax.training import steps
 from balora_jax.training.run import Loaded
 
@@ -311,6 +313,30 @@ def run(case, folder, mesh):
     )  # fmt: skip
 
 
+def validated(case, folder, mesh, *, packed):
+    """Loss and terms of eleven held-out examples with adapters that moved, eight at a time."""
+    model, adapter, quantization = CASES[case]
+    config = config_of(folder / model, adapter, quantization)
+    rng = np.random.default_rng(7)
+    examples = [
+        Example(rng.integers(3, 48, n).astype(np.int32), (np.arange(n) > n // 2).astype(np.int8))
+        for n in rng.integers(3, LENGTH + 1, 11)
+    ]
+    with jax.set_mesh(mesh):
+        program, _, trainable, constants = prepared(config, folder / model, mesh)
+        moved = {k: np.asarray(v) + noise(k, v.shape, 0.1) for k, v in trainable.items()}
+        validator = TextValidator(
+            program.whole_loss,
+            examples,
+            micro_batch=ROWS,
+            length=LENGTH,
+            packed=packed,
+            pad_id=0,
+            mesh=mesh,
+        )
+        return validator(constants, program.layout.placed(moved))
+
+
 def exchanged(text):
     """Shapes of the floats that devices give each other, but for those within the head's pass."""
     kinds = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
@@ -341,6 +367,12 @@ def compared(one, other):
     }
 
 
+def mesh_of(title):
+    """One of the meshes by name."""
+    sizes = zip(("data", "fsdp", "sequence", "tensor"), MESHES[title], strict=True)
+    return sharding.make_mesh(MeshConfig(**dict(sizes)))
+
+
 def main():
     # Rows of 12 tokens by blocks, but for meshes that split them: these take the plain form.
     attention.WHOLE, attention.BLOCK = 4, 4
@@ -353,11 +385,12 @@ def main():
         for case in available():
             alone = run(case, folder, one)
             for title in [mesh for name, mesh in PAIRS if name == case]:
-                sizes = dict(
-                    zip(("data", "fsdp", "sequence", "tensor"), MESHES[title], strict=True)
-                )
-                mesh = sharding.make_mesh(MeshConfig(**sizes))
+                mesh = mesh_of(title)
                 found[f"{case} / {title}"] = compared(alone, run(case, folder, mesh))
+        found["validation"] = [
+            validated("gemma2", folder, one, packed=False),
+            validated("gemma2", folder, mesh_of("1x2x2, sequence 2"), packed=True),
+        ]
     print(json.dumps(found))
 
 

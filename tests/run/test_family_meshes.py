@@ -76,6 +76,14 @@ def test_a_step_equals_that_of_one_device(found, case, mesh):
     assert min(abs(value) for value in seen["terms"].values()) > 1e-2
 
 
+def test_held_out_figures_equal_those_of_one_device(found):
+    """Packed in other rows, with a last micro-batch that is not full."""
+    one, mesh = found["validation"]
+    assert set(one) == {"loss", "perplexity", "consistency", "diversity", "spectral"}
+    assert mesh == pytest.approx(one, rel=2e-5)
+    assert min(abs(value) for value in one.values()) > 1e-2
+
+
 @pytest.mark.parametrize("pair", [pair for pair in mesh_program.PAIRS if pair[0] == "llama, long"])
 def test_only_keys_and_values_are_gathered_over_tokens(found, pair):
     """No other array of a device grows to the whole row, nor to the rows of others.

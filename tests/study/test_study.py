@@ -346,6 +346,31 @@ def test_the_table_against_numpy(fit, tmp_path):
     assert len(lines) == 6
 
 
+def test_cells_without_a_score_have_the_loss_of_held_out_rows():
+    def row(variant, dataset, seed, after, loss):
+        return {"variant": variant, "dataset": dataset, "seed": seed, "after": after,
+                "validation": {"before": {}, "after": {"validation_loss": loss}},
+                "wall_seconds": 60.0}  # fmt: skip
+
+    figures = {
+        "datasets": ["a", "b"], "variants": ["x"], "wall_seconds": 180.0, "device": "D",
+        "versions": {"jax": "J"},
+        "runs": [row("x", "a", 1, {}, 1.25), row("x", "a", 2, {}, 1.75), row("x", "b", 1, {}, 2.0)],
+    }  # fmt: skip
+    lines = table(figures).splitlines()
+    assert (
+        lines[0] == "| variant | a (validation loss) | b (validation loss) | average | wall time |"
+    )
+    assert lines[2] == "| x | 1.5000 ± 0.3536 (2) | 2.0000 (1) | 1.7500 | 0:03:00 |"
+    assert lines[4].startswith("validation loss: mean ± sample standard deviation (runs); 3 runs")
+    figures["runs"][2] = row("x", "b", 1, {"rows": 9, "exact_match": 0.5}, 2.0)
+    lines = table(figures).splitlines()
+    assert lines[2] == "| x | 1.5000 ± 0.3536 (2) | 50.00 (1) | – | 0:03:00 |"
+    assert lines[4].startswith("points or validation loss: mean")
+    figures["runs"][2] = row("x", "b", 1, {}, None)  # it was not finite
+    assert table(figures).splitlines()[2] == "| x | 1.5000 ± 0.3536 (2) | – | – | 0:03:00 |"
+
+
 def test_cells_without_a_deviation_a_score_or_an_average():
     def row(variant, dataset, seed, after):
         return {"variant": variant, "dataset": dataset, "seed": seed, "after": after,

@@ -64,8 +64,13 @@ def prepare(folder):
         folder / "config.yaml",
         inputs,
         adapter=FEW,
-        training={"max_steps": STEPS, "checkpoint_every": EVERY, "keep_checkpoints": KEPT},
-        eval={"task": "exact_match"},
+        training={
+            "max_steps": STEPS,
+            "checkpoint_every": EVERY,
+            "keep_checkpoints": KEPT,
+            "keep_best": "validation_loss",
+        },
+        eval={"task": "exact_match", "every": 2, "score_every": 6},
     )
     cache = folder / "cache"
     cache.mkdir()
@@ -139,10 +144,9 @@ class Process:
 def differences(subject, workdir, *, exact_steps=True):
     """What of a finished run is not as the undisturbed run left it; a list of sentences."""
     expected, wrong = subject.expected, []
-    whole = [
-        name for part in ("adapter", "predictions") for name in _files(expected / part, f"{part}/")
-    ]
-    for name in ("config.yaml", *whole):
+    folders = ("adapter", "best", "predictions")
+    written = [name for one in folders for name in _files(expected / one, f"{one}/")]
+    for name in ("config.yaml", *written):
         if not (workdir / name).is_file():
             wrong.append(f"{name} is missing")
         elif (workdir / name).read_bytes() != (expected / name).read_bytes():
@@ -158,7 +162,8 @@ def differences(subject, workdir, *, exact_steps=True):
 
 def _other_files(expected, workdir, exact_steps):
     wrong = []
-    for place, folder in (("", workdir), ("adapter/", workdir / "adapter")):
+    for place in ("", "adapter/", "best/"):
+        folder = workdir / place
         there = set(_names(folder)) ^ set(_names(expected / place))
         wrong += [f"{place}{name} is in one of the two only" for name in sorted(there)]
     steps, wanted = (set(_names(f / "checkpoints")) for f in (workdir, expected))

@@ -102,7 +102,7 @@ class LabelsLoss:
         logits = student(*arrays, dropout_key=dropout_key)
         share = 1.0 / counts.micro_batches
         values = {TASK: self.task_sum(logits, batch["labels"]) / counts.task}
-        values |= {name: share * value for name, value in self._terms(logits, teacher).items()}
+        values |= {name: share * value for name, value in self.terms(logits, teacher).items()}
         confident = self._confident(teacher)
         factors = {TASK: jnp.float32(1), **weights, **confident}
         if emphasis is not None:
@@ -127,7 +127,7 @@ class LabelsLoss:
         arrays = (batch[name] for name in ("input_ids", "attention_mask", "token_type_ids"))
         return jax.lax.stop_gradient(module(*arrays))
 
-    def _terms(self, logits: Float[Array, "B C"], teacher: Array | None) -> Parts:
+    def terms(self, logits: Float[Array, "B C"], teacher: Array | None) -> Parts:
         """Every term of this micro-batch, unweighted; 0 where a term is off."""
         found = dict.fromkeys(TERMS, jnp.zeros((), jnp.float32))
         for term in self.objective.term_set.terms:

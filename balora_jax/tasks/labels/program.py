@@ -73,12 +73,16 @@ class LabelsProgram:
         """Whether the teacher's logits are computed once, before the first step."""
         return self.objective.needs_teacher and self.config.regularizers.teacher_cache is not False
 
+    @property
+    def loss(self) -> LabelsLoss:
+        """The objective on one micro-batch."""
+        return LabelsLoss(self.student, self.taught, self.objective, self.outputs)
+
     def step_parts(self, total_steps: int) -> steps.StepParts:
         """The pure functions of a training step."""
-        loss = LabelsLoss(self.student, self.taught, self.objective, self.outputs)
         training, dropout = self.config.training, self.config.adapter.dropout > 0.0
         return assemble.parts_of(
-            training, self.objective, loss, counts_of, total_steps, dropout=dropout
+            training, self.objective, self.loss, counts_of, total_steps, dropout=dropout
         )
 
     def constants(self, loaded: Loaded) -> Constants:

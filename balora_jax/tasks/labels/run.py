@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from balora_jax.config import DataConfig, RunConfig
 from balora_jax.data.glue import LabelsTask
 from balora_jax.data.labels import (
     LabelsBatches,
+    LabelsExample,
     LabelsSet,
     describe_labels,
     encode_labels,
@@ -35,11 +36,14 @@ from balora_jax.tasks.labels.score import (
     forward_rows,
     logits_forward,
     over_rows,
+    rates_of,
     task_of,
     train_rows,
     validation_rows,
 )
 from balora_jax.tasks.labels.teacher_cache import TeacherCache
+from balora_jax.tasks.labels.validate import LabelsValidator
+from balora_jax.tasks.measured import check_measured
 from balora_jax.tasks.settings import benchmark_of
 from balora_jax.training.run import Loaded, Scored
 
@@ -57,6 +61,7 @@ class LabelsRun(LabelsProgram):
         data: encoded training rows and what became of them.
         validation: title → encoded rows of the score; empty for none.
         length: most tokens of a row of a batch.
+        held_out: the rows of the validation loss; None for none.
     """
 
     base: EncoderBase
@@ -65,6 +70,12 @@ class LabelsRun(LabelsProgram):
     data: LabelsSet
     validation: Mapping[str, LabelsSet]
     length: int
+    held_out: LabelsSet | None = None
+
+    @cached_property
+    def forward(self) -> Any:
+        """The jitted forward of the model, of the score and of the validation loss."""
+        return logits_forward(self.student.bind)
 
     @property
     def pad_id(self) -> int:
@@ -154,15 +165,34 @@ class LabelsRun(LabelsProgram):
 
     def over_training_rows(self, forward: Any, parts: Any, title: str) -> np.ndarray:
         """A function of every training row, in order."""
+        return self._over_rows(forward, parts, self.data.examples, title)
+
+    def _over_rows(
+        self, forward: Any, parts: Any, examples: Sequence[LabelsExample], title: str
+    ) -> np.ndarray:
         return over_rows(
             forward,
             parts,
-            self.data.examples,
+            examples,
             batch_size=forward_rows(self.config.eval, self.mesh),
-            length=self.length,
+            length=padded_length(examples, longest(self.config.data, self.base)),
             pad_id=self.pad_id,
             mesh=self.mesh,
             title=title,
+        )
+
+    def validator(self) -> LabelsValidator | None:
+        """What measures the loss of the held-out rows; None where that is not asked for."""
+        if self.held_out is None:
+            return None
+        training = self.config.training
+        return LabelsValidator(
+            self.loss,
+            self.forward,
+            logits_forward(self.taught.bind),
+            self.held_out.examples,
+            micro_batch=training.batch_size // training.accumulation,
+            over_rows=self._over_rows,
         )
 
     def scorer(self) -> LabelsScorer | None:
@@ -170,7 +200,7 @@ class LabelsRun(LabelsProgram):
         if not self.validation:
             return None
         return LabelsScorer(
-            logits_forward(self.student.bind),
+            self.forward,
             self.validation,
             self.task,
             batch_size=forward_rows(self.config.eval, self.mesh),
@@ -202,7 +232,15 @@ class LabelsRun(LabelsProgram):
         return [
             f"data: {self.data.report}; {self.batches().describe()}",
             *(f"{title}: {rows.report}" for title, rows in self.validation.items()),
+            *self._of_held_out(),
             f"first example: {first}",
+        ]
+
+    def _of_held_out(self) -> list[str]:
+        if self.held_out is None:
+            return []
+        return [
+            f"loss of held-out rows: {self.held_out.report}, every {self.config.eval.every} steps"
         ]
 
 
@@ -230,6 +268,15 @@ def _checked(config: RunConfig) -> LabelsRun:
     data = encode_labels(rows, tokenizer, task, most, bad_rows=config.data.bad_rows)
     base.check_ids(data.examples)
     validation = encoded_validation(config, task, base, tokenizer)
+    held_out = _held_out(config, task, base, tokenizer)
+    rates = [name for title in validation for name in rates_of(task, title, len(validation))]
+    check_measured(
+        config.eval,
+        config.training,
+        rows=held_out is not None,
+        losses=("loss", *(term.name for term in program.objective.term_set.terms)),
+        scores=rates,
+    )
     for line in remarks(program):
         print(line, file=sys.stderr, flush=True)
     brought = bool(head_parts(program.adapters.start.saved, base.head_rules))
@@ -243,6 +290,7 @@ def _checked(config: RunConfig) -> LabelsRun:
         data=data,
         validation=validation,
         length=padded_length(data.examples, most),
+        held_out=held_out,
     )
 
 
@@ -262,6 +310,22 @@ def encoded_validation(
     encoded = {title: encode_labels(rows, tokenizer, task, most) for title, rows in found.items()}
     for rows in encoded.values():
         base.check_ids(rows.examples)
+    return encoded
+
+
+def _held_out(
+    config: RunConfig, task: LabelsTask, base: EncoderBase, tokenizer: Any
+) -> LabelsSet | None:
+    """The rows of the validation loss, of all sets together; None where none is asked for."""
+    if not config.eval.every:
+        return None
+    whole = config.eval.model_copy(update={"limit": None})
+    found = validation_rows(config.data, whole, task)
+    rows = [row for part in found.values() for row in part]
+    if not rows:
+        return None
+    encoded = encode_labels(rows, tokenizer, task, longest(config.data, base))
+    base.check_ids(encoded.examples)
     return encoded
 
 

@@ -65,8 +65,8 @@ class LabelsScorer:
         predictions: list[dict[str, Any]] = []
         for name, rows in self.validation.items():
             found, predicted = self._score(parts, rows, f"{title} {name}")
-            several = len(self.validation) > 1
-            suffix, of = (f"_{name}", {"set": name}) if several else ("", {})
+            suffix = suffix_of(name, len(self.validation))
+            of = {"set": name} if suffix else {}
             figures |= {f"{metric}{suffix}": value for metric, value in found.items()}
             predictions += [of | row for row in predicted]
         shown = ", ".join(f"{metric} {value:.4g}" for metric, value in figures.items())
@@ -118,6 +118,16 @@ def predicted(logits: np.ndarray, golds: np.ndarray, task: LabelsTask) -> list[d
         }
         for number, (gold, choice, row) in enumerate(ids, start=1)
     ]
+
+
+def suffix_of(title: str, sets: int) -> str:
+    """What the figures of one of several validation sets end with."""
+    return "" if sets == 1 else f"_{title}"
+
+
+def rates_of(task: LabelsTask, title: str, sets: int) -> list[str]:
+    """Names of the metrics of one of several validation sets."""
+    return [metric + suffix_of(title, sets) for metric in task.metrics]
 
 
 def task_of(config: DataConfig) -> LabelsTask:
@@ -198,5 +208,6 @@ def over_rows(
             arrays = [hosts.place(batch[name], place) for name in NAMES]
             found.append(hosts.gathered(forward(parts, *arrays))[: len(places)])
             bar.update(len(places))
+            hosts.moved()
     order = np.array([i for places, _ in batches for i in places])
     return np.concatenate(found)[np.argsort(order)]

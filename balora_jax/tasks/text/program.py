@@ -110,13 +110,16 @@ class TextProgram:
             sharding.flatten_tokens(mesh),
         )
 
+    @property
+    def whole_loss(self) -> TextLoss:
+        """The loss on all rows of the teacher, without dropout where it is given no key."""
+        trains_head = self.adapters.trains_head(self.decoder)
+        return TextLoss(self.student, self.taught, self.objective, self.head_plan, trains_head)
+
     def step_parts(self, total_steps: int) -> StepParts:
         """The pure functions of a training step."""
-        trains_head = self.adapters.trains_head(self.decoder)
         drops, share = self.config.adapter.dropout > 0.0, self.share
-        loss = TextLoss(
-            self.student, self.taught, self.objective, self.head_plan, trains_head, share, drops
-        )
+        loss = replace(self.whole_loss, share=share, drops=drops)
         counts = partial(counts_of, mask_alignment=self.objective.mask_alignment)
         training, draws = self.config.training, drops or share is not None
         return assemble.parts_of(training, self.objective, loss, counts, total_steps, dropout=draws)

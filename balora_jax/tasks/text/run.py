@@ -13,15 +13,22 @@ from jax.sharding import Mesh
 from balora_jax.array_types import PRNGKeyArray
 from balora_jax.config import DataConfig, RunConfig
 from balora_jax.data.batches import Mode, TextBatches, common_length
-from balora_jax.data.examples import describe_example, encode_prompt, text_ids
+from balora_jax.data.examples import (
+    EncodedSet,
+    describe_example,
+    encode_prompt,
+    encode_rows,
+    text_ids,
+)
 from balora_jax.data.training_sets import TrainingData, TrainingSet, encode_sets, load_sets
 from balora_jax.errors import InputError
-from balora_jax.evals.benchmark import TextBenchmark
+from balora_jax.evals.benchmark import RATES, TextBenchmark
 from balora_jax.parallel import hosts, sharding
 from balora_jax.paths import named_folder
 from balora_jax.pretrained.checkpoint import Base, open_base
 from balora_jax.tasks import assemble, teacher
 from balora_jax.tasks.flops import model_flops
+from balora_jax.tasks.measured import check_measured
 from balora_jax.tasks.settings import benchmark_of
 from balora_jax.tasks.text.chat import Chat, opened
 from balora_jax.tasks.text.loss import Constants
@@ -40,6 +47,7 @@ from balora_jax.tasks.text.score import (
     training_sets,
 )
 from balora_jax.tasks.text.teacher_rows import Kept, TeacherRows, check_room, planned, said_size
+from balora_jax.tasks.text.validate import HeldOutRows, TextValidator, held_out_rows
 from balora_jax.training.run import Arrays, Loaded, Scored, Scorer
 
 MODES: Mapping[str, Mode] = {"none": "padding", "batch": "batch", "rows": "packing"}
@@ -57,6 +65,7 @@ class TextRun(TextProgram):
         exam: the rows of the score; None for no score.
         samples: prompts whose answers are kept at every score; None for none.
         length: tokens of every row of a batch that is not packed by ``packing: batch``.
+        held_out: the rows of the validation loss; None for none.
     """
 
     base: Base
@@ -65,6 +74,7 @@ class TextRun(TextProgram):
     exam: Exam | None
     samples: Samples | None
     length: int
+    held_out: EncodedSet | None = None
 
     def batches(self, mode: Mode | None = None) -> TextBatches:
         """The training batches, from the beginning; ``mode`` instead of ``data.packing``'s."""
@@ -137,6 +147,21 @@ class TextRun(TextProgram):
         """A batch as the step takes it, with its teacher's hidden states where they are at hand."""
         return batch if teacher is None else teacher.added(batch)
 
+    def validator(self) -> TextValidator | None:
+        """What measures the loss of the held-out rows; None where that is not asked for."""
+        if self.held_out is None:
+            return None
+        training, data = self.config.training, self.config.data
+        return TextValidator(
+            self.whole_loss,
+            self.held_out.examples,
+            micro_batch=training.batch_size // training.accumulation,
+            length=row_length(in_padded_rows(data), self.held_out, self.base, self.mesh),
+            packed=data.packing != "none",
+            pad_id=self.base.padding_id(self.tokenizer),
+            mesh=self.mesh,
+        )
+
     def scorer(self) -> Scorer | None:
         """What answers the validation rows, with one compiled decoder; None without rows."""
         if self.exam is None and self.samples is None:
@@ -181,9 +206,19 @@ class TextRun(TextProgram):
         return [
             f"data: {self.data.report}; {self.batches().describe()}",
             *self.data.notes,
+            *self._of_held_out(),
             *self._of_teacher(),
             f"first example: {describe_example(self.data.examples[0], self.tokenizer)}",
             *(f"first {name}: {text}" for name, text in self.data.others),
+        ]
+
+    def _of_held_out(self) -> list[str]:
+        if self.held_out is None:
+            return []
+        first = describe_example(self.held_out.examples[0], self.tokenizer)
+        return [
+            f"validation: {self.held_out.report}, every {self.config.eval.every} steps",
+            f"first validation example: {first}",
         ]
 
     def _of_teacher(self) -> list[str]:
@@ -202,6 +237,7 @@ class _Opened(NamedTuple):
     sets: list[TrainingSet]
     exam: Exam | None
     samples: Samples | None
+    held_out: HeldOutRows | None
 
 
 def check(config: RunConfig) -> TextRun:
@@ -216,6 +252,7 @@ def check(config: RunConfig) -> TextRun:
     opened = hosts.together(partial(_open, config))
     data = encode_sets(opened.sets, opened.tokenizer, share_out=hosts.share_out)
     opened.base.check_ids(data.examples)
+    held_out = None if opened.held_out is None else encoded(opened.held_out, opened)
     terms, program = config.regularizers, opened.program
     hosts.warn(*teacher.remarks(terms, program.adapters, program.objective, trained_head=False))
     run = TextRun(
@@ -226,14 +263,28 @@ def check(config: RunConfig) -> TextRun:
         exam=opened.exam,
         samples=opened.samples,
         length=row_length(config.data, data, opened.base, opened.program.mesh),
+        held_out=held_out,
     )
     hosts.warn(*_of_the_share(run))
     return run
 
 
 def _open(config: RunConfig) -> _Opened:
-    assemble.objective_of(config.regularizers)  # before a checkpoint is looked for
-    asked = asked_of(config.data, config.eval, benchmark_of(config.task, config.eval.task))
+    # Before a checkpoint is looked for.
+    terms = assemble.objective_of(config.regularizers).term_set.terms
+    benchmark = benchmark_of(config.task, config.eval.task)
+    asked = asked_of(config.data, config.eval, benchmark)
+    source = benchmark.source if isinstance(benchmark, TextBenchmark) else None
+    check_measured(
+        config.eval,
+        config.training,
+        rows=config.data.validation is not None or source is not None,
+        losses=("loss", "perplexity", *(term.name for term in terms)),
+        scores=() if asked is None else RATES,
+    )
+    held_out = None
+    if config.eval.every:
+        held_out = held_out_rows(config.data, config.eval, benchmark)
     base = open_base(config.model.name_or_path, config.model.revision)
     program = text_program(config, base.config)
     base = replace(base, config=program.decoder)
@@ -245,7 +296,25 @@ def _open(config: RunConfig) -> _Opened:
         if asks is not None:  # what is wrong is said before a weight is read
             base.stop_ids()
             base.check_prompts(asks.prompts, config.eval.max_new_tokens)
-    return _Opened(program, base, tokenizer, sets, exam, samples)
+    return _Opened(program, base, tokenizer, sets, exam, samples, held_out)
+
+
+def encoded(held_out: HeldOutRows, opened: _Opened) -> EncodedSet:
+    """Validation rows as examples, each of which the model has positions for."""
+    share_out, tokenizer = hosts.share_out, opened.tokenizer
+    try:
+        found = encode_rows(held_out.rows, tokenizer, held_out.settings, share_out=share_out)
+        opened.base.check_ids(found.examples)
+        data = in_padded_rows(opened.program.config.data)
+        row_length(data, found, opened.base, opened.program.mesh)
+    except InputError as error:
+        raise InputError(f"data.validation with eval.every: {error}") from error
+    return found
+
+
+def in_padded_rows(data: DataConfig) -> DataConfig:
+    """The section of a run whose rows hold one example each."""
+    return data.model_copy(update={"packing": "none"})
 
 
 def _of_the_share(run: TextRun) -> list[str]:
@@ -258,7 +327,7 @@ def _of_the_share(run: TextRun) -> list[str]:
     ]
 
 
-def row_length(config: DataConfig, data: TrainingData, base: Base, mesh: Mesh) -> int:
+def row_length(config: DataConfig, data: TrainingData | EncodedSet, base: Base, mesh: Mesh) -> int:
     """Tokens of a row that holds one example, or with ``packing: rows`` as many as fit."""
     length = config.max_length if config.packing == "rows" else None
     length = length or common_length(data.examples, config.max_length)

@@ -50,6 +50,11 @@ class Answerer:
         """Texts after each prompt (token ids), with a progress bar called ``title``."""
         quiet = not hosts.is_first()
         with progress_bar(total=len(prompts), desc=title, unit="row", disable=quiet) as bar:
+
+            def progress(rows: int) -> None:
+                bar.update(rows)
+                hosts.moved()
+
             tokens = generate(
                 self._decoder,
                 parts,
@@ -57,7 +62,7 @@ class Answerer:
                 self.sampling,
                 batch_size=min(self.batch_size, len(prompts)),
                 key=key,
-                progress=bar.update,
+                progress=progress,
             )
         return continuations(self.tokenizer, prompts, tokens)
 
