@@ -10,12 +10,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from balora_jax import __version__, hardware, signals
+from balora_jax import __version__, hardware, signals, torch_import
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.options import Parser
 from balora_jax.parallel import child
 from balora_jax.untyped.native import silence_stdout
-from balora_jax.verbs import bench, chat, check, eval, export, generate, plan, study, train
+from balora_jax.verbs import (
+    bench,
+    chat,
+    check,
+    completion,
+    eval,
+    export,
+    generate,
+    plan,
+    study,
+    train,
+)
 from balora_jax.verbs.verb import check_paths, check_report, check_text
 
 VERBS = (
@@ -29,6 +40,8 @@ VERBS = (
     plan.VERB,
     study.VERB,
 )
+
+FIRST = "balora train configs/quickstart.yaml --workdir runs/quickstart"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,6 +65,7 @@ def command(arguments: Sequence[str] | None = None) -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     hardware.settle_for_cpu(Path("/dev"))
+    torch_import.leave_out()
     with signals.taken(for_good=True):
         signals.leave(main(arguments))
 
@@ -60,6 +74,9 @@ def _ended(arguments: list[str], caught: signals.Signals) -> int:
     """Run the command to its end, whatever that is; returns the exit code."""
     try:
         with caught.interruption():
+            if not arguments:
+                print(overview(), file=sys.stderr)
+                return InputError.exit_code
             check_text(arguments)
             options = make_parser().parse_args(arguments)
             options.arguments = arguments
@@ -126,6 +143,8 @@ def _import_jax() -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.config is None:  # the one command that is about no run
+        return options.run(None, options) or 0
     _import_jax()
     from balora_jax.config_file import load_config
 
@@ -145,4 +164,17 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for verb in VERBS:
         verb.add_parser(commands)
+    completion.add_to(commands, parser)
     return parser
+
+
+def overview() -> str:
+    """What can be done, for who types the bare name."""
+    lines = (f"  balora {verb.name:<9} {verb.summary}" for verb in VERBS)
+    return "\n".join(
+        [
+            "balora fine-tunes Hugging Face models with LoRA-family adapters (BA-LoRA):",
+            *lines,
+            f"First: {FIRST}. More: balora COMMAND --help.",
+        ]
+    )

@@ -174,6 +174,9 @@ class TrainingConfig(Section):
     Attributes:
         max_steps: optimizer steps in all; give this or ``epochs``.
         epochs: passes over the data, instead of ``max_steps``.
+        extend: a run that goes on may be made longer (``max_steps`` or ``epochs``) though its
+            schedules depend on its length: they then span the new one. Without it only a run of
+            constant schedules without a warm-up may.
         stop_at: end this session at this step, with a checkpoint; schedules still span max_steps.
         batch_size: rows of one optimizer step over all devices.
         accumulation: micro-batches that a step is split into.
@@ -216,6 +219,7 @@ class TrainingConfig(Section):
 
     max_steps: Positive | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
+    extend: bool = False
     stop_at: Positive | None = None
     batch_size: Positive = 32
     accumulation: Positive = 1

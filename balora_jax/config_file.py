@@ -75,6 +75,12 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def dump_changes(config: RunConfig) -> str:
+    """Those of the settings as YAML that are not their defaults."""
+    changed = config.model_dump(mode="json", exclude_defaults=True)
+    return yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from balora_jax.errors import InputError
 from balora_jax.paths import check_local
+from balora_jax.torch_import import let_in
 from balora_jax.untyped.native import any_error_refused, words_of
 
 _LOADED: set[Path] = set()
@@ -36,6 +37,7 @@ def load_extensions(files: Iterable[str], folder: Path) -> None:
             )
         file = file.resolve()
         if file not in _LOADED:
+            let_in()
             _import(file)
             _LOADED.add(file)
 

@@ -4,7 +4,7 @@ import datetime
 import functools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,15 @@ import jax
 
 from balora_jax import hardware
 from balora_jax.config import DataConfig, RunConfig
-from balora_jax.config_file import dump_config, parse_config
+from balora_jax.config_file import dump_changes, dump_config, parse_config
 from balora_jax.data.template_files import read_template
 from balora_jax.io import drawing, metrics
 from balora_jax.io.beside import CARD, CHAT_TEMPLATE, OF_A_TOKENIZER, SETTINGS, found_beside
 from balora_jax.io.folders import write_atomically
+from balora_jax.io.keeper import Keeper
 from balora_jax.io.program_cache import kept
 from balora_jax.parallel import hosts
-from balora_jax.paths import named_folder
+from balora_jax.paths import is_store, named_folder
 from balora_jax.pretrained import export
 from balora_jax.pretrained.card import Trained, model_card
 from balora_jax.pretrained.card_kinds import ADAPTER, FULL
@@ -28,11 +29,20 @@ from balora_jax.tasks.registry import TASKS
 from balora_jax.training.endings import failures, reading
 from balora_jax.training.held_out import LOSS
 from balora_jax.training.loop import Training, resumable
+from balora_jax.training.mirror import Mirror, check_hosts, mirrored
 from balora_jax.training.records import beside_each_other
 from balora_jax.training.run import Arrays, Run
 from balora_jax.training.trackers import TRACKERS
-from balora_jax.training.trackers.tracker import last_seen
-from balora_jax.training.workdir import CURVES, METRICS, SUMMARY, check_workdir, held, recorded_day
+from balora_jax.training.trackers.tracker import Callback, check_receivers
+from balora_jax.training.workdir import (
+    CONFIG,
+    CURVES,
+    METRICS,
+    SUMMARY,
+    check_workdir,
+    held,
+    recorded_day,
+)
 
 
 def fit(
@@ -41,16 +51,19 @@ def fit(
     workdir: str | Path,
     resume: bool = False,
     shared: Path | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Fine-tune as the config says; everything a run leaves lies in ``workdir``.
 
     Args:
         config: from ``load_config``.
         workdir: gets ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``adapter/`` (PEFT),
-            ``summary.json`` and ``curves.png``.
+            ``summary.json`` and ``curves.png``; a folder, or ``gs://BUCKET/FOLDER``.
         resume: go on from the newest checkpoint in ``workdir`` (from the start if there is none).
         shared: folder for what several runs need of one teacher (``regularizers.teacher_cache`` of
             ``task: text``); ``workdir`` where it is not given.
+        callbacks: objects with ``start(workdir, config)``, ``log(row)`` and ``finish(summary)``,
+            which get each row of ``metrics.jsonl`` as it is written, as a tracker does.
 
     Returns:
         The contents of ``summary.json``.
@@ -60,24 +73,37 @@ def fit(
         RunStoppedError: diverged, interrupted after a checkpoint, or a device, a host or the disk
             failed.
     """
-    folder, began = named_folder(workdir, "--workdir"), time.monotonic()
+    if is_store(workdir):
+        check_hosts(config)
+        with mirrored(str(workdir), resume=resume) as mirror:
+            return _fit(config, mirror.folder, mirror, resume=resume, shared=shared)
+    folder = named_folder(workdir, "--workdir")
+    return _fit(config, folder, None, resume=resume, shared=shared)
+
+
+def _fit(
+    config: RunConfig, folder: Path, mirror: Mirror | None, *, resume: bool, shared: Path | None
+) -> dict[str, Any]:
+    """:func:`fit` in a folder of this machine, which a mirror may keep elsewhere."""
+    began = time.monotonic()
     keep = config.training.compilation_cache
     with taken() as signals, failures(folder, signals), kept(keep):
         signals.several = jax.process_count() > 1
         with reading():
             hosts.by_first(functools.partial(check_workdir, folder, resume=resume))
-            trackers = [TRACKERS[name] for name in config.training.trackers]
+            trackers = [*(TRACKERS[name] for name in config.training.trackers), *callbacks]
             if trackers:
-                hosts.by_first(functools.partial(last_seen, folder))
+                hosts.by_first(functools.partial(check_receivers, trackers, folder))
             config = dated(config, folder)
             run = TASKS[config.task].check(config)
             template = chat_template_of(config)
         with held(folder, resume=resume) as check:
+            keeper = Keeper(check) if mirror is None else mirror.keeper(check)
             with reading():
                 hosts.by_first(functools.partial(run.check_folders, folder, shared))
                 found = resumable(run, folder) if resume else None
                 loaded = run.load()
-            describe(run)
+            describe(run, folder)
             with jax.set_mesh(run.mesh):
                 training = Training(
                     run,
@@ -87,17 +113,17 @@ def fit(
                     trackers=trackers,
                     found=found,
                     shared=shared,
-                    check=check,
+                    keeper=keeper,
                     on_best=functools.partial(export_best, template=template),
                 )
                 with training.trackers as told:
                     training.score_before()
                     training.train()
-                    check()
+                    keeper.check()
                     written = export_trained(training, template)
                     summary = summarise(training, training.score_after(), began)
                     told.summary = summary
-                check()
+                keeper.check()
                 write_card(training, summary["after"] | training.measure_after())
                 write_results(folder, summary, written)
         return summary
@@ -118,8 +144,11 @@ def dated(config: RunConfig, folder: Path) -> RunConfig:
     return parse_config(tree, str(folder))
 
 
-def describe(run: Run) -> None:
-    """Say what is about to run: config, layers, counts, data and one example with its loss mask."""
+def describe(run: Run, folder: Path) -> None:
+    """Say what is about to run: settings, layers, counts, data and an example with its loss mask.
+
+    Of the settings those that are not their defaults; all of them stand in the folder.
+    """
     modules = run.adapters.modules
     kinds = sorted({module.path.rsplit(".", 1)[-1] for module in modules})
     layers = f"{len(modules)} layers ({', '.join(kinds)})" if kinds else "none, full model"
@@ -128,7 +157,8 @@ def describe(run: Run) -> None:
     if jax.process_count() > 1:
         devices += f", {jax.process_count()} processes"
     hosts.say(
-        dump_config(run.config).rstrip(),
+        dump_changes(run.config).rstrip(),
+        f"all other settings are their defaults, written to {folder / CONFIG}",
         f"base: {run.base.folder} ({run.base.config.model_type}, {run.total:,} parameters)",
         f"adapters: {layers}, {run.trainable:,} trainable parameters ({share:.2f} %)",
         devices,
@@ -280,11 +310,10 @@ def write_results(folder: Path, summary: dict[str, Any], written: str) -> None:
         drawn = drawing.draw_curves(rows, folder / CURVES)
         text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
         write_atomically(folder / SUMMARY, text)
-        print(written, *_best(folder, summary), sep="\n")
+        hosts.say(written, *_best(folder, summary))
         if drawn:
-            print(f"curves:  {folder / 'curves.png'}")
-        for line in (*beside_each_other(folder), *_gains(summary)):
-            print(line)
+            hosts.say(f"curves:  {folder / 'curves.png'}")
+        hosts.say(*beside_each_other(folder), *_gains(summary))
     hosts.barrier("finished")
 
 

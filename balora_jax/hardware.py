@@ -48,8 +48,9 @@ class Accelerator:
         host_chips: chips of one host in a larger slice; most GPUs of a host.
         slice_type: how Google names a slice of these chips; None for a GPU.
         cores: devices of a chip as its compiler describes it.
-        network: bytes per second that a GPU sends to other hosts, its share of the host's; None
-            for a TPU, whose links do not end at a host.
+        network: bytes per second that a GPU sends to other hosts, its share of the host's; of a
+            TPU, whose links do not end at a host, to other slices, its share of the pod's; None
+            where that is not published.
         gpu: what the compiler of a GPU asks for.
     """
 
@@ -71,10 +72,14 @@ TPUS = (
     Accelerator(
         *("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, int(15.75 * GIB), 819e9, 200e9, 4),
         slice_type="v5litepod",
+        network=3.125e9,
     ),
     # Some runtimes leave the p out.
     Accelerator("v5p", ("TPU v5", "TPU v5p"), 459e12, int(95.73 * GIB), 2765e9, 600e9, 4, "v5p"),
-    Accelerator("v6e", ("TPU v6 lite",), 918e12, int(31.24 * GIB), 1640e9, 400e9, 4, "v6e"),
+    Accelerator(
+        *("v6e", ("TPU v6 lite",), 918e12, int(31.24 * GIB), 1640e9, 400e9, 4, "v6e"),
+        network=12.5e9,
+    ),
 )
 """**Source:** Google's pages of each version, whose Gbit/s between chips are of one direction; the
 memory is what libtpu 0.0.52 lets a program use."""

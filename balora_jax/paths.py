@@ -15,6 +15,8 @@ from balora_jax.untyped.shown import one_line
 
 PACKAGE_PREFIX = "balora_jax:"
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # a Path makes one slash of two
+_STORE = re.compile(r"gs://[^/\s]+(/\S*)?")
+_ADVICE = {"gs": "Copy it here (gcloud storage cp --recursive) or mount the bucket (gcsfuse)"}
 _NO_TEXT = "a character that no path can have"  # Python's own words differ by version
 _PACKAGE_ROOT = Path(__file__).resolve().parent
 
@@ -112,6 +114,15 @@ def named_folder(name: str | Path, option: str) -> Path:
     return Path(name)
 
 
+def is_store(name: object) -> bool:
+    """Whether a text is the address of a folder in an object store.
+
+    >>> is_store("gs://bucket/runs/a"), is_store("runs/a"), is_store("s3://bucket/a")
+    (True, False, False)
+    """
+    return isinstance(name, str) and _STORE.fullmatch(name) is not None
+
+
 def check_local(path: str | Path, where: str) -> None:
     """Raises InputError for an address such as ``gs://…``: no file of one is read or written.
 
@@ -122,7 +133,8 @@ def check_local(path: str | Path, where: str) -> None:
     """
     found = _ADDRESS.match(str(path))
     if found is not None:
+        advice = _ADVICE.get(found[1], "Mount it or copy it here")
         raise InputError(
             f"{where}: expected a path on this machine, got an address with the scheme "
-            f"{found[1]}://. Mount it or copy it here, and give that path."
+            f"{found[1]}://. {advice}, and give that path."
         )

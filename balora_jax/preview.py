@@ -136,8 +136,8 @@ def bars(edges: Sequence[int], counts: Sequence[int]) -> list[str]:
 def _draw(figures: dict[str, Any], picture: Path) -> bool:
     edges, counts = figures["histogram"]["edges"], figures["histogram"]["counts"]
 
-    def paint(pyplot: Any) -> Any:
-        figure, axis = pyplot.subplots(figsize=(6, 3.5), constrained_layout=True)
+    def paint(subplots: Any) -> Any:
+        figure, axis = subplots(figsize=(6, 3.5))
         axis.bar(edges[:-1], counts, width=np.diff(edges), align="edge", edgecolor="white")
         axis.axvline(figures["row_length"], color="black", linewidth=1, linestyle="--")
         axis.set_xlabel("tokens of an example (dashed: a row)")

@@ -20,7 +20,7 @@ import hypothesis
 import jaxtyping
 import pytest
 
-from tests import checked
+from tests import bucket, checked
 
 checked.switch_on()  # before the package is imported
 # How long an example takes says how busy the machine is.
@@ -44,6 +44,13 @@ def type_checks_off():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture
+def a_bucket(tmp_path):
+    """A folder to which ``gs://`` leads."""
+    with bucket.installed(tmp_path / "bucket") as root:
+        yield root
 
 
 @pytest.fixture(scope="session")

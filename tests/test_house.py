@@ -31,7 +31,7 @@ LAYERS = (
     ("errors",),
     ("untyped",),
     ("paths",),
-    ("array_types", "registry", "extensions", "hardware", "options", "progress"),
+    ("array_types", "registry", "extensions", "hardware", "options", "progress", "torch_import"),
     ("parallel.child", "parallel.launch", "parallel.patience"),
     ("signals",),
     ("parallel.supervise",),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import balora_jax
+from tests.tiny_run import write_tokenizer
 
 HEAVY = ("jax", "numpy", "pydantic", "transformers", "datasets", "orbax", "grain", "torch")
 FOREIGN = ("transformers", "datasets", "orbax", "grain", "torch", "pydantic", "yaml", "optax")
@@ -88,6 +89,24 @@ def test_tools_see_the_names_that_python_finds():
     assert set(balora_jax.__all__) <= set(dir(balora_jax))
     for name, home in seen.items():
         assert getattr(balora_jax, name) is getattr(sys.modules[home], name)
+
+
+@pytest.mark.parametrize("files", [(), ("own.py",)], ids=["none", "a user's file"])
+def test_a_command_leaves_torch_out_unless_a_users_file_may_want_it(tmp_path, files):
+    """A tokenizer alone does not need it; the library never hides it, nor a command for good."""
+    pytest.importorskip("torch")
+    write_tokenizer(tmp_path)
+    (tmp_path / "own.py").touch()
+    lines = (
+        "from balora_jax import extensions, torch_import",
+        "from balora_jax.pretrained.tokenizer import open_tokenizer",
+        "torch_import.leave_out()",
+        f"extensions.load_extensions({files}, Path({str(tmp_path)!r}))",
+        f"open_tokenizer(Path({str(tmp_path)!r}))",
+        "print('torch' in sys.modules, importlib.util.find_spec('torch') is not None)",
+    )
+    found = run("-c", "\n".join(["import importlib.util, sys", "from pathlib import Path", *lines]))
+    assert found.stdout == f"{bool(files)} True\n", found.stderr
 
 
 def test_an_unknown_name_is_refused_as_python_does():

@@ -65,12 +65,15 @@ ADDRESSES = ["gs://b/x", "s3://b/x", "hdfs://h:1/x", "https://h/x.jsonl", "file:
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_addresses_are_refused_by_their_scheme(address):
     scheme = address.split(":")[0]
+    here = {"gs": "Copy it here (gcloud storage cp --recursive) or mount the bucket (gcsfuse)"}.get(
+        scheme, "Mount it or copy it here"
+    )
     for refused in (lambda: resolve_path(address), lambda: check_local(Path(address), address)):
         with pytest.raises(InputError) as caught:
             refused()
         assert str(caught.value) == (
             f"{address}: expected a path on this machine, got an address with the scheme "
-            f"{scheme}://. Mount it or copy it here, and give that path."
+            f"{scheme}://. {here}, and give that path."
         )
 
 
@@ -87,7 +90,8 @@ ASKED = ("--prompt", "x")
     ("where", "arguments"),
     [
         ("gs://b/c.yaml", ["train", "gs://b/c.yaml", "--workdir", "run"]),
-        ("--workdir gs://b/run", ["train", CONFIG, "--workdir", "gs://b/run"]),
+        ("--workdir s3://b/run", ["train", CONFIG, "--workdir", "s3://b/run"]),
+        ("--workdir gs://", ["train", CONFIG, "--workdir", "gs://"]),
         ("--workdir gs://b/run", ["study", CONFIG, "--workdir", "gs://b/run"]),
         ("--workdir gs://b/run", ["export", CONFIG, "--workdir", "gs://b/run", "--out", "o"]),
         ("--out s3://b/o", ["export", CONFIG, "--workdir", "run", "--out", "s3://b/o"]),
@@ -117,6 +121,6 @@ def test_no_command_takes_an_address_for_a_path(tmp_path, monkeypatch, where, ar
 
 def test_a_run_from_python_takes_no_address_either(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="--workdir gs://b: expected a path on this machine"):
-        balora_jax.fit(balora_jax.load_config(CONFIG), workdir="gs://b")
+    with pytest.raises(InputError, match="--workdir s3://b: expected a path on this machine"):
+        balora_jax.fit(balora_jax.load_config(CONFIG), workdir="s3://b")
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,14 @@ from functools import cache
 from tests.test_house import FILES, ROOT, syntax
 
 # Called by others: pydantic, argparse, PyYAML, users of the library.
-OUTSIDE = {"__getattr__", "__dir__", "compose_node", "compose_mapping_node", "construct_object"}
+OUTSIDE = {
+    "parse_known_args",
+    "__getattr__",
+    "__dir__",
+    "compose_node",
+    "compose_mapping_node",
+    "construct_object",
+}
 PUBLIC = {
     *("fit", "load_config", "load_pretrained", "PretrainedModel", "PretrainedEncoder"),
     *("adapt", "with_adapters"),

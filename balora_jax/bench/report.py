@@ -111,14 +111,12 @@ def ahead_table(figures: Mapping[str, Any]) -> str:
 def draw(figures: Mapping[str, Any], path: Path) -> bool:
     """Time and memory of each case as bars in a PNG; whether it was drawn."""
 
-    def paint(pyplot: Any) -> Any:
+    def paint(subplots: Any) -> Any:
         rows = list(reversed(figures["rows"]))
         names = [row["case"] for row in rows]
         seconds = [row["seconds"] for row in rows]
         memory = [_step_mebibytes(row) for row in rows]
-        figure, (left, right) = pyplot.subplots(
-            1, 2, figsize=(10, 0.45 * len(rows) + 1.2), sharey=True, constrained_layout=True
-        )
+        figure, (left, right) = subplots(1, 2, figsize=(10, 0.45 * len(rows) + 1.2), sharey=True)
         colours = ["#b07a3f" if name.startswith("torch") else "#3f6fb0" for name in names]
         for axis, values, title, form in (
             (left, seconds, "seconds per step (median)", "%.2f"),

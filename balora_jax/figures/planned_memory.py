@@ -5,7 +5,6 @@ step of a config, fills its arguments, runs it and compares the growth of the pr
 plan. Devices of a CPU share their process, so the growth stands against the sum over all of them.
 """
 
-import argparse
 import ctypes
 import json
 import os
@@ -18,7 +17,7 @@ from balora_jax.bench import measure
 from balora_jax.config import RunConfig
 from balora_jax.config_file import load_config
 from balora_jax.errors import InputError
-from balora_jax.options import add_config
+from balora_jax.options import Parser, add_config
 from balora_jax.plan import arguments, compiled
 from balora_jax.plan.targets import parse_target
 
@@ -29,7 +28,7 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print planned and measured bytes as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add_config(parser)
     parser.add_argument("--devices", type=int, default=8, help="virtual CPU devices")
     parser.add_argument("--here", action="store_true", help="in this process, as it was started")

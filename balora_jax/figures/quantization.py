@@ -6,7 +6,6 @@ checkpoint has weights, the error of the pretrained model's logits on a batch of
 data.
 """
 
-import argparse
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -18,7 +17,7 @@ from balora_jax.config_file import load_config
 from balora_jax.errors import InputError
 from balora_jax.models.quantized import Quantization, bytes_of
 from balora_jax.models.structure import Structure, structure
-from balora_jax.options import add_config
+from balora_jax.options import Parser, add_config
 from balora_jax.parallel import sharding
 from balora_jax.plan.arguments import shapes_only
 from balora_jax.tasks.labels import run as labels_run
@@ -28,7 +27,7 @@ from balora_jax.tasks.registry import TASKS
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print a table with a line for each way of holding the weights."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add_config(parser)
     options = parser.parse_args(arguments)
     reference = None

@@ -5,7 +5,6 @@ weights of the config's shape (or loads the checkpoint's), computes the config's
 the seconds of each kind of layer: of the first, with the compilation, and the median of the others.
 """
 
-import argparse
 import os
 import statistics
 import time
@@ -13,13 +12,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from balora_jax.options import add_config
+from balora_jax.options import Parser, add_config
 from balora_jax.plan.targets import parse_target
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print a line for each kind of layer and one for the whole start."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add_config(parser)
     parser.add_argument("--devices", type=int, help="virtual CPU devices; those there are without")
     parser.add_argument("--layers", type=int, help="layers of the model; the checkpoint's without")

@@ -5,13 +5,12 @@ seconds. ``… CONFIG --draws 16 --steps 30`` trains first, then prints how far 
 of the rows are from that on all rows, beside how far those of batches are from each other.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from balora_jax.options import add_config
+from balora_jax.options import Parser, add_config
 
 SHARES = (0.5, 0.25)
 FRACTION, CACHE = "regularizers.teacher_fraction", "regularizers.teacher_cache"
@@ -19,7 +18,7 @@ FRACTION, CACHE = "regularizers.teacher_fraction", "regularizers.teacher_cache"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print one of the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add_config(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--rounds", type=int, help="steps of each case, timed")

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,8 @@ from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.io import seals
 from balora_jax.io.checkpoint_folder import REMOVED, WRITING, sealed_steps
 from balora_jax.io.folders import write_atomically
-from balora_jax.numerics.objective import depends_on_length
+from balora_jax.io.keeper import Keeper
+from balora_jax.numerics.objective import length_schedules
 from balora_jax.parallel import hosts
 from balora_jax.untyped.json_text import read_object
 
@@ -41,6 +42,7 @@ FREE_KEYS = (
     "regularizers.teacher_cache",
     "regularizers.teacher_cache_folder",
     "training.stop_at",
+    "training.extend",
     "training.head",
     "training.head_chunk",
     "training.head_memory_mib",
@@ -58,6 +60,7 @@ FREE_KEYS = (
     "study",
 )
 
+LENGTH = ("training.max_steps", "training.epochs")
 
 FORMAT = 3
 """Of what lies in a checkpoint; another version's is refused by number."""
@@ -102,19 +105,28 @@ class Checkpoints:
     digest of every file once it is on disk. An older one is removed only when the next is about to
     be written: until then the newest is not known to be good.
 
-    Every method is to be called by all processes of a run, at the same steps.
+    Every method is to be called by all processes of a run, at the same steps. Where hosts have
+    folders apart, the first one writes the whole, which the others send it; each reads its own.
 
     Args:
         folder: gets one for each step.
         keep: how many to keep.
-        check: called before anything is written; raises where the folder is not the run's.
+        keeper: keeps the folder: it is checked before anything is written, and pushed after.
     """
 
-    def __init__(self, folder: Path, *, keep: int, check: Callable[[], None] = lambda: None):
+    def __init__(self, folder: Path, *, keep: int, keeper: Keeper | None = None):
+        keeper = keeper or Keeper()
+        self._apart = keeper.apart and jax.process_count() > 1
+        if self._apart:
+            folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None, create=True, enable_async_checkpointing=True
+            max_to_keep=None,
+            create=not self._apart,
+            enable_async_checkpointing=True,
+            multiprocessing_options=_processes(alone=self._apart),
         )
-        self.folder, self.keep, self._check = folder.absolute(), keep, check
+        self.folder, self.keep = folder.absolute(), keep
+        self._check, self._push = keeper.check, keeper.push
         self._manager = ocp.CheckpointManager(self.folder, options=options)
         self._unsealed: int | None = None
 
@@ -144,16 +156,24 @@ class Checkpoints:
             if hosts.is_first():
                 write_atomically(self.folder / WRITING, f"{step}\n")
             hosts.barrier("checkpoint begun")
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    data=ocp.args.JsonSave(dict(data)),
-                    run=ocp.args.JsonSave({"format": FORMAT, **identity._asdict()}),
-                ),
-                force=True,  # a step that orbax passes over would be missed only by the next run
-            )
+            if self._apart:
+                state = jax.tree.map(hosts.gathered, state)
+            if hosts.is_first() or not self._apart:
+                self._start(step, state, data, identity)
         self._unsealed = step
+        if self._apart:
+            self.wait()  # the others cannot see when it is on the first one's disk
+
+    def _start(self, step: int, state: Any, data: Mapping[str, Any], identity: Identity) -> None:
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=ocp.args.JsonSave(dict(data)),
+                run=ocp.args.JsonSave({"format": FORMAT, **identity._asdict()}),
+            ),
+            force=True,  # a step that orbax passes over would be missed only by the next run
+        )
 
     def poll(self) -> None:
         """Seal what was started, if it is on disk by now; to be called between steps."""
@@ -172,8 +192,10 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._check()
             if hosts.is_first():
+                self._push()
                 seals.seal(self.path_of(self._unsealed), self._unsealed)
                 (self.folder / WRITING).unlink()
+                self._push()
         self._unsealed = None
 
     def abandon(self) -> None:
@@ -241,6 +263,16 @@ class Checkpoints:
         with self._writing():
             self._prune()
         self._manager.close()
+
+
+def _processes(*, alone: bool) -> ocp.options.MultiprocessingOptions:
+    """Who writes a checkpoint: all together, or this one into a folder that no other one sees."""
+    if not alone:
+        return ocp.options.MultiprocessingOptions()
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"host{me}"
+    )
 
 
 def _silence_late_answers() -> None:
@@ -353,8 +385,11 @@ def _scoring(config: Mapping[str, Any]) -> list[Any]:
     return [*rows, settings]
 
 
-def check_same_run(saved: Identity, now: Identity, where: str) -> None:
-    """Raises InputError where going on would not be the same run, naming the first difference."""
+def check_same_run(saved: Identity, now: Identity, where: str, *, extend: bool = False) -> None:
+    """Raises InputError where going on would not be the same run, naming the first difference.
+
+    With ``extend`` it may be longer although its schedules depend on its length.
+    """
     if saved.base != now.base:
         raise InputError(
             f"{where}: expected the base model this run began with (fingerprint "
@@ -365,12 +400,16 @@ def check_same_run(saved: Identity, now: Identity, where: str) -> None:
     for key, before, after in differences(saved_config, config):
         if any(key == free or key.startswith(free + ".") for free in FREE_KEYS):
             continue
-        if key == "training.max_steps" and _extends(now.config, before, after):
-            continue
-        raise InputError(
-            f"{where}: expected {key} to stay {before!r}, got {after!r}. Set it back, or use a new "
-            "--workdir."
-        )
+        advice = "Set it back, or use a new --workdir."
+        if key in LENGTH and _is_longer(before, after):
+            tied = _tied_to_length(now.config)
+            if not tied or extend:
+                continue
+            advice = (
+                f"This changes {', '.join(tied)}, which follow the length of the run: set it back, "
+                "or set training.extend=true to go on with them over the new length."
+            )
+        raise InputError(f"{where}: expected {key} to stay {before!r}, got {after!r}. {advice}")
     if saved.start != now.start:
         raise InputError(
             f"{where}: expected the adapter of adapter.start that this run began with (fingerprint "
@@ -388,12 +427,29 @@ def _in_todays_words(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**config, "data": {**data, "packing": packing}}
 
 
-def _extends(config: Mapping[str, Any], before: Any, after: Any) -> bool:
-    """A run may be lengthened where nothing depends on its length."""
-    training = config["training"]
-    steady = training["schedule"] == "constant" and training["warmup"] == 0.0
-    longer = isinstance(before, int) and isinstance(after, int) and after > before
-    return longer and steady and not depends_on_length(config["regularizers"])
+def extension(saved: Identity, now: Identity) -> list[str]:
+    """What is to be said of a run that goes on to another length, checked before; else nothing."""
+    before, after = saved.config["training"], now.config["training"]
+    key = next((key for key in ("max_steps", "epochs") if before[key] != after[key]), None)
+    if key is None:
+        return []
+    tied = _tied_to_length(now.config)
+    changed = f"; over the new length now: {', '.join(tied)}" if tied else ""
+    return [f"the run is longer: training.{key} {before[key]} -> {after[key]}{changed}"]
+
+
+def _is_longer(before: Any, after: Any) -> bool:
+    return isinstance(before, int | float) and isinstance(after, int | float) and after > before
+
+
+def _tied_to_length(config: Mapping[str, Any]) -> list[str]:
+    """Settings with their values by which a step depends on how many there are in all."""
+    training, found = config["training"], []
+    if training["schedule"] != "constant":
+        found.append(f"training.schedule {training['schedule']}")
+    if training["warmup"]:
+        found.append(f"training.warmup {training['warmup']}")
+    return found + [f"regularizers.{one}" for one in length_schedules(config["regularizers"])]
 
 
 def differences(

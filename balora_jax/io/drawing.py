@@ -1,28 +1,25 @@
 """Pictures for people, by matplotlib where the extra ``viz`` is installed."""
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from balora_jax.errors import InputError
+from balora_jax.io import curves
 from balora_jax.io.folders import check_file, replaced_file
-from balora_jax.numerics.terms import TERMS
+from balora_jax.io.metrics import read_metrics
 
-ACROSS = 3
-"""Panels of the curves beside each other."""
+EVERY = 30.0
+"""Seconds between two pictures of a run that goes on, at least."""
+
+SHARE = 0.015
+"""Largest share of the time of a run that its pictures take."""
+
+FIRST_COST = 0.4
+"""Seconds that the first picture is taken to need, as none was measured."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def panels() -> list[tuple[str, tuple[str, ...]]]:
-    """Title and columns of each picture of the curves."""
-    weights = tuple(f"lambda{i}" for i, _ in enumerate(TERMS, start=1))
-    return [
-        ("task loss (nats per token)", ("task_loss", "loss")),
-        *((term.title, (term.name,)) for term in TERMS.values()),
-        ("weights λ", weights),
-        ("gradient norm", ("grad_norm",)),
-    ]
 
 
 def check_picture(path: Path | None) -> None:
@@ -40,49 +37,58 @@ def check_picture(path: Path | None) -> None:
     check_file(path, f"--picture {path}", begins=(_PNG,))
 
 
-def save_picture(path: Path, paint: Callable[[Any], Any]) -> bool:
+def save_picture(path: Path, paint: Callable[[Callable[..., Any]], Any]) -> bool:
     """Paint a figure and save it as a PNG.
 
     Args:
         path: of the file.
-        paint: gets matplotlib's ``pyplot`` and returns the figure.
+        paint: gets what makes a figure and its axes, as pyplot's ``subplots`` does, but without
+            pyplot: a caller's plots and backend stay what they are. It returns the figure.
 
     Returns:
         Whether it was drawn: matplotlib is an extra (``viz``).
     """
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure = paint(pyplot)
+    def subplots(rows: int = 1, columns: int = 1, *, figsize: Any, **options: Any) -> Any:
+        figure = Figure(figsize=figsize, layout="constrained")
+        return figure, figure.subplots(rows, columns, **options)
+
+    figure = paint(subplots)
     with replaced_file(path) as draft:
         figure.savefig(draft, dpi=110, format="png")
-    pyplot.close(figure)
     return True
 
 
-def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """Loss, terms, weights and gradient norm over the steps as a PNG; whether it was drawn."""
+def draw_curves(rows: curves.Rows, path: Path) -> bool:
+    """The curves of a run as a PNG; whether it was drawn."""
+    return bool(rows) and save_picture(path, lambda subplots: curves.paint(rows, subplots))
 
-    def paint(pyplot: Any) -> Any:
-        steps = [row["step"] for row in rows]
-        shown = panels()
-        down = -(-len(shown) // ACROSS)
-        size = (4 * ACROSS, 3 * down)
-        figure, axes = pyplot.subplots(down, ACROSS, figsize=size, constrained_layout=True)
-        for axis in axes.flat[len(shown) :]:
-            axis.set_visible(False)
-        for axis, (title, names) in zip(axes.flat, shown, strict=False):
-            for name in names:
-                axis.plot(steps, [row[name] for row in rows], label=name, linewidth=1.2)
-            axis.set_title(title, fontsize=10)
-            axis.set_xlabel("optimizer step")
-            axis.grid(alpha=0.3)
-            if len(names) > 1:
-                axis.legend(fontsize=8)
-        return figure
 
-    return save_picture(path, paint)
+class LiveCurves:
+    """The curves of a run that goes on, drawn anew now and then.
+
+    Args:
+        rows: ``metrics.jsonl``.
+        picture: the PNG.
+    """
+
+    def __init__(self, rows: Path, picture: Path):
+        self.rows, self.picture = rows, picture
+        self.began = self.drawn = time.monotonic()
+        self.spent, self.cost = 0.0, FIRST_COST
+        self.can = True
+
+    def follow(self) -> None:
+        """Draw, unless it is too early (:data:`EVERY`) or took too much by now (:data:`SHARE`)."""
+        now = time.monotonic()
+        dear = self.spent + self.cost > SHARE * (now - self.began)
+        if not self.can or now - self.drawn < EVERY or dear:
+            return
+        self.can = draw_curves(read_metrics(self.rows), self.picture)
+        self.drawn = time.monotonic()
+        self.cost = self.drawn - now
+        self.spent += self.cost

@@ -267,21 +267,19 @@ def label_remarks(objective: Objective, rows: int, outputs: int) -> list[str]:
     return lines + [line for term in on for line in term.remarks(rows, outputs)]
 
 
-def depends_on_length(settings: Mapping[str, Any]) -> bool:
-    """Return whether a weight at work depends on the number of steps of the run.
+def length_schedules(settings: Mapping[str, Any]) -> list[str]:
+    """Schedules of weights at work that depend on the number of steps of the run, with their keys.
 
     Args:
         settings: weights and schedules by the keys of a config's section, all given.
 
-    >>> depends_on_length({"consistency": 1.0, "consistency_schedule": "cosine"})
-    True
-    >>> depends_on_length({"consistency": 0.0, "consistency_schedule": "cosine"})
-    False
+    >>> length_schedules({"consistency": 1.0, "consistency_schedule": "cosine"})
+    ['consistency_schedule cosine']
+    >>> length_schedules({"consistency": 0.0, "consistency_schedule": "cosine"})
+    []
     """
-    return any(
-        settings.get(name, 0.0) > 0.0 and SCHEDULES[settings[f"{name}_schedule"]].depends_on_length
-        for name in TERMS
-    )
+    found = {f"{name}_schedule": name for name in TERMS if settings.get(name, 0.0) > 0.0}
+    return [f"{key} {settings[key]}" for key in found if SCHEDULES[settings[key]].depends_on_length]
 
 
 def weights(

@@ -4,6 +4,7 @@ Everything here is also right, and does nothing, in a run of one process.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -37,6 +38,8 @@ _ADVICE = (
     "--start-timeout"
 )
 _POLL, _LINGER = 1.0, 3.0  # seconds between two looks for a reason, and of leaving one there
+
+_barriers = itertools.count()  # each has a name of its own, the same in all processes
 
 _member = threading.Event()
 """Set once this process has joined the others."""
@@ -159,8 +162,12 @@ def from_first(value: Any) -> Any:
         return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
 
 
-def by_first(action: Callable[[], Result]) -> Result:
+def by_first(action: Callable[[], Result], *, seconds: int = 0) -> Result:
     """What the first process's ``action`` returns (anything JSON can hold), in all processes.
+
+    Args:
+        action: is called in the first process.
+        seconds: that it may take, where that is longer than devices wait for each other.
 
     Raises:
         InputError: in all of them, where the action raised one.
@@ -173,6 +180,10 @@ def by_first(action: Callable[[], Result]) -> Result:
             outcome = [True, action()]
         except InputError as error:
             outcome = [False, str(error)]
+    if seconds:
+        client: Any = distributed.global_state.client
+        with _waiting("the first process"):
+            client.wait_at_barrier(f"balora_jax/by_first/{next(_barriers)}", 1000 * seconds)
     good, value = from_first(outcome)
     if not good:
         raise InputError(value)

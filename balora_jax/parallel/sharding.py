@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -34,8 +36,11 @@ else:
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh with axes ``AXES`` over all devices here, or those given.
 
+    Between TPU slices is a slower network: only ``data`` goes over it, slice by slice.
+
     Raises:
-        InputError: sizes whose product is not the number of devices.
+        InputError: sizes whose product is not the number of devices, or a size of ``data`` that
+            does not go over the slices evenly.
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
@@ -49,7 +54,29 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"{' x '.join(map(str, sizes))} = {math.prod(sizes)}. Change them; -1 fills one in."
         )
     auto = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
+    slices = slices_of(devices)
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
+    return Mesh(_over_slices(sizes, slices, devices), AXES, axis_types=auto)
+
+
+def slices_of(devices: Sequence[Any]) -> int:
+    """How many TPU slices devices are of; one for other devices."""
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _over_slices(sizes: Sequence[int], slices: int, devices: Sequence[Any]) -> np.ndarray:
+    """Devices of several slices on the axes ``sizes``, the first of which goes over them."""
+    first, *others = sizes
+    if first % slices:
+        raise InputError(
+            f"mesh.{AXES[0]}: expected a multiple of the {slices} TPU slices that there are, as "
+            f"only this axis goes over the network between them, got {first}. Change it."
+        )
+    between = [slices, *(1 for _ in others)]
+    return mesh_utils.create_hybrid_device_mesh([first // slices, *others], between, devices)
 
 
 def platform_of(mesh: AnyMesh) -> str:

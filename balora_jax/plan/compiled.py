@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from balora_jax.config import RunConfig, TrainingConfig
@@ -198,15 +198,20 @@ def bytes_by_kind(
     """Where the bytes of one device go; the kinds add up to the compiler's total.
 
     What a step is given follows from shapes and mesh; ``padding`` is what the compiler adds to it
-    for tiles, or leaves out where it reads an array not at all (then below 0). The split of the
-    temporaries is an estimate: ``head`` is what the head's pass takes when it is compiled alone on
+    for tiles. An array that the step does not read (the key, which only dropout and samples do)
+    takes no bytes, and counts for none in its kind, the batch first. The split of the temporaries
+    is an estimate: ``head`` is what the head's pass takes when it is compiled alone on
     the same shapes and mesh, at most all of them, and the step's peak may lie elsewhere.
     """
     held = held_bytes(arguments)
     if memory is None:
         return held
     rest = dict(held)
-    rest["padding"] = memory["arguments"] - sum(held.values())
+    left_out = max(sum(held.values()) - memory["arguments"], 0)
+    for kind in ("batch", *held):
+        cut = min(rest[kind], left_out)
+        rest[kind], left_out = rest[kind] - cut, left_out - cut
+    rest["padding"] = memory["arguments"] - sum(rest.values())
     if head_alone is not None:
         rest["head"] = min(head_alone, memory["temporaries"])
     rest["activations"] = memory["temporaries"] - rest.get("head", 0)
@@ -275,12 +280,23 @@ def hosts_between(mesh: Any) -> int:
     return len({device.process_index for device in mesh.devices.flat})
 
 
+def _exchanged(module: hlo.Module, mesh: Any) -> list[hlo.Collective]:
+    """Collectives of a program; over several TPU slices it is the program of one of them."""
+    sizes = dict(mesh.shape)
+    slices = sharding.slices_of(list(mesh.devices.flat)) if isinstance(mesh, Mesh) else 1
+    if slices == 1:
+        return module.collectives(sizes, hosts_between(mesh))
+    over = sharding.AXES[0]
+    inside = module.collectives(sizes | {over: sizes[over] // slices})
+    return [*module.between_slices(slices, over), *inside]
+
+
 def _moved(program: TextProgram, text: str | None) -> Row:
     """What a step moves, from the text of the program."""
     if text is None:
         return {"collectives": None, "sent": None, "traffic": None, "open_loops": None}
     module = hlo.Module(text, head_chunks(program))
-    found = module.collectives(dict(program.mesh.shape), hosts_between(program.mesh))
+    found = _exchanged(module, program.mesh)
     return {
         "collectives": [vars(one) | {"axes": list(one.axes)} for one in found],
         "sent": hlo.total(found),

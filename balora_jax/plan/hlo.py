@@ -36,8 +36,8 @@ class Collective:
         bytes: sent by each device in a step, by a ring: of a result or operand of S bytes over n
             devices, ``S·(n-1)/n`` for all-gather (S whole), reduce-scatter and all-to-all, twice
             that for all-reduce, S for a permutation.
-        between_hosts: those that each device sends to other hosts when its group first does what
-            it can on its own host.
+        between_hosts: those that each device sends to other hosts, or TPU slices, when its group
+            first does what it can on its own.
     """
 
     kind: str
@@ -185,6 +185,29 @@ class Module:
                 counted[1] += times * ring_bytes(kind, size, group.size)
                 counted[2] += times * network_bytes(kind, size, group)
         found = [Collective(*key, *values) for key, values in total.items()]
+        return sorted(found, key=lambda one: -one.bytes)
+
+    def between_slices(self, slices: int, axis: str) -> list[Collective]:
+        """What a program of one TPU slice exchanges with the others, most bytes first.
+
+        The compiler writes such a collective as sends and receives of the host, and names it.
+
+        Args:
+            slices: how many there are.
+            axis: of the mesh, which goes over them.
+        """
+        total: dict[str, list[int]] = {}
+        for computation, times in self.executed:
+            for where, one in self._flat(computation):
+                named = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.rest)
+                if one.opcode != "send" or named is None:
+                    continue
+                kind = named[1].lower().replace("_", "-")
+                size = bytes_of(where.instructions[one.operands[0]].shape)
+                counted = total.setdefault(kind, [0, 0])
+                counted[0] += times
+                counted[1] += times * ring_bytes(kind, size, slices)
+        found = [Collective(kind, (axis,), n, sent, sent) for kind, (n, sent) in total.items()]
         return sorted(found, key=lambda one: -one.bytes)
 
     def _collectives_in(

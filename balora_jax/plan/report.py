@@ -32,7 +32,7 @@ def text(figures: Mapping[str, Any], config: RunConfig) -> str:
     parts = [_title(figures), *_numbered(rows), "", *_bytes_table(rows), "", *_speed_table(rows)]
     if rows[0]["collectives"]:
         parts += ["", "collectives of plan 1, per step and device:", ""]
-        parts += _collectives_table(rows[0])
+        parts += _collectives_table(rows[0], figures["target"])
     return "\n".join([*parts, "", *_remarks(figures, config)])
 
 
@@ -40,6 +40,7 @@ def _title(figures: Mapping[str, Any]) -> str:
     target, first = figures["target"], figures["rows"][0]
     memory = "memory unknown" if target["memory"] is None else f"{_size(target['memory'])} each"
     hosts = "" if target["hosts"] is None else f", {target['hosts']} host(s)"
+    hosts += f", {target['slices']} slices" if target["slices"] > 1 else ""
     lines = [
         f"{figures['model']}: {first['parameters']:,} parameters, {first['trainable']:,} trainable "
         f"(r = {figures['rank']}), {figures['dtype']}",
@@ -110,12 +111,12 @@ def _speed_cells(number: int, row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _collectives_table(row: Mapping[str, Any]) -> list[str]:
-    """What is exchanged; the bytes between hosts where there are some."""
+def _collectives_table(row: Mapping[str, Any], target: Mapping[str, Any]) -> list[str]:
+    """What is exchanged; the bytes between hosts, or slices, where there are some."""
     found = row["collectives"]
     sizes = {"bytes": "MB"}
     if any(one["between_hosts"] for one in found):
-        sizes["between_hosts"] = "MB to other hosts"
+        sizes["between_hosts"] = f"MB to other {'slices' if target['slices'] > 1 else 'hosts'}"
     cells = [
         [one["kind"], " x ".join(one["axes"]) or "other", f"{one['count']:,}",
          *(f"{one[key] / 1e6:,.2f}" for key in sizes)]
@@ -129,8 +130,8 @@ def _remarks(figures: Mapping[str, Any], config: RunConfig) -> list[str]:
     lines = [
         "FLOPs are the model's; recomputed are those of remat, per device. compute = (model + "
         "recomputed) / devices / peak, memory = bytes read and written / bandwidth, links = bytes "
-        "sent / links of a chip, or for GPUs those between hosts / network where that is more; "
-        "bound = their maximum, apart = their sum. tokens/s at "
+        "sent / links of a chip, or those between GPU hosts or TPU slices / network where that is "
+        "more; bound = their maximum, apart = their sum. tokens/s at "
         f"utilisation {share:g}: products at {share:.0%} of the peak, or memory or links where "
         "they are slower.",
     ]
@@ -158,11 +159,11 @@ def _remarks(figures: Mapping[str, Any], config: RunConfig) -> list[str]:
 def _size(size: float) -> str:
     """Bytes for people.
 
-    >>> _size(3 * 2**30), _size(-1536), _size(7)
-    ('3.00 GiB', '-1.5 KiB', '7 B')
+    >>> _size(3 * 2**30), _size(1536), _size(7)
+    ('3.00 GiB', '1.5 KiB', '7 B')
     """
     for unit, factor, form in (("GiB", 2**30, ".2f"), ("MiB", 2**20, ".1f"), ("KiB", 2**10, ".1f")):
-        if abs(size) >= factor:
+        if size >= factor:
             return f"{size / factor:{form}} {unit}"
     return f"{size:.0f} B"
 
@@ -184,13 +185,13 @@ def draw(figures: Mapping[str, Any], path: Path) -> bool:
         Whether it was drawn.
     """
 
-    def paint(pyplot: Any) -> Any:
+    def paint(subplots: Any) -> Any:
         rows = list(reversed(figures["rows"]))
         names = [row["case"].replace(", ", "\n", 1) for row in rows]
-        figure, axis = pyplot.subplots(figsize=(10, 0.7 * len(rows) + 1.6), constrained_layout=True)
+        figure, axis = subplots(figsize=(10, 0.7 * len(rows) + 1.6))
         left = [0.0] * len(rows)
         for number, (kind, title) in enumerate(KINDS.items()):
-            sizes = [max(row["bytes_by_kind"].get(kind, 0), 0) / 2**30 for row in rows]
+            sizes = [row["bytes_by_kind"].get(kind, 0) / 2**30 for row in rows]
             axis.barh(names, sizes, left=left, label=title, color=f"C{number}")
             left = [a + b for a, b in zip(left, sizes, strict=True)]
         rest = [max(needed(row) - place, 0.0) for row, place in zip(rows, left, strict=True)]

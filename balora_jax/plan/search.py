@@ -153,13 +153,16 @@ class Space:
     def _meshes(self) -> Iterator[tuple[int, ...]]:
         """Sizes whose product is the number of devices.
 
-        ``tensor`` cuts between heads, ``expert`` between experts. Rows are cut into ``sequence``
-        only where the batch has fewer rows than data, fsdp and expert would take.
+        ``tensor`` cuts between heads, ``expert`` between experts, ``data`` between slices. Rows are
+        cut into ``sequence`` only where the batch has fewer rows than data, fsdp and expert would
+        take.
         """
         decoder, devices = self.program.decoder, self.target.devices
         for sizes in _factorizations(devices, len(sharding.AXES)):
             named: dict[str, int] = dict(zip(sharding.AXES, sizes, strict=True))
             if math.gcd(decoder.num_heads, decoder.num_kv_heads) % named.get("tensor", 1):
+                continue
+            if named.get("data", 1) % self.target.slices:
                 continue
             experts = named.get("expert", 1)
             if experts > 1 and (decoder.experts == 0 or decoder.experts % experts):

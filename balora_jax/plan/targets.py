@@ -45,6 +45,7 @@ class Target:
         memory: bytes that a program may use on one device; None where it is not known.
         accelerator: what is published; None for a CPU and for a GPU of unknown speed.
         hosts: that the chips are spread over evenly; None where it is not known.
+        slices: of a TPU that the chips are spread over evenly.
         described: whether the compiler is told of a GPU that is not here.
         notes: what the figures rest on.
     """
@@ -55,6 +56,7 @@ class Target:
     memory: int | None
     accelerator: Accelerator | None
     hosts: int | None = None
+    slices: int = 1
     described: bool = False
     notes: tuple[str, ...] = ()
 
@@ -95,12 +97,16 @@ class Target:
 
     @property
     def network(self) -> float | None:
-        """Bytes per second that one device sends to other hosts; None where hosts are no border."""
-        return None if self.accelerator is None else self.accelerator.network
+        """Bytes per second that one device sends to other hosts, or slices; None without such."""
+        if self.accelerator is None or (self.platform == "tpu" and self.slices == 1):
+            return None
+        return self.accelerator.network
 
     @property
     def borders(self) -> int:
         """Groups of devices, one after another, between which the network is."""
+        if self.platform == "tpu":
+            return self.slices
         return 1 if self.network is None or self.hosts is None else self.hosts
 
     @property
@@ -112,6 +118,7 @@ class Target:
             "kind": "CPU" if self.accelerator is None else self.accelerator.kinds[0],
             "devices": self.devices,
             "hosts": self.hosts,
+            "slices": self.slices,
             "memory": self.memory,
             "peak_flops": self.peak,
             "bandwidth": self.bandwidth,
@@ -124,7 +131,7 @@ class Target:
     def environment(self) -> dict[str, str]:
         """Variables of a process that compiles for these devices."""
         if self.platform == "tpu" and self.accelerator is not None:
-            kind = f"{self.accelerator.slice_type}-{self.chips}"
+            kind = f"{self.accelerator.slice_type}-{self.chips // self.slices}"
             return TPU_ENVIRONMENT | {"TPU_ACCELERATOR_TYPE": kind}
         told = os.environ.get("XLA_FLAGS", "")
         if self.described:
@@ -147,9 +154,9 @@ def parse_target(text: str) -> Target:
     """The devices that a name stands for.
 
     Args:
-        text: ``auto`` (those that JAX sees here), a TPU slice (``v5e:4x4``), GPUs of one host
-            (``gpu:8xH100``) or of several (``gpu:2x8xA100``), ``gpu:8x48GB`` for GPUs of which only
-            the memory is known, or ``cpu:8``.
+        text: ``auto`` (those that JAX sees here), a TPU slice (``v5e:4x4``) or several
+            (``2xv5e:4x4``), GPUs of one host (``gpu:8xH100``) or of several (``gpu:2x8xA100``),
+            ``gpu:8x48GB`` for GPUs of which only the memory is known, or ``cpu:8``.
 
     Raises:
         InputError: none of these.
@@ -161,13 +168,9 @@ def parse_target(text: str) -> Target:
     """
     if text == "auto":
         return _target_here()
-    if match := re.fullmatch(rf"({_TPU_NAMES}):({_NUMBER}(?:x{_NUMBER}){{1,2}})", text):
-        accelerator = accelerator_named(match[1])
-        assert accelerator is not None
-        chips = math.prod(int(size) for size in match[2].split("x"))
-        memory = accelerator.memory // accelerator.cores
-        hosts = -(-chips // accelerator.host_chips)
-        return _positive(Target(text, "tpu", chips, memory, accelerator, hosts))
+    shape = rf"(?:({_NUMBER})x)?({_TPU_NAMES}):({_NUMBER}(?:x{_NUMBER}){{1,2}})"
+    if match := re.fullmatch(shape, text):
+        return _tpu(text, int(match[1] or 1), match[2], match[3])
     if match := re.fullmatch(rf"gpu:({_NUMBER})x({_NUMBER})GB", text):
         return _positive(_unnamed(text, int(match[1]), int(match[2])))
     if match := re.fullmatch(rf"gpu:(?:({_NUMBER})x)?({_NUMBER})x({_GPU_NAMES})", text):
@@ -176,6 +179,26 @@ def parse_target(text: str) -> Target:
         count = int(match[1])
         return _positive(Target(text, "cpu", count, _share_of_memory(count), None))
     raise _unknown(text)
+
+
+def _tpu(text: str, slices: int, name: str, shape: str) -> Target:
+    """Slices of a TPU, for which libtpu compiles."""
+    accelerator = accelerator_named(name)
+    assert accelerator is not None
+    chips = math.prod(int(size) for size in shape.split("x"))
+    hosts = slices * -(-chips // accelerator.host_chips)
+    memory = accelerator.memory // accelerator.cores
+    if slices > 1 and accelerator.network is None:
+        known = ", ".join(one.name for one in TPUS if one.network is not None)
+        raise InputError(
+            f"--topology: expected one slice, or several of {known}, got {text!r}: how fast the "
+            "network between slices of it is, is not published. Plan one slice."
+        )
+    notes = ()
+    if slices > 1:
+        notes = ("only mesh.data goes over the network between slices; no run has tried it",)
+    found = Target(text, "tpu", slices * chips, memory, accelerator, hosts, slices, notes=notes)
+    return _positive(found)
 
 
 def _card(text: str, hosts: int, count: int, name: str) -> Target:
@@ -195,7 +218,11 @@ def _card(text: str, hosts: int, count: int, name: str) -> Target:
         "attention is compiled as model.attention: xla; auto takes cuDNN's on a GPU, which keeps "
         "less",
     )
-    return _positive(Target(text, "gpu", hosts * count, memory, accelerator, hosts, True, notes))
+    return _positive(
+        Target(
+            *(text, "gpu", hosts * count, memory, accelerator, hosts), described=True, notes=notes
+        )
+    )
 
 
 def memory_share() -> float:
@@ -238,7 +265,7 @@ def _unknown(text: str) -> InputError:
     names = ", ".join(one.name for one in TPUS)
     cards = ", ".join(one.name for one in GPUS)
     return InputError(
-        f"--topology: expected {names} and a shape, such as v5e:4x4 or v5p:2x2x1, GPUs ({cards}), "
+        f"--topology: expected {names} and a shape, such as v5e:4x4 or 2xv5e:4x4, GPUs ({cards}), "
         "such as gpu:8xH100 or gpu:2x8xA100 (hosts x GPUs), gpu:8x48GB, cpu:8 or auto, got "
         f"{text!r}. Correct it."
     )
@@ -273,7 +300,9 @@ def described_devices(target: Target) -> list[Any]:
     from jax.experimental import topologies
 
     if target.platform == "tpu":
-        found = topologies.get_topology_desc(platform="tpu", topology_name=target.name)
+        name = target.name[target.name.index("v") :]
+        several = {"num_slices": target.slices} if target.slices > 1 else {}
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **several)
         return list(found.devices)
     assert target.accelerator is not None
     assert target.hosts is not None

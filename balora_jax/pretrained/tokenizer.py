@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from balora_jax.errors import InputError
+from balora_jax.torch_import import torch_left_out
 from balora_jax.untyped.native import any_error_refused, held_stderr
 from balora_jax.untyped.shown import shown
 
@@ -34,6 +35,7 @@ def open_tokenizer(folder: Path) -> Any:
     with (
         any_error_refused(f"{folder}: expected a tokenizer (tokenizer.json)", _REMEDY),
         held_stderr(),
+        torch_left_out(),
     ):
         from transformers import AutoTokenizer
 

@@ -173,11 +173,11 @@ def _clock(seconds: float) -> str:
 def draw(figures: Mapping[str, Any], path: Path) -> bool:
     """Mean and deviation of each cell as bars, by data set, in a PNG; whether it was drawn."""
 
-    def paint(pyplot: Any) -> Any:
+    def paint(subplots: Any) -> Any:
         datasets, variants = figures["datasets"], figures["variants"]
         width = 0.8 / len(variants)
         size = (2.5 + 0.45 * len(datasets) * (len(variants) + 1), 4)
-        figure, axis = pyplot.subplots(figsize=size, constrained_layout=True)
+        figure, axis = subplots(figsize=size)
         for place, variant in enumerate(variants):
             cells = [_points(figures, variant, dataset) for dataset in datasets]
             axis.bar(

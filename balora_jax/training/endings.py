@@ -1,24 +1,45 @@
 """Endings of a run before its last step: a signal, a device, another host or the disk."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 
 from balora_jax.errors import InputError, RunStoppedError
+from balora_jax.io import seals
 from balora_jax.io.checkpoint_folder import sealed_steps
+from balora_jax.io.store import Store
+from balora_jax.paths import is_store
 from balora_jax.signals import Signals
-from balora_jax.training.workdir import CHECKPOINTS, holds_run
+from balora_jax.training.workdir import CHECKPOINTS, CONFIG, holds_run
 
 
 def saved(folder: Path) -> str:
     """What of a run is saved by now, and how to go on."""
-    steps = sealed_steps(folder / CHECKPOINTS)
+    return _saved(str(folder), sealed_steps(folder / CHECKPOINTS), holds_run(folder))
+
+
+def saved_at(workdir: str) -> str:
+    """The same of a folder that may also lie in a store."""
+    if not is_store(workdir):
+        return saved(Path(workdir))
+    store = Store(workdir, f"--workdir {workdir}")
+    try:
+        names = store.names()
+    except OSError as error:
+        return f"what is saved cannot be seen now ({error.strerror}). Go on with --resume."
+    seal = re.compile(rf"{CHECKPOINTS}/([0-9]{{1,18}})/{re.escape(seals.NAME)}")
+    steps = sorted(int(found[1]) for found in map(seal.fullmatch, names) if found)
+    return _saved(store.address, steps, CONFIG in names)
+
+
+def _saved(folder: str, steps: Sequence[int], begun: bool) -> str:
     if steps:
-        newest = folder / CHECKPOINTS / str(steps[-1])
+        newest = f"{folder}/{CHECKPOINTS}/{steps[-1]}"
         return f"{newest} is the newest whole checkpoint. Go on with --resume."
-    if holds_run(folder):
+    if begun:
         return "no checkpoint is saved yet. Begin again with --resume."
     return "nothing was written. Begin again."
 

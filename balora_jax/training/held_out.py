@@ -35,7 +35,7 @@ class HeldOut:
             all ``figures`` of that step; None until one was measured.
         without_gain: measurements since the best that were no better.
         kept: copies of the trainable arrays at the best step; None where they are not to be kept.
-        validated, scored: step and figures of the last measurement of each kind.
+        validated: step and figures of the last measurement of the loss.
     """
 
     def __init__(
@@ -55,7 +55,6 @@ class HeldOut:
         self.without_gain = 0
         self.kept = copied(adapters) if training.keep_best else None
         self.validated: tuple[int, Figures] = (-1, {})
-        self.scored: tuple[int, dict[str, Any]] = (-1, {})
 
     @property
     def is_on(self) -> bool:
@@ -94,7 +93,6 @@ class HeldOut:
             found |= self.validate(step, title, constants, adapters)
         if self._due(self.score_every, step):
             figures = hosts.from_first(score(title))
-            self.scored = (step, figures)
             numbers = {k: v for k, v in figures.items() if not isinstance(v, str)}
             found |= {SCORE + name: _finite(value) for name, value in numbers.items()}
         return found

@@ -15,7 +15,9 @@ from balora_jax.config import TrainingConfig
 from balora_jax.config_file import dump_config
 from balora_jax.errors import RunStoppedError
 from balora_jax.io import checkpoint, checkpoint_folder, metrics
+from balora_jax.io.drawing import LiveCurves
 from balora_jax.io.folders import write_atomically
+from balora_jax.io.keeper import Keeper
 from balora_jax.parallel import hosts
 from balora_jax.progress import Bar
 from balora_jax.signals import Signals
@@ -24,11 +26,12 @@ from balora_jax.training.held_out import Figures, HeldOut
 from balora_jax.training.profiling import Profile
 from balora_jax.training.records import Records
 from balora_jax.training.reporting import Filled, Reporter, divergence, progress
-from balora_jax.training.run import Loaded, Run
-from balora_jax.training.trackers.tracker import Tracker, Trackers
+from balora_jax.training.run import Loaded, Run, Scored
+from balora_jax.training.trackers.tracker import Callback, Trackers
 from balora_jax.training.workdir import (
     CHECKPOINTS,
     CONFIG,
+    CURVES,
     HEADER,
     METRICS,
     PROFILE,
@@ -47,10 +50,10 @@ class Training:
         folder: of the run, held by its lock; the first thing is written here, after all that may
             be refused.
         signals: what takes SIGTERM and SIGINT.
-        trackers: those that the config names.
+        trackers: those that the config names, and the caller's callbacks.
         found: the checkpoints of a run to go on with; None for a new one.
         shared: for what several runs need of one teacher; None for the run's own folder.
-        check: raises where the folder is no longer the run's.
+        keeper: keeps the folder.
         on_best: called where the held-out rows are better off than ever, to write that down.
     """
 
@@ -61,13 +64,13 @@ class Training:
         folder: Path,
         signals: Signals,
         *,
-        trackers: Sequence[Tracker] = (),
+        trackers: Sequence[Callback] = (),
         found: checkpoint_folder.Found | None,
         shared: Path | None = None,
-        check: Callable[[], None],
+        keeper: Keeper,
         on_best: Callable[["Training"], None] = lambda _: None,
     ):
-        self.check_folder, self.on_best = check, on_best
+        self.keeper, self.on_best = keeper, on_best
         self.run, self.folder, self.signals = run, folder, signals
         training = run.config.training
         self.batches = run.batches()
@@ -80,6 +83,7 @@ class Training:
         self.key = jax.random.key(training.seed)
         self.before: dict[str, Any] = {}
         self.saved: int | None = None
+        self.latest: tuple[int, Scored] | None = None  # the step and what its score found
         self.skipping = self.postponed = False
         self.start = 0
         self.scorer, self.records = run.scorer(), Records(folder)
@@ -89,24 +93,30 @@ class Training:
         if found is not None and found.step is not None:
             self.store = self.open_store()
             self.start = self.restore(found.step)
-        open_folder(folder, run, found)
+        open_folder(folder, run, found, apart=keeper.apart)
         if self.start:
             self.store.look_again()
         else:
             self.store = self.open_store()
         self.records.begin(self.start)
         self.log = open_log(folder, self.start)
+        keeper.push()
         told = trackers if hosts.is_first() else ()
-        self.trackers = Trackers(told, folder, run.config.model_dump(mode="json"))
+        self.trackers = Trackers(told, folder, run.config.model_dump(mode="json"), folder / METRICS)
         self.report = Reporter(
-            self.log, training.log_every, run.step_flops, peak_of(run.mesh), self.trackers
+            self.log,
+            training.log_every,
+            run.step_flops,
+            peak_of(run.mesh),
+            self.trackers,
+            LiveCurves(folder / METRICS, folder / CURVES),
         )
         self.teacher: Any = run.teacher(self.constants, folder, shared)
 
     def open_store(self) -> checkpoint.Checkpoints:
         """The checkpoints of the run."""
         keep = self.run.config.training.keep_checkpoints
-        return checkpoint.Checkpoints(self.folder / CHECKPOINTS, keep=keep, check=self.check_folder)
+        return checkpoint.Checkpoints(self.folder / CHECKPOINTS, keep=keep, keeper=self.keeper)
 
     def restore(self, step: int) -> int:
         """Go to the checkpoint of a step; returns it.
@@ -306,7 +316,8 @@ class Training:
             return {}
         found = self.scorer(self.constants, self.state.adapters, self.key, title)
         self.check_folder()
-        self.records.keep(title, int(self.state.step), found)
+        self.latest = int(self.state.step), found
+        self.records.keep(title, *self.latest)
         return found.figures
 
     def score_before(self) -> None:
@@ -319,12 +330,11 @@ class Training:
 
     def score_after(self) -> dict[str, Any]:
         """Score the end, unless that was done after the last step."""
-        step, found = self.held_out.scored
-        if step != int(self.state.step):
+        if self.latest is None or self.latest[0] != int(self.state.step):
             return self.score("after")
         self.check_folder()
-        self.records.again("after")
-        return found
+        self.records.keep("after", *self.latest)
+        return self.latest[1].figures
 
     def measure_after(self) -> Figures:
         """The loss and the terms of the held-out rows at the end."""
@@ -332,8 +342,13 @@ class Training:
         return self.held_out.validate(step, "after", self.constants, self.state.adapters)
 
 
-def open_folder(folder: Path, run: Run, found: checkpoint_folder.Found | None) -> None:
-    """The first writing: tidy the folder of a run to go on with, and put the config in it."""
+def open_folder(
+    folder: Path, run: Run, found: checkpoint_folder.Found | None, *, apart: bool
+) -> None:
+    """The first writing: tidy the folder of a run to go on with, and put the config in it.
+
+    Hosts share it, unless it lies ``apart`` on each of them.
+    """
     if hosts.is_first():
         remove_leftovers(folder)
         if found is not None:
@@ -342,7 +357,7 @@ def open_folder(folder: Path, run: Run, found: checkpoint_folder.Found | None) -
         if run.left_out:
             rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in run.left_out)
             write_atomically(folder / SKIPPED, rows)
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 and not apart:
         agree_on_folder(folder)
     if found is not None:
         hosts.say(*found.said)
@@ -381,7 +396,10 @@ def _found(run: Run, folder: Path) -> checkpoint_folder.Found:
     if found.step is not None:
         path = folder / CHECKPOINTS / str(found.step)
         saved = checkpoint.read_identity(path)
-        checkpoint.check_same_run(saved, identity_of(run), f"{folder}: --resume")
+        now = identity_of(run)
+        extend = run.config.training.extend
+        checkpoint.check_same_run(saved, now, f"{folder}: --resume", extend=extend)
+        found = found._replace(said=[*found.said, *checkpoint.extension(saved, now)])
         run.batches().set_state(checkpoint.read_data(path)["batches"])
     return found
 

@@ -29,7 +29,6 @@ class Records:
         self._folder = folder
         self._begun = False
         self._waiting: list[tuple[str, int, Scored]] = []
-        self._last: tuple[int, Scored] | None = None
 
     def begin(self, start: int) -> None:
         """Forget what is of steps after ``start``, which come again, and write what waited."""
@@ -43,11 +42,6 @@ class Records:
         for waiting in self._waiting:
             self.keep(*waiting)
 
-    def again(self, title: str) -> None:
-        """Write what was found last under another title as well."""
-        if self._last is not None:
-            self.keep(title, *self._last)
-
     def keep(self, title: str, step: int, found: Scored) -> None:
         """Write what a score found, in place of what the same score found before.
 
@@ -59,7 +53,6 @@ class Records:
         if not self._begun:
             self._waiting.append((title, step, found))
             return
-        self._last = (step, found)
         if not hosts.is_first():
             return
         if found.predictions:

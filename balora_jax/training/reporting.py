@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from balora_jax.io import metrics
+from balora_jax.io.drawing import LiveCurves
 from balora_jax.parallel import hosts
 from balora_jax.progress import Bar, progress_bar
 from balora_jax.training.trackers.tracker import Trackers
@@ -39,6 +40,7 @@ class Reporter:
         flops: model FLOPs of a step by the shape of its batch and its counted tokens.
         peak: FLOPs per second of all devices; None where not known.
         trackers: what gets each row of the log as well.
+        curves: what draws the log while the run goes on.
     """
 
     def __init__(
@@ -48,8 +50,9 @@ class Reporter:
         flops: Callable[[Sequence[int], float], float],
         peak: float | None,
         trackers: Trackers | None = None,
+        curves: LiveCurves | None = None,
     ):
-        self.trackers = trackers
+        self.trackers, self.curves = trackers, curves
         self.log, self.every, self.flops, self.peak = log, every, flops, peak
         self.pending: tuple[int, Any, Filled] | None = None
         self.clock, self.tokens, self.steps, self.work = time.monotonic(), 0.0, 0, 0.0
@@ -108,6 +111,8 @@ class Reporter:
             self.log.write({**finite, **whole, **speed, **figures})
             if self.trackers is not None:
                 self.trackers.log({**finite, **whole, **speed, **figures})
+            if self.curves is not None:
+                self.curves.follow()
         self.restart()
 
 

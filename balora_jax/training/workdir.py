@@ -18,7 +18,7 @@ from balora_jax.io.hf_files import CONFIG_FILE
 from balora_jax.io.peft_writer import is_adapter
 from balora_jax.parallel import hosts
 from balora_jax.pretrained.export import ADAPTER, BEST, MODEL
-from balora_jax.training.trackers.tracker import SEEN
+from balora_jax.training.trackers.tracker import SEEN, TRACKED
 from balora_jax.untyped.yaml_text import read_yaml
 
 CONFIG = "config.yaml"
@@ -39,7 +39,7 @@ FILES = (
     *(CONFIG, METRICS, metrics.ASIDE, SUMMARY, CURVES, SEEN, TEACHER, TEACHER_ROWS),
     *(SKIPPED, SAMPLES),
 )
-FOLDERS = (CHECKPOINTS, ADAPTER, MODEL, BEST, PROFILE, PREDICTIONS)
+FOLDERS = (CHECKPOINTS, ADAPTER, MODEL, BEST, PROFILE, TRACKED, PREDICTIONS)
 """Everything that a run writes into its folder, and replaces there when it goes on."""
 
 MOST_METRICS = 2 * 2**30
@@ -138,7 +138,7 @@ def _check_kinds(folder: Path, there: list[str]) -> None:
         *([(token, False)] if os.path.lexists(token) else []),
     ):
         # What is replaced may be no link; what is only written into may lie on another disk.
-        mode = (os.stat if path.name in (CHECKPOINTS, PROFILE) else os.lstat)(path).st_mode
+        mode = (os.stat if path.name in (CHECKPOINTS, PROFILE, TRACKED) else os.lstat)(path).st_mode
         if not (stat.S_ISDIR(mode) if wants_folder else stat.S_ISREG(mode)):
             wanted = "a folder" if wants_folder else "a file"
             raise InputError(

@@ -1,12 +1,37 @@
 """A value of a user's as it stands in a message: on one line, in bounded length, escaped."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _ELLIPSIS = "…"
 _MOST_OF_A_VALUE = 100
 _MOST_OF_A_SENTENCE = 1000
 _DEEPEST = 6
+
+_names: dict[str, str] = {}
+
+
+@contextmanager
+def called(path: str, name: str) -> Iterator[None]:
+    """Let a path be called by another name in every line and sentence, while the block runs."""
+    _names[path] = name
+    try:
+        yield
+    finally:
+        del _names[path]
+
+
+def in_names(text: str) -> str:
+    """A text with the names that paths have for the user.
+
+    >>> with called("/tmp/x1", "gs://b/run"):
+    ...     in_names("/tmp/x1/adapter is written")
+    'gs://b/run/adapter is written'
+    """
+    for path, name in _names.items():
+        text = text.replace(path, name)
+    return text
 
 
 def shown(value: Any) -> str:
@@ -45,6 +70,7 @@ def one_line(text: str, most: int = _MOST_OF_A_SENTENCE) -> str:
     >>> one_line("abcdefghij", most=5)
     'ab…ij'
     """
+    text = in_names(text)
     if len(text) > 2 * most:  # escaped, a text only grows
         text = text[:most] + text[-most:]
     line = "".join(map(_escaped, text))
@@ -61,7 +87,7 @@ def for_a_log(text: str) -> str:
     first
     second\r\x1b[2K
     """
-    return "\n".join("".join(map(_escaped, line)) for line in text.split("\n"))
+    return "\n".join("".join(map(_escaped, line)) for line in in_names(text).split("\n"))
 
 
 def _escaped(character: str) -> str:

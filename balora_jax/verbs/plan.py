@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The devices, the search over layouts, and where the figures go."""
-    devices = "v5e:4x4, gpu:8xH100, gpu:2x8xA100, gpu:8x48GB, cpu:8; auto: the devices here"
+    devices = (
+        "v5e:4x4, 2xv5e:4x4, gpu:8xH100, gpu:2x8xA100, gpu:8x48GB, cpu:8; auto: the devices here"
+    )
     parser.add_argument("--topology", default="auto", help=devices)
     parser.add_argument("--mesh", help="auto to search, or sizes such as data=1,fsdp=16")
     parser.add_argument("--head", choices=("fused", "plain"), help="instead of training.head")

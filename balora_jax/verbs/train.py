@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from balora_jax.parallel import child, launch, supervise
@@ -14,7 +13,12 @@ if TYPE_CHECKING:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The folder, and how the processes of a run on several hosts find each other."""
-    parser.add_argument("--workdir", required=True, help="folder that gets everything of the run")
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        help="folder that gets everything of the run; also gs://BUCKET/FOLDER",
+    )
+    parser.set_defaults(takes_store=True)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     several = parser.add_argument_group(
         "several processes",
@@ -40,12 +44,12 @@ def run(config: "RunConfig", options: argparse.Namespace) -> int | None:
     given = (options.coordinator, options.processes, options.process)
     start = launch.start_of(*given, timeouts, os.environ)
     if start is not None and not child.is_child():
-        from balora_jax.training.endings import saved
+        from balora_jax.training.endings import saved_at
 
         return supervise.run_child(
             supervise.module_command(options.arguments),
             stall=timeouts.stall,
-            saved=lambda: saved(Path(options.workdir)),
+            saved=lambda: saved_at(options.workdir),
         )
     from balora_jax import fit
     from balora_jax.parallel import hosts

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from balora_jax.errors import InputError
 from balora_jax.options import add_config
-from balora_jax.paths import check_local
+from balora_jax.paths import check_local, is_store
 from balora_jax.untyped.shown import shown
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def check_paths(options: argparse.Namespace) -> None:
     """Raises InputError for an option whose path is an address such as ``gs://…``."""
     for name in ("config", "workdir", "adapter", "out", "json", "picture"):
         path = getattr(options, name, None)
-        if path is not None:
+        to_store = name == "workdir" and getattr(options, "takes_store", False) and is_store(path)
+        if path is not None and not to_store:
             check_local(path, path if name == "config" else f"--{name} {path}")
 
 

@@ -12,7 +12,6 @@ from balora_jax.numerics.head_types import HeadSums
 from balora_jax.numerics.objective import (
     columns_of,
     confident,
-    depends_on_length,
     for_labels,
     label_remarks,
     objective_of,
@@ -275,10 +274,10 @@ def test_one_output_leaves_two_terms_out():
 def test_which_weights_depend_on_the_length_of_the_run(schedule, longer):
     terms = {f"{name}_schedule": "constant" for name in NAMES} | dict.fromkeys(NAMES, 0.1)
     terms["consistency_schedule"] = schedule
-    assert depends_on_length(terms) == longer
-    assert not depends_on_length(terms | {"consistency": 0.0})
+    assert bool(length_schedules(terms)) == longer
+    assert not length_schedules(terms | {"consistency": 0.0})
     for rising in ("two_phase", "linear_warmup", "quadratic_warmup"):
-        assert depends_on_length(terms | {"spectral_schedule": rising})
+        assert length_schedules(terms | {"spectral_schedule": rising})
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def test_pictures_that_cannot_be_drawn(place, command, name, phrase):
 @pytest.mark.parametrize(
     ("arguments", "phrase"),
     [
-        ([], "the following arguments are required: COMMAND. See balora --help."),
+        (["--"], "the following arguments are required: COMMAND. See balora --help."),
         (["trian"], "argument COMMAND: invalid choice: 'trian'"),
         (["train", "c.yaml"], "required: --workdir. See balora train --help."),
         (["bench", "c.yaml", "--rounds", "x"], "argument --rounds: invalid int value: 'x'. See"),

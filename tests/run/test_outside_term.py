@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from balora_jax.errors import InputError
-from balora_jax.io import drawing
+from balora_jax.io import curves, drawing
 from balora_jax.numerics.terms import TERMS
 from tests.run import workers
 from tests.run.conftest import settings
@@ -151,7 +151,7 @@ def registered(monkeypatch):
 
 def test_each_term_has_a_panel_of_the_curves(runs, registered, tmp_path):
     pytest.importorskip("matplotlib")
-    titles = [title for title, _ in drawing.panels()]
+    titles = [panel.title for panel in curves.panels(metrics_of(runs / "fused"))]
     assert titles[4:6] == [registered[name].title for name in ("Peak", "Moved")]
     assert drawing.draw_curves(metrics_of(runs / "fused"), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000

@@ -192,6 +192,18 @@ def test_a_run_without_schedules_may_be_lengthened(unscheduled, tmp_path):
     same_runs(run, tmp_path / "straight")
 
 
+def as_if_begun_with(settings, run, folder, inputs):
+    """The config in the checkpoint is replaced, which is quicker than running each."""
+    sections = {name: {**values, **settings.get(name, {})} for name, values in UNSCHEDULED.items()}
+    (saved,) = (run / "checkpoints").glob("*/run/metadata")
+    record = json.loads(saved.read_text())
+    for name, values in settings.items():
+        record["config"][name] |= values
+    saved.write_text(json.dumps(record))
+    seals.seal(saved.parents[1], HALF)
+    return write_config(folder / "config.yaml", inputs, **sections)
+
+
 @pytest.mark.parametrize(
     "bound_to_the_length",
     [
@@ -205,26 +217,40 @@ def test_a_run_without_schedules_may_be_lengthened(unscheduled, tmp_path):
     ids=str,
 )
 def test_a_run_with_a_schedule_may_not(tmp_path, inputs, unscheduled, bound_to_the_length):
-    """The config in the checkpoint is replaced, which is quicker than running each."""
     run = shutil.copytree(unscheduled[1], tmp_path / "run")
-    sections = {
-        name: {**values, **bound_to_the_length.get(name, {})}
-        for name, values in UNSCHEDULED.items()
-    }
-    config = write_config(tmp_path / "config.yaml", inputs, **sections)
-    (saved,) = (run / "checkpoints").glob("*/run/metadata")
-    record = json.loads(saved.read_text())
-    for name, values in bound_to_the_length.items():
-        record["config"][name] |= values
-    saved.write_text(json.dumps(record))
-    seals.seal(saved.parents[1], HALF)
+    config = as_if_begun_with(bound_to_the_length, run, tmp_path, inputs)
     before = tree_digest(tmp_path)
     longer = settings({"training.max_steps": WHOLE})
     code, _, err = invoke("train", config, "--workdir", run, "--resume", *longer)
     assert code == 2
     assert err.startswith("balora: ")
-    assert f"expected training.max_steps to stay {HALF}, got {WHOLE}" in err
+    ((section, ((key, value),)),) = [(n, v.items()) for n, v in bound_to_the_length.items()]
+    assert err.endswith(
+        f"expected training.max_steps to stay {HALF}, got {WHOLE}. This changes {section}.{key} "
+        f"{value}, which follow the length of the run: set it back, or set training.extend=true to "
+        "go on with them over the new length.\n"
+    )
     assert tree_digest(tmp_path) == before
+
+
+def test_a_run_that_is_extended_follows_its_schedules_over_the_new_length(
+    tmp_path, inputs, unscheduled
+):
+    run = shutil.copytree(unscheduled[1], tmp_path / "run")
+    bound = {"training": {"schedule": "cosine"}, "regularizers": {"consistency_schedule": "cosine"}}
+    config = as_if_begun_with(bound, run, tmp_path, inputs)
+    longer = {"training.max_steps": WHOLE, "training.extend": "true"}
+    out = train(config, run, "--resume", **longer).out
+    assert (
+        f"the run is longer: training.max_steps {HALF} -> {WHOLE}; over the new length now: "
+        "training.schedule cosine, regularizers.consistency_schedule cosine\n"
+    ) in out
+    rows = metrics_of(run)
+    assert [row["step"] for row in rows] == list(range(1, WHOLE + 1))
+    for done, row in list(enumerate(rows))[HALF:]:
+        falling = (1 + np.cos(np.pi * done / WHOLE)) / 2
+        assert row["learning_rate"] == pytest.approx(0.05 * falling, rel=1e-5)
+        assert row["lambda1"] == pytest.approx(0.5 * (0.1 + 0.9 * falling), rel=1e-5)
 
 
 def test_the_newest_checkpoints_are_kept(tmp_path, inputs):

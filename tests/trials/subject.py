@@ -98,11 +98,14 @@ class Process:
         self.phases = workdir.parent / f"phases{count}"
         arguments = ["train", config, "--workdir", str(workdir), *(["--resume"] if resume else [])]
         self.sent, self.phase = None, "none"
-        self.process = workers.start(
-            moments.command,
+        self.process = self.start(
             *(arguments, str(self.log), cache, str(workdir), str(self.phases)),
             *(None if report is None else str(report), moment),
         )
+
+    def start(self, *arguments):
+        """A process of ``moments.command``."""
+        return workers.start(moments.command, *arguments)
 
     def wait_for_entry(self, phases=1):
         """Until it has entered the command line, or so many phases."""
@@ -145,8 +148,8 @@ def differences(subject, workdir, *, exact_steps=True):
     """What of a finished run is not as the undisturbed run left it; a list of sentences."""
     expected, wrong = subject.expected, []
     folders = ("adapter", "best", "predictions")
-    written = [name for one in folders for name in _files(expected / one, f"{one}/")]
-    for name in ("config.yaml", *written):
+    exported = [name for one in folders for name in _files(expected / one, f"{one}/")]
+    for name in ("config.yaml", *exported):
         if not (workdir / name).is_file():
             wrong.append(f"{name} is missing")
         elif (workdir / name).read_bytes() != (expected / name).read_bytes():
