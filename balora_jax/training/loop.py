@@ -224,7 +224,7 @@ class Training:
             found = held_out.measure(step, constants, adapters, self.score)
             skipped = int(self.state.guard.skipped)
             if held_out.compare(step, found, adapters, skipped):
-                self.check_folder()
+                self.keeper.check()
                 self.on_best(self)
             return found
 
@@ -315,7 +315,7 @@ class Training:
         if self.scorer is None:
             return {}
         found = self.scorer(self.constants, self.state.adapters, self.key, title)
-        self.check_folder()
+        self.keeper.check()
         self.latest = int(self.state.step), found
         self.records.keep(title, *self.latest)
         return found.figures
@@ -332,7 +332,7 @@ class Training:
         """Score the end, unless that was done after the last step."""
         if self.latest is None or self.latest[0] != int(self.state.step):
             return self.score("after")
-        self.check_folder()
+        self.keeper.check()
         self.records.keep("after", *self.latest)
         return self.latest[1].figures
 

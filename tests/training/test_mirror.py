@@ -65,6 +65,7 @@ def save(found, step, keep=2):
 def export(found, text):
     shutil.rmtree(found.folder / "adapter", ignore_errors=True)
     (found.folder / "adapter").mkdir()
+    (found.folder / "adapter" / "README.md").write_text("card")
     (found.folder / "adapter" / "adapter_config.json").write_text("{}")
     (found.folder / "adapter" / "adapter_model.safetensors").write_text(text)
     (found.folder / "summary.json").write_text("{}")
@@ -207,14 +208,14 @@ def test_what_did_not_change_is_not_sent_again(a_bucket, tmp_path, monkeypatch):
 def test_an_adapter_is_never_seen_half_new(a_bucket, tmp_path, monkeypatch):
     """Without its adapter_config.json nobody loads it; it goes first, and comes last."""
     life(mirror(tmp_path / "first", resume=False), [])
-    for number in range(1, 4):
+    for number in range(1, 5):
         found, _ = gone_on(tmp_path / "second")
         with monkeypatch.context() as patch:
             killed_before(patch, number + 1)
             with pytest.raises(Killed):
                 export(found, f"other {number}")
         names = Store(ADDRESS, "here").names()
-        assert ("adapter/adapter_config.json" in names) is (number == 3)
+        assert ("adapter/adapter_config.json" in names) is (number == 4)
         export(gone_on(tmp_path / "third")[0], "trained")
 
 
