@@ -32,10 +32,10 @@ def check_measured(
             "eval.every: expected rows in data.validation beside it, got none. Name a file there, "
             "or leave it out."
         )
-    if config.score_every and not scores:
+    if config.score_every and not (scores or config.samples or config.prompts):
         raise InputError(
             "eval.score_every: expected a score of validation rows, got none. Name a file in "
-            "data.validation and a task in eval.task, or leave it out."
+            "data.validation and a task in eval.task, ask eval.prompts, or leave it out."
         )
     known = [*(VALIDATION + name for name in losses), *(SCORE + name for name in scores)]
     if training.keep_best is not None and training.keep_best not in known:

@@ -336,6 +336,7 @@ class Training:
         """Score the end, unless that was done after the last step."""
         if self.latest is None or self.latest[0] != int(self.state.step):
             return self.score("after")
+        self.keeper.check()
         self.records.keep("after", *self.latest)
         return self.latest[1].figures
 

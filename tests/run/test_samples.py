@@ -168,3 +168,40 @@ def test_a_users_thing_of_such_a_name_is_refused(sampled, tmp_path, name):
     assert (code, out) == (2, "")
     assert f"expected {Path(name).name} to be a" in err
     assert tree_digest(tmp_path) == before
+
+
+def test_scores_on_the_way_keep_theirs(tmp_path, inputs):
+    """Every two of four steps: the last serves as the score of the end, under both names."""
+    asks = {"task": "exact_match", "samples": 1, "score_every": 2}
+    config = write_config(tmp_path / "c.yaml", inputs, **PLAIN, eval=asks)
+    run = tmp_path / "run"
+    code, out, err = invoke("train", config, "--workdir", run)
+    assert code == 0, err
+    names = {path.name for path in (run / "predictions").iterdir()}
+    assert names == {"before.jsonl", "step_2.jsonl", "step_4.jsonl", "after.jsonl"}
+    assert rows_of(run / "predictions" / "step_4.jsonl") == rows_of(
+        run / "predictions" / "after.jsonl"
+    )
+    assert [row["step"] for row in rows_of(run / "samples.jsonl")] == [0, 2, 4]
+    assert out.count("samples, step 2\n") == 1
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    right = [row["right"] for row in rows_of(run / "predictions" / "step_2.jsonl")]
+    assert logged[1]["score_exact_match"] == sum(right) / len(right)
+    before = tree_digest(run)
+    shutil.rmtree(run / "checkpoints" / "4")
+    code, _, err = invoke("train", config, "--workdir", run, "--resume")
+    assert code == 0, err
+    after = tree_digest(run)
+    same = [name for name in before if "jsonl" in name and "metrics" not in name]
+    assert {name: before[name] for name in same} == {name: after[name] for name in same}
+    assert len(same) == 5
+
+
+def test_a_run_without_a_score_is_sampled_on_the_way(tmp_path, inputs):
+    asks = {"task": "none", "prompts": ["1+1"], "score_every": 1}
+    config = write_config(
+        tmp_path / "c.yaml", inputs, **PLAIN, training={"max_steps": 2}, eval=asks
+    )
+    code, _, err = invoke("train", config, "--workdir", tmp_path / "run")
+    assert code == 0, err
+    assert [row["step"] for row in rows_of(tmp_path / "run" / "samples.jsonl")] == [0, 1, 2]
