@@ -103,14 +103,7 @@ class Training:
         keeper.push()
         told = trackers if hosts.is_first() else ()
         self.trackers = Trackers(told, folder, run.config.model_dump(mode="json"), folder / METRICS)
-        self.report = Reporter(
-            self.log,
-            training.log_every,
-            run.step_flops,
-            peak_of(run.mesh),
-            self.trackers,
-            LiveCurves(folder / METRICS, folder / CURVES),
-        )
+        self.report = reporter_of(run, self.log, self.trackers, folder)
         self.teacher: Any = run.teacher(self.constants, folder, shared)
 
     def open_store(self) -> checkpoint.Checkpoints:
@@ -224,7 +217,7 @@ class Training:
             found = held_out.measure(step, constants, adapters, self.score)
             skipped = int(self.state.guard.skipped)
             if held_out.compare(step, found, adapters, skipped):
-                self.check_folder()
+                self.keeper.check()
                 self.on_best(self)
             return found
 
@@ -370,6 +363,20 @@ def open_log(folder: Path, start: int) -> metrics.MetricsLog | None:
     if log.unread:
         hosts.say(f"{folder / METRICS}: {log.unread} lines are no rows; moved to {metrics.ASIDE}")
     return log
+
+
+def reporter_of(
+    run: Run, log: metrics.MetricsLog | None, trackers: Trackers, folder: Path
+) -> Reporter:
+    """What writes the rows of a run, and draws its curves in its folder."""
+    return Reporter(
+        log,
+        run.config.training.log_every,
+        run.step_flops,
+        peak_of(run.mesh),
+        trackers,
+        LiveCurves(folder / METRICS, folder / CURVES),
+    )
 
 
 def resumable(run: Run, folder: Path) -> checkpoint_folder.Found:

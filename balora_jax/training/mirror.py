@@ -30,12 +30,16 @@ from balora_jax.io.peft_writer import ADAPTER_CONFIG
 from balora_jax.io.store import Store
 from balora_jax.models.methods import METHODS
 from balora_jax.parallel import hosts
-from balora_jax.pretrained.export import ADAPTER, MODEL
+from balora_jax.pretrained.export import ADAPTER, BEST, MODEL
 from balora_jax.training.workdir import CHECKPOINTS, CONFIG, FILES, FOLDERS, METRICS, SUMMARY
 from balora_jax.untyped.shown import called, in_names
 
 _MARK = f"{CHECKPOINTS}/{WRITING}"
-_LAST = {ADAPTER: ADAPTER_CONFIG, MODEL: CONFIG_FILE}
+_LAST = {
+    ADAPTER: (ADAPTER_CONFIG,),
+    MODEL: (CONFIG_FILE,),
+    BEST: (ADAPTER_CONFIG, CONFIG_FILE),  # what it holds is one or the other
+}
 """The file without which nobody can use the others of a folder: it comes last and goes first."""
 
 _LONGEST_WAIT = 600
@@ -69,13 +73,13 @@ class Mirror:
         if not resume:
             self._note(names)
             return
-        half = [folder for folder, last in _LAST.items() if f"{folder}/{last}" not in names]
+        half = [folder for folder in _LAST if not {*_last_of(folder)} & {*names}]
         wanted = [name for name in names if name.partition("/")[0] not in half]
         for folder in half:
             if _below(folder, names):
                 hosts.say(
                     f"{self.store.address}/{folder}: not brought there to its end; left out, as "
-                    "the end of the run writes it anew"
+                    "the run writes it anew"
                 )
         self.store.get(wanted, self.folder)
         self._known = {name: _stamp(self.folder / name) for name in wanted}
@@ -129,10 +133,10 @@ class Mirror:
             there = {name: _stamp(self.folder / name) for name in _files(self.folder)}
             gone = sorted(name for name in self._known if name not in there)
             changed = {name for name, stamp in there.items() if self._known.get(name) != stamp}
-            for folder, last in _LAST.items():
+            for folder in _LAST:
                 if _below(folder, changed) or _below(folder, gone):
-                    self._remove([f"{folder}/{last}"])
-                    changed |= {f"{folder}/{last}"} & there.keys()
+                    self._remove(_last_of(folder))
+                    changed |= {*_last_of(folder)} & there.keys()
             for names in _in_order(changed):
                 self._put(names)
             if _MARK not in there:
@@ -168,6 +172,11 @@ class Mirror:
         self._remove(gone)
 
 
+def _last_of(folder: str) -> list[str]:
+    """Names of which the last file of a folder has one; none of another folder."""
+    return [f"{folder}/{name}" for name in _LAST.get(folder, ())]
+
+
 def _below(folder: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name.startswith(f"{folder}/")]
 
@@ -188,7 +197,7 @@ def _rank(name: str) -> int:
         return 4 if name.endswith(f"/{seals.NAME}") else 3
     if not rest:
         return 7 if name == SUMMARY else 2  # the rows of a step before its checkpoint
-    return 6 if _LAST.get(top) == rest else 5
+    return 6 if name in _last_of(top) else 5
 
 
 def _is_passing(name: str) -> bool:
