@@ -76,13 +76,19 @@ def fit(
     if is_store(workdir):
         check_hosts(config)
         with mirrored(str(workdir), resume=resume) as mirror:
-            return _fit(config, mirror.folder, mirror, resume=resume, shared=shared)
+            return _fit(config, mirror.folder, mirror, callbacks, resume=resume, shared=shared)
     folder = named_folder(workdir, "--workdir")
-    return _fit(config, folder, None, resume=resume, shared=shared)
+    return _fit(config, folder, None, callbacks, resume=resume, shared=shared)
 
 
 def _fit(
-    config: RunConfig, folder: Path, mirror: Mirror | None, *, resume: bool, shared: Path | None
+    config: RunConfig,
+    folder: Path,
+    mirror: Mirror | None,
+    callbacks: Sequence[Callback],
+    *,
+    resume: bool,
+    shared: Path | None,
 ) -> dict[str, Any]:
     """:func:`fit` in a folder of this machine, which a mirror may keep elsewhere."""
     began = time.monotonic()
