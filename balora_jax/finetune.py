@@ -14,11 +14,13 @@ from balora_jax import hardware
 from balora_jax.config import DataConfig, RunConfig
 from balora_jax.config_file import dump_changes, dump_config, parse_config
 from balora_jax.data.template_files import read_template
+from balora_jax.errors import InputError
 from balora_jax.io import drawing, metrics
 from balora_jax.io.beside import CARD, CHAT_TEMPLATE, OF_A_TOKENIZER, SETTINGS, found_beside
 from balora_jax.io.folders import write_atomically
 from balora_jax.io.keeper import Keeper
 from balora_jax.io.program_cache import kept
+from balora_jax.models.methods import METHODS
 from balora_jax.parallel import hosts
 from balora_jax.paths import is_store, named_folder
 from balora_jax.pretrained import export
@@ -29,7 +31,7 @@ from balora_jax.tasks.registry import TASKS
 from balora_jax.training.endings import failures, reading
 from balora_jax.training.held_out import LOSS
 from balora_jax.training.loop import Training, resumable
-from balora_jax.training.mirror import Mirror, check_hosts, mirrored
+from balora_jax.training.mirror import Mirror, mirrored
 from balora_jax.training.records import beside_each_other
 from balora_jax.training.run import Arrays, Run
 from balora_jax.training.trackers import TRACKERS
@@ -76,19 +78,36 @@ def fit(
     if is_store(workdir):
         check_hosts(config)
         with mirrored(str(workdir), resume=resume) as mirror:
-            return _fit(config, mirror.folder, mirror, callbacks, resume=resume, shared=shared)
+            return _fit(config, mirror.folder, mirror, resume, shared, callbacks)
     folder = named_folder(workdir, "--workdir")
-    return _fit(config, folder, None, callbacks, resume=resume, shared=shared)
+    return _fit(config, folder, None, resume, shared, callbacks)
+
+
+def check_hosts(config: RunConfig) -> None:
+    """Raises InputError for a run whose hosts need one folder, where each has its own."""
+    if jax.process_count() == 1:
+        return
+    method, terms = METHODS[config.adapter.method], config.regularizers
+    decodes = TASKS[config.task].model != "encoder"
+    rows = decodes and terms.teacher_cache and terms.teacher_cache_folder is None
+    for where, needs in (
+        (f"adapter.method={config.adapter.method}", method.trains_base),
+        ("regularizers.teacher_cache=true", rows),
+    ):
+        if needs:
+            raise InputError(
+                f"{where}: expected a --workdir that all hosts share, got one in a bucket. Name a "
+                "folder on NFS or Filestore, or use one host."
+            )
 
 
 def _fit(
     config: RunConfig,
     folder: Path,
     mirror: Mirror | None,
-    callbacks: Sequence[Callback],
-    *,
     resume: bool,
     shared: Path | None,
+    callbacks: Sequence[Callback],
 ) -> dict[str, Any]:
     """:func:`fit` in a folder of this machine, which a mirror may keep elsewhere."""
     began = time.monotonic()
@@ -150,11 +169,12 @@ def dated(config: RunConfig, folder: Path) -> RunConfig:
     return parse_config(tree, str(folder))
 
 
-def describe(run: Run, folder: Path) -> None:
+def describe(run: Run, folder: Path | None = None) -> None:
     """Say what is about to run: settings, layers, counts, data and an example with its loss mask.
 
-    Of the settings those that are not their defaults; all of them stand in the folder.
+    Of the settings those that are not their defaults; all of them will stand in the folder.
     """
+    there = "" if folder is None else f", written to {folder / CONFIG}"
     modules = run.adapters.modules
     kinds = sorted({module.path.rsplit(".", 1)[-1] for module in modules})
     layers = f"{len(modules)} layers ({', '.join(kinds)})" if kinds else "none, full model"
@@ -164,7 +184,7 @@ def describe(run: Run, folder: Path) -> None:
         devices += f", {jax.process_count()} processes"
     hosts.say(
         dump_changes(run.config).rstrip(),
-        f"all other settings are their defaults, written to {folder / CONFIG}",
+        f"all other settings are their defaults{there}",
         f"base: {run.base.folder} ({run.base.config.model_type}, {run.total:,} parameters)",
         f"adapters: {layers}, {run.trainable:,} trainable parameters ({share:.2f} %)",
         devices,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -37,13 +37,17 @@ class Panel(NamedTuple):
         title: above it.
         columns: of the rows, each a line; those that no row has are left out.
         noisy: whether a smoothed line leads through pale points.
-        scaled: whether the axis may be logarithmic or cut.
+        scale: of the axis: ``far`` may be logarithmic or cut, ``cut`` be cut.
+        top: end of an axis that begins at 0; None for one by the values.
+        named: whether a single line is named, as the title does not say which it is.
     """
 
     title: str
     columns: tuple[str, ...]
     noisy: bool = True
-    scaled: bool = True
+    scale: Literal["far", "cut", "plain"] = "far"
+    top: float | None = None
+    named: bool = False
 
 
 def panels(rows: Rows) -> list[Panel]:
@@ -56,23 +60,23 @@ def panels(rows: Rows) -> list[Panel]:
     found = [
         Panel("loss (nats per token)", (TASK, "loss", f"{VALIDATION}loss")),
         *(Panel(term.title, (term.name, VALIDATION + term.name)) for term in TERMS.values()),
-        Panel("score", scores, noisy=False, scaled=False),
-        Panel("weights λ", weights, noisy=False, scaled=False),
-        Panel("learning rate", ("learning_rate",), noisy=False, scaled=False),
+        Panel("score", scores, noisy=False, scale="plain", named=True),
+        Panel("weights λ", weights, noisy=False, scale="plain"),
+        Panel("learning rate", ("learning_rate",), noisy=False, scale="plain"),
         Panel("gradient norm", ("grad_norm",)),
-        Panel("share of the gradient", shares, scaled=False),
-        Panel("tokens per second", ("tokens_per_second",), scaled=False),
-        Panel("fill: places with a token", ("fill",), scaled=False),
+        Panel("share of the gradient", shares, scale="plain", top=1.02),
+        Panel("tokens per second", ("tokens_per_second",), scale="cut"),
+        Panel("fill: places with a token", ("fill",), scale="plain", top=1.02),
     ]
     shown = {name for panel in found for name in panel.columns}
     rest = tuple(name for name in held_out if name not in shown and "perplexity" not in name)
-    found.insert(len(TERMS) + 1, Panel("held-out rows", rest, noisy=False))
+    found.insert(len(TERMS) + 1, Panel("held-out rows", rest, noisy=False, named=True))
     return [panel for panel in found if any(says(rows, name) for name in panel.columns)]
 
 
 def says(rows: Rows, name: str) -> bool:
     """Whether a column has anything but 0, which a term has that is left out."""
-    return any(row.get(name, 0) != 0 for row in rows)
+    return any(row.get(name, 0) != 0 for row in rows if row["step"] or row.get(name))
 
 
 def paint(rows: Rows, subplots: Callable[..., Any]) -> Any:
@@ -100,57 +104,69 @@ def _paint(axis: Any, panel: Panel, rows: Rows, steps: np.ndarray) -> None:
     if "loss" in lines and TASK in lines and np.array_equal(lines["loss"], lines[TASK], True):
         del lines["loss"]  # no term is in it
     for number, (name, values) in enumerate(lines.items()):
+        # A line below another is wider, and seen beside it.
+        wide = 1.8 if len(lines) == 1 else 3.6 - 0.9 * min(number, 3)
         look = {"color": f"C{number}", "linestyle": STYLES[number % len(STYLES)]}
         if name.startswith(VALIDATION) or np.isfinite(values).sum() <= FEW:
-            _marks(axis, steps, values, name, number)
+            _marks(axis, steps, values, name, look | {"linewidth": 0.5 * wide})
         elif panel.noisy:
             _noisy(axis, steps, values, name, look)
         else:
-            wide = 3.6 - 0.9 * min(number, 3)  # a line below another is wider, and seen beside it
             places = thinned(values)
             axis.plot(steps[places], values[places], label=name, linewidth=wide, **look)
-    if panel.scaled and lines:
-        _scale(axis, np.concatenate(list(lines.values())))
+    if panel.scale != "plain" and lines:
+        _scale(axis, np.concatenate(list(lines.values())), may_be_log=panel.scale == "far")
     _mark_gaps(axis, steps, rows, lines)
     axis.set_title(panel.title, fontsize=10)
     axis.grid(alpha=0.3)
-    axis.tick_params(labelsize=8)
+    axis.tick_params(labelsize=8, which="both")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.spines[["top", "right"]].set_visible(False)
-    if len(axis.get_legend_handles_labels()[0]) > 1:
+    if panel.top is not None:
+        axis.set_ylim(0, panel.top)
+    if len(axis.get_legend_handles_labels()[0]) > 1 or panel.named:
         axis.legend(fontsize=7)
 
 
-def _marks(axis: Any, steps: np.ndarray, values: np.ndarray, name: str, number: int) -> None:
+def _marks(
+    axis: Any, steps: np.ndarray, values: np.ndarray, name: str, look: dict[str, Any]
+) -> None:
     there = np.isfinite(values)
-    colour = "black" if name.startswith(VALIDATION) else f"C{number}"
-    mark = {"marker": "D" if name.startswith(VALIDATION) else "o", "markersize": 4}
-    axis.plot(steps[there], values[there], label=name, color=colour, linewidth=1, zorder=5, **mark)
+    look |= {"marker": "o", "markersize": 2 + 3 * look["linewidth"]}
+    if name.startswith(VALIDATION):
+        look |= {"color": "black", "linestyle": "-", "linewidth": 1, "marker": "D", "markersize": 4}
+    axis.plot(steps[there], values[there], label=name, zorder=5, **look)
 
 
 def _noisy(
     axis: Any, steps: np.ndarray, values: np.ndarray, name: str, look: Mapping[str, Any]
 ) -> None:
+    """Pale points, or the band that very many of them fill, and a line through them."""
     places = thinned(values)
-    axis.plot(steps[places], values[places], ".", color=look["color"], markersize=2.5, alpha=0.25)
+    pale = {"color": look["color"], "alpha": 0.25}
+    if len(places) == len(values):
+        axis.plot(steps, values, ".", markersize=2.5, **pale)
+    else:
+        axis.plot(steps[places], values[places], linewidth=0.6, **pale)
     soft = smoothed(values)
     places = thinned(soft)
     axis.plot(steps[places], soft[places], label=name, linewidth=1.8, **look)
 
 
-def _scale(axis: Any, values: np.ndarray) -> None:
+def _scale(axis: Any, values: np.ndarray, *, may_be_log: bool) -> None:
     """A logarithmic axis where values are positive and far apart; else one without outliers."""
     values = values[np.isfinite(values)]
-    if len(values) < 3:
-        return
-    if values.min() > 0:
+    if len(values) < 3 or np.ptp(values) <= 1e-6 * np.abs(values).max():
+        return  # one value
+    if may_be_log and values.min() > 0:
         if values.max() / values.min() >= WIDE:
             axis.set_yscale("log")
         return
     low, high = np.quantile(values, (0.25, 0.75))
-    reach = 6 * max(high - low, 1e-12 * max(abs(low), abs(high), 1e-30))
+    reach = 6 * max(high - low, 1e-12)
     low, high = max(values.min(), low - reach), min(values.max(), high + reach)
     outside = int(np.sum((values < low) | (values > high)))
-    if outside and high > low:
+    if outside and np.ptp(values) > 2 * (high - low) > 0:
         room = 0.05 * (high - low)
         axis.set_ylim(low - room, high + room)
         said = f"{outside} outside"
@@ -159,7 +175,8 @@ def _scale(axis: Any, values: np.ndarray) -> None:
 
 def _mark_gaps(axis: Any, steps: np.ndarray, rows: Rows, names: Iterable[str]) -> None:
     """Crosses at the bottom where a figure was not finite."""
-    places = [i for i, row in enumerate(rows) if any(row.get(name, 0) is None for name in names)]
+    lost = (row["step"] and any(row.get(name, 0) is None for name in names) for row in rows)
+    places = [i for i, is_lost in enumerate(lost) if is_lost]  # no step was made before the first
     if not places:
         return
     places = places[:: -(-len(places) // MOST_POINTS)]

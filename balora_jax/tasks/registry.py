@@ -7,7 +7,6 @@ from typing import Literal
 from balora_jax.config import RunConfig
 from balora_jax.registry import Registry
 from balora_jax.tasks.labels import run as labels_run
-from balora_jax.tasks.text import chat
 from balora_jax.tasks.text import run as text_run
 from balora_jax.tasks.text.chat import Chat
 from balora_jax.training.run import Run, Scored
@@ -38,6 +37,6 @@ class Task:
 TASKS: Registry[Task] = Registry("task", "task")
 
 TASKS.register(
-    Task("text", "decoder", text_run.check, text_run.evaluate, text_run.generate, chat.opened)
+    Task("text", "decoder", text_run.check, text_run.evaluate, text_run.generate, text_run.chat)
 )
 TASKS.register(Task("labels", "encoder", labels_run.check, labels_run.evaluate))

@@ -98,7 +98,7 @@ class Training:
             self.store.look_again()
         else:
             self.store = self.open_store()
-        self.records.open(self.start)
+        self.records.begin(self.start)
         self.log = open_log(folder, self.start)
         keeper.push()
         told = trackers if hosts.is_first() else ()
@@ -308,6 +308,7 @@ class Training:
         if self.scorer is None:
             return {}
         found = self.scorer(self.constants, self.state.adapters, self.key, title)
+        self.keeper.check()
         self.latest = int(self.state.step), found
         self.records.keep(title, *self.latest)
         return found.figures

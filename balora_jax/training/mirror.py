@@ -16,10 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
-import jax
-
 from balora_jax import signals
-from balora_jax.config import RunConfig
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.io import lock, seals
 from balora_jax.io.checkpoint_folder import WRITING
@@ -28,19 +25,15 @@ from balora_jax.io.keeper import Keeper
 from balora_jax.io.lease import Lease, leased
 from balora_jax.io.peft_writer import ADAPTER_CONFIG
 from balora_jax.io.store import Store
-from balora_jax.models.methods import METHODS
 from balora_jax.parallel import hosts
-from balora_jax.pretrained.export import ADAPTER, BEST, MODEL
 from balora_jax.training.workdir import CHECKPOINTS, CONFIG, FILES, FOLDERS, METRICS, SUMMARY
 from balora_jax.untyped.shown import called, in_names
 
 _MARK = f"{CHECKPOINTS}/{WRITING}"
-_LAST = {
-    ADAPTER: (ADAPTER_CONFIG,),
-    MODEL: (CONFIG_FILE,),
-    BEST: (ADAPTER_CONFIG, CONFIG_FILE),  # what it holds is one or the other
-}
-"""The file without which nobody can use the others of a folder: it comes last and goes first."""
+_LAST = (ADAPTER_CONFIG, CONFIG_FILE)
+"""Without one of these nobody can use the weights beside it: it comes last and goes first."""
+
+_WEIGHTS = ".safetensors"
 
 _LONGEST_WAIT = 600
 """Seconds in which the first process has the lease, or knows that it does not get it."""
@@ -73,14 +66,13 @@ class Mirror:
         if not resume:
             self._note(names)
             return
-        half = [folder for folder in _LAST if not {*_last_of(folder)} & {*names}]
+        half = _half(names)
         wanted = [name for name in names if name.partition("/")[0] not in half]
         for folder in half:
-            if _below(folder, names):
-                hosts.say(
-                    f"{self.store.address}/{folder}: not brought there to its end; left out, as "
-                    "the run writes it anew"
-                )
+            hosts.say(
+                f"{self.store.address}/{folder}: not brought there to its end; left out, as the "
+                "run writes it anew"
+            )
         self.store.get(wanted, self.folder)
         self._known = {name: _stamp(self.folder / name) for name in wanted}
 
@@ -133,10 +125,9 @@ class Mirror:
             there = {name: _stamp(self.folder / name) for name in _files(self.folder)}
             gone = sorted(name for name in self._known if name not in there)
             changed = {name for name, stamp in there.items() if self._known.get(name) != stamp}
-            for folder in _LAST:
-                if _below(folder, changed) or _below(folder, gone):
-                    self._remove(_last_of(folder))
-                    changed |= {*_last_of(folder)} & there.keys()
+            for last in _lasts({*changed, *gone}):
+                self._remove([last])
+                changed |= {last} & there.keys()
             for names in _in_order(changed):
                 self._put(names)
             if _MARK not in there:
@@ -169,12 +160,21 @@ class Mirror:
             self._remove([name for name in names if name.endswith(f"/{seals.NAME}")])
             self._remove([name for name in names if name in self._known])
             self.store.remove([_MARK])
-        self._remove(gone)
+        left = [name for name in gone if name in self._known]
+        self._remove(sorted(left, key=lambda name: name.endswith(_WEIGHTS)))
 
 
-def _last_of(folder: str) -> list[str]:
-    """Names of which the last file of a folder has one; none of another folder."""
-    return [f"{folder}/{name}" for name in _LAST.get(folder, ())]
+def _half(names: Iterable[str]) -> list[str]:
+    """Folders whose weights came, and not what comes after them."""
+    split = [name.split("/") for name in names if name.count("/") == 1]
+    weights = {top for top, name in split if name.endswith(_WEIGHTS)}
+    return sorted(weights - {top for top, name in split if name in _LAST})
+
+
+def _lasts(names: Iterable[str]) -> list[str]:
+    """What comes last in the folders of these names."""
+    tops = {name.partition("/")[0] for name in names if "/" in name} - {CHECKPOINTS}
+    return [f"{top}/{last}" for top in sorted(tops) for last in _LAST]
 
 
 def _below(folder: str, names: Iterable[str]) -> list[str]:
@@ -196,8 +196,10 @@ def _rank(name: str) -> int:
     if top == CHECKPOINTS:
         return 4 if name.endswith(f"/{seals.NAME}") else 3
     if not rest:
-        return 7 if name == SUMMARY else 2  # the rows of a step before its checkpoint
-    return 6 if name in _last_of(top) else 5
+        return 8 if name == SUMMARY else 2  # the rows of a step before its checkpoint
+    if rest.endswith(_WEIGHTS):
+        return 5
+    return 7 if rest in _LAST else 6
 
 
 def _is_passing(name: str) -> bool:
@@ -219,23 +221,6 @@ def _stamp(file: Path) -> _Stamp:
     """What changes with the content of a file."""
     found = file.stat()
     return found.st_size, found.st_mtime_ns, found.st_ino
-
-
-def check_hosts(config: RunConfig) -> None:
-    """Raises InputError for a run whose hosts need one folder, where each has its own."""
-    if jax.process_count() == 1:
-        return
-    terms = config.regularizers
-    own_rows = config.task == "text" and terms.teacher_cache and terms.teacher_cache_folder is None
-    for where, needs in (
-        (f"adapter.method={config.adapter.method}", METHODS[config.adapter.method].trains_base),
-        ("regularizers.teacher_cache=true", own_rows),
-    ):
-        if needs:
-            raise InputError(
-                f"{where}: expected a --workdir that all hosts share, got one in a bucket. Name a "
-                "folder on NFS or Filestore, or use one host."
-            )
 
 
 @contextmanager

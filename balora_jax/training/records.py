@@ -1,11 +1,10 @@
 """What a run says about single rows: every prediction of a score, and answers to watch."""
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from balora_jax.io.folders import replaced_file
+from balora_jax.io import row_files
 from balora_jax.parallel import hosts
 from balora_jax.training.run import Scored
 from balora_jax.training.workdir import PREDICTION, PREDICTIONS, SAMPLES, predictions_of
@@ -20,7 +19,7 @@ Row = Mapping[str, Any]
 class Records:
     """Writes of a run's folder ``predictions/`` and ``samples.jsonl``, by the first process.
 
-    Nothing is written before the folder is opened: what comes earlier waits.
+    Nothing is written before the run has begun: what comes earlier waits.
 
     Args:
         folder: of the run.
@@ -28,18 +27,18 @@ class Records:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._open = False
+        self._begun = False
         self._waiting: list[tuple[str, int, Scored]] = []
 
-    def open(self, start: int) -> None:
+    def begin(self, start: int) -> None:
         """Forget what is of steps after ``start``, which come again, and write what waited."""
-        self._open = True
+        self._begun = True
         if hosts.is_first():
             for file in predictions_of(self._folder):
                 found = PREDICTION.fullmatch(file.name)
                 if found and found[2] and int(found[2]) > start:
                     file.unlink()
-            _replace(self._folder / SAMPLES, lambda step: step > start, [])
+            row_files.replace(self._folder / SAMPLES, lambda step: step > start, [])
         for waiting in self._waiting:
             self.keep(*waiting)
 
@@ -51,7 +50,7 @@ class Records:
             step: of the weights.
             found: predictions and samples of it.
         """
-        if not self._open:
+        if not self._begun:
             self._waiting.append((title, step, found))
             return
         if not hosts.is_first():
@@ -60,10 +59,10 @@ class Records:
             folder = self._folder / PREDICTIONS
             folder.mkdir(exist_ok=True)
             file = folder / f"{title.replace(' ', '_')}.jsonl"
-            _write(file, map(_line, found.predictions))
+            row_files.write(file, found.predictions)
         if found.samples:
             rows = [{"step": step, **row} for row in found.samples]
-            _replace(self._folder / SAMPLES, lambda other: other == step, rows)
+            row_files.replace(self._folder / SAMPLES, lambda other: other == step, rows)
             if title != "after":  # then it is shown beside the first
                 print("\n".join(_said(f"samples, {title}", rows)), flush=True)
 
@@ -71,8 +70,7 @@ class Records:
 def beside_each_other(folder: Path) -> list[str]:
     """Lines about the samples of a run: each prompt with its first answer and its last."""
     file = folder / SAMPLES
-    lines = file.read_bytes().splitlines() if file.exists() else []
-    rows = [json.loads(line) for line in lines if _step_of(line) is not None]
+    rows = row_files.read(file)
     steps = sorted({row["step"] for row in rows})
     if not steps:
         return []
@@ -97,42 +95,3 @@ def _said(title: str, rows: Sequence[Row]) -> list[str]:
 
 def _short(text: Any) -> str:
     return one_line(" ".join(str(text).split()), _WIDTH)
-
-
-def _line(row: Row) -> bytes:
-    # Half of a pair of surrogates, which a row may hold, is written as JSON escapes it.
-    return json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace")
-
-
-def _write(file: Path, lines: Iterable[bytes]) -> None:
-    with replaced_file(file) as draft:
-        draft.write_bytes(b"".join(line + b"\n" for line in lines))
-
-
-def _replace(file: Path, goes: Callable[[int], bool], rows: Sequence[Row]) -> None:
-    """Write rows of one step into a file, by their step, without the lines whose step ``goes``.
-
-    Lines that are no rows stay.
-    """
-    lines = file.read_bytes().splitlines() if file.exists() else []
-    steps = [_step_of(line) for line in lines]
-    kept = [(of, line) for of, line in zip(steps, lines, strict=True) if of is None or not goes(of)]
-    if not rows and len(kept) == len(lines):
-        return
-    place = len(kept)
-    if rows:
-        later = (i for i, (of, _) in enumerate(kept) if of is not None and of > rows[0]["step"])
-        place = next(later, place)
-    whole = [line for _, line in kept]
-    whole[place:place] = map(_line, rows)
-    _write(file, whole)
-
-
-def _step_of(line: bytes) -> int | None:
-    """The step of a row of samples; None of a line that is none."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):  # bytes that are no UTF-8 are a ValueError, too
-        return None
-    step = row.get("step") if isinstance(row, dict) else None
-    return step if type(step) is int else None

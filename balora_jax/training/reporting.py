@@ -111,9 +111,9 @@ class Reporter:
             self.log.write({**finite, **whole, **speed, **figures})
             if self.trackers is not None:
                 self.trackers.log({**finite, **whole, **speed, **figures})
-            if self.curves is not None:
-                self.curves.follow()
         self.restart()
+        if self.log is not None and self.curves is not None:
+            self.curves.follow()  # while the devices go on: the time is that of the next row
 
 
 def progress(total: int, start: int) -> Bar:

@@ -222,7 +222,6 @@ def _shape() -> Iterator[Case]:
     """Commands that are none."""
     for name, study in STUDIES.items():
         yield Case(f"cli/study-{name}", _study(study))
-    yield Case("cli/none", lambda place: [])
     yield Case("cli/unknown-verb", lambda place: ["no_such_verb"])
     yield Case("cli/verb-escape", lambda place: ["\x1b[2J\n"])
     yield Case("cli/verb-long", lambda place: ["x" * 5000])

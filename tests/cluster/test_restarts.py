@@ -173,5 +173,7 @@ def test_a_disturbed_set_ends_with_the_bytes_of_an_undisturbed_one(tmp_path):
         jobs, write_config(tmp_path / "bad.yaml", inputs, mesh={"data": 3}), tmp_path / "bad"
     )
     refused = jobs.run(bad.start)
-    assert (refused.completed, refused.codes) == (False, [[2, 2]]), bad.text()
+    assert (refused.completed, len(refused.codes)) == (False, 1), bad.text()
+    # The one that is later is told to end, and may say so.
+    assert sorted(refused.codes[0]) in ([2, 2], [2, 3]), bad.text()
     assert not bad.left().exists()

@@ -11,6 +11,7 @@ import torch
 
 from balora_jax.models import generation
 from balora_jax.models.generation import Sampling, generate, make_decoder
+from tests.evals.chain import Chain, successors
 from tests.models import tiny
 from tests.models.tiny_families import FAMILIES, LONGROPE
 
@@ -103,27 +104,6 @@ def test_a_row_does_not_depend_on_the_others(ours):
         assert alone[0] == together[row]
         assert alone[1:] == [[-1] * NEW] * (ROWS - 1)
     assert ours(PROMPTS[::-1]) == together[::-1]
-
-
-class Chain:
-    """A stand-in for a model: the next token depends on the last alone, by a table of logits."""
-
-    def __init__(self, table):
-        self.table = jnp.asarray(table, jnp.float32)
-
-    def empty_cache(self, batch, length):
-        return jnp.zeros(())
-
-    def extend(self, ids, positions, valid, cache):
-        return jax.nn.one_hot(ids, len(self.table)), cache
-
-    def logits(self, hidden):
-        return hidden @ self.table
-
-
-def successors(following):
-    """Logits under which the most likely successor of i is following[i]."""
-    return 5.0 * np.eye(len(following))[following]
 
 
 def chain_texts(table, prompts, sampling, key=0, decoder=None):

@@ -11,7 +11,7 @@ import balora_jax
 from balora_jax.models.generation import Sampling, Streamer, generate, make_decoder
 from balora_jax.pretrained.load import continuations
 from balora_jax.pretrained.streaming import pieces
-from tests.evals.test_generation import Chain, successors
+from tests.evals.chain import Chain, successors
 
 QUICKSTART = f"{balora_jax.__path__[0]}/quickstart/model"
 TEXTS = [

@@ -115,11 +115,15 @@ def test_terms_that_are_off_have_no_panel(tmp_path, monkeypatch):
     rows = rows_of(30, terms=False)
     for row in rows:
         row["loss"] = row["task_loss"]
+    # What is measured before the first step: figures of held-out rows alone.
+    rows.insert(0, {**dict.fromkeys(rows[0]), "step": 0, "validation_loss": 8.0})
     axes, _ = painted(rows, tmp_path, monkeypatch)
     assert not {term.title for term in TERMS.values()} & set(axes)
     assert "weights λ" not in axes
     labels = {line.get_label() for line in axes["loss (nats per token)"].get_lines()}
     assert "loss" not in labels  # it is the task's
+    assert "validation_loss" in labels
+    assert "not finite" not in labels
 
 
 def test_an_outlier_does_not_flatten_a_signed_curve(tmp_path, monkeypatch):
@@ -134,6 +138,8 @@ def test_an_outlier_does_not_flatten_a_signed_curve(tmp_path, monkeypatch):
     assert 1 < high < 20
     said = [text.get_text() for text in axes[TERMS[NAMES[1]].title].texts]
     assert said == ["1 outside"]
+    low, high = axes["fill: places with a token"].get_ylim()
+    assert (low, high) == (0, pytest.approx(1, abs=0.05))
 
 
 def test_a_hundred_thousand_rows_take_seconds(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from balora_jax.numerics.objective import (
     confident,
     for_labels,
     label_remarks,
+    length_schedules,
     objective_of,
     parts,
     scales,

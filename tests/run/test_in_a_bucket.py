@@ -2,11 +2,21 @@
 
 import pytest
 
+from balora_jax.config_file import parse_config
+from balora_jax.errors import InputError
+from balora_jax.finetune import check_hosts
 from balora_jax.io import lease
 from balora_jax.io.store import Store
 from tests import bucket
 from tests.run.conftest import invoke, settings
-from tests.tiny_run import adapter_bytes, checkpoint_steps, metrics_of, tree_digest
+from tests.tiny_run import (
+    PLAIN,
+    adapter_bytes,
+    checkpoint_steps,
+    config_tree,
+    metrics_of,
+    tree_digest,
+)
 
 ADDRESS = "gs://b/runs/one"
 
@@ -88,3 +98,24 @@ def test_a_bucket_that_fails_ends_the_run_with_3(finished_plain, a_bucket, monke
     assert not any(name.endswith("SHA256SUMS") for name in names)
     monkeypatch.undo()
     monkeypatch.setattr(lease, "DEAD", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "where"),
+    [
+        ("regularizers", "teacher_cache", True, "regularizers.teacher_cache=true"),
+        ("adapter", "method", "full", "adapter.method=full"),
+    ],
+)
+def test_what_hosts_must_share_is_refused_with_a_bucket(
+    inputs, monkeypatch, section, key, value, where
+):
+    tree = config_tree(inputs)
+    bad = {**tree, section: {**(tree[section] if section != "adapter" else {}), key: value}}
+    if section == "adapter":
+        bad["regularizers"] = PLAIN["regularizers"]
+    check_hosts(parse_config(bad, "here"))
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    check_hosts(parse_config(tree, "here"))
+    with pytest.raises(InputError, match=f"{where}: expected a --workdir that all hosts share"):
+        check_hosts(parse_config(bad, "here"))

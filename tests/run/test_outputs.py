@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,8 +166,17 @@ def test_the_curves_are_a_picture(finished):
 
 
 def test_what_is_printed_at_the_start(finished):
-    shown, _, rest = finished.out.partition("base: ")
-    assert yaml.safe_load(shown) == yaml.safe_load((finished.workdir / "config.yaml").read_text())
+    shown, there, rest = finished.out.partition("all other settings are their defaults, written to")
+    assert there
+    assert rest.splitlines()[0] == f" {finished.workdir / 'config.yaml'}"
+    # What the config gives, but for what is given as it would be without.
+    given = yaml.safe_load(Path(finished.config).read_text())
+    assert given["eval"].pop("task") == "exact_match"
+    printed = yaml.safe_load(shown)
+    assert printed["eval"].pop("task") == "exact_match"
+    assert given["training"].pop("weight_decay") == printed["training"].pop("weight_decay") == 0.01
+    assert given["adapter"].pop("start") == "pissa"  # the default
+    assert printed == given
     assert f"({TOTAL:,} parameters)" in rest.replace("llama, ", "(").replace("((", "(")
     assert f"adapters: {LAYERS * len(LINEAR)} layers" in rest
     assert f"{TRAINABLE:,} trainable parameters" in rest

@@ -138,7 +138,7 @@ def test_nothing_is_written_before_the_folder_is_the_runs(tmp_path, capsys):
     records = Records(tmp_path)
     records.keep("before", 0, Scored({}, [{"row": 1}], [{"prompt": "a\x1b", "answer": "\ud800"}]))
     assert list(tmp_path.iterdir()) == []
-    records.open(0)
+    records.begin(0)
     assert rows_of(tmp_path / "predictions" / "before.jsonl") == [{"row": 1}]
     kept = [{"step": 0, "prompt": "a\x1b", "answer": "\ud800"}]
     assert rows_of(tmp_path / "samples.jsonl") == kept
@@ -150,7 +150,7 @@ def test_nothing_is_written_before_the_folder_is_the_runs(tmp_path, capsys):
     assert beside_each_other(tmp_path)[1:] == [
         *("  a\\x1b", "    step 0: \\ud800", "  a", "    step 2: c")
     ]
-    Records(tmp_path).open(1)
+    Records(tmp_path).begin(1)
     assert [row["step"] for row in rows_of(tmp_path / "samples.jsonl")] == [0, 1]
     assert not (tmp_path / "predictions" / "step_2.jsonl").exists()
 

@@ -11,7 +11,7 @@ from balora_jax.config_file import parse_config
 from balora_jax.errors import InputError
 from balora_jax.finetune import fit
 from balora_jax.tasks.registry import TASKS
-from balora_jax.tasks.text import run as text_run
+from balora_jax.tasks.text.score import opened_model
 from tests import tiny_labels_run, tiny_run
 
 IDS = np.array([[3, 7, 5, 9, 4, 6]], np.int32)
@@ -30,9 +30,9 @@ def test_a_decoder_is_quantised_as_in_training(tmp_path):
     run = TASKS["text"].check(made["int8"])
     frozen = run.base.load_for(run.plain)
     forward = jax.jit(lambda parts: run.plain.bind(*parts)(jnp.asarray(IDS), jnp.ones_like(IDS)))
-    ours = logits(text_run.opened_model(made["int8"].model, None))
+    ours = logits(opened_model(made["int8"].model, None))
     assert np.array_equal(ours, np.asarray(forward((frozen,)), np.float32))
-    assert not np.allclose(ours, logits(text_run.opened_model(made["none"].model, None)), atol=1e-4)
+    assert not np.allclose(ours, logits(opened_model(made["none"].model, None)), atol=1e-4)
 
 
 @pytest.mark.parametrize("task", ["text", "labels"])

@@ -62,12 +62,12 @@ def save(found, step, keep=2):
     found.push()
 
 
-def export(found, text, place="adapter", last="adapter_config.json"):
-    weights = "model.safetensors" if last == "config.json" else "adapter_model.safetensors"
-    shutil.rmtree(found.folder / place, ignore_errors=True)
-    (found.folder / place).mkdir()
-    (found.folder / place / last).write_text("{}")
-    (found.folder / place / weights).write_text(text)
+def export(found, text):
+    shutil.rmtree(found.folder / "adapter", ignore_errors=True)
+    (found.folder / "adapter").mkdir()
+    (found.folder / "adapter" / "README.md").write_text("card")
+    (found.folder / "adapter" / "adapter_config.json").write_text("{}")
+    (found.folder / "adapter" / "adapter_model.safetensors").write_text(text)
     (found.folder / "summary.json").write_text("{}")
     found.push()
 
@@ -205,27 +205,18 @@ def test_what_did_not_change_is_not_sent_again(a_bucket, tmp_path, monkeypatch):
     assert len(counted) == 1
 
 
-PLACES = [
-    ("adapter", "adapter_config.json"),
-    ("best", "adapter_config.json"),
-    ("best", "config.json"),
-]
-
-
-@pytest.mark.parametrize(("place", "last"), PLACES)
-def test_an_adapter_is_never_seen_half_new(a_bucket, tmp_path, monkeypatch, place, last):
+def test_an_adapter_is_never_seen_half_new(a_bucket, tmp_path, monkeypatch):
     """Without its adapter_config.json nobody loads it; it goes first, and comes last."""
     life(mirror(tmp_path / "first", resume=False), [])
-    export(gone_on(tmp_path / "third")[0], "trained", place, last)
-    for number in range(1, 4):
+    for number in range(1, 5):
         found, _ = gone_on(tmp_path / "second")
         with monkeypatch.context() as patch:
             killed_before(patch, number + 1)
             with pytest.raises(Killed):
-                export(found, f"other {number}", place, last)
+                export(found, f"other {number}")
         names = Store(ADDRESS, "here").names()
-        assert (f"{place}/{last}" in names) is (number == 3)
-        export(gone_on(tmp_path / "third")[0], "trained", place, last)
+        assert ("adapter/adapter_config.json" in names) is (number == 4)
+        export(gone_on(tmp_path / "third")[0], "trained")
 
 
 def test_rows_are_brought_between_checkpoints(a_bucket, tmp_path):

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from balora_jax.array_types import PRNGKeyArray
-from balora_jax.config import EvalConfig, RunConfig
+from balora_jax.config import DataConfig, EvalConfig, ModelConfig
 from balora_jax.data import chat as templates
 from balora_jax.data.chat import Message
 from balora_jax.data.examples import encode_prompt, renderer_for
@@ -16,8 +16,7 @@ from balora_jax.models.generation import Streamer
 from balora_jax.pretrained.checkpoint import open_base
 from balora_jax.pretrained.load import PretrainedModel, sampling_for
 from balora_jax.pretrained.streaming import pieces
-from balora_jax.tasks.text.run import opened_model
-from balora_jax.tasks.text.score import example_settings, question_row
+from balora_jax.tasks.text.score import example_settings, opened_model, question_row
 
 _PROBE = "a"
 
@@ -171,11 +170,23 @@ class Chat:
             speaker.reset()
 
 
-def opened(config: RunConfig, *, adapter: str | None, compare: bool, system: str | None) -> Chat:
-    """A conversation under the templates and sampling of a config.
+def opened(
+    named: ModelConfig,
+    data: DataConfig,
+    config: EvalConfig,
+    *,
+    seed: int,
+    adapter: str | None,
+    compare: bool,
+    system: str | None,
+) -> Chat:
+    """A conversation with a base model, an adapter on it, or both.
 
     Args:
-        config: of the training.
+        named: the base.
+        data: the templates of the training.
+        config: how answers are drawn.
+        seed: of the draws.
         adapter: a PEFT folder; None for the base alone.
         compare: whether the base answers beside the adapter, with the same weights in memory.
         system: the first message of every conversation; None for none.
@@ -185,7 +196,7 @@ def opened(config: RunConfig, *, adapter: str | None, compare: bool, system: str
     """
     if compare and adapter is None:
         raise InputError("--compare: expected --adapter DIR with it, got none. Name the adapter.")
-    settings, named = example_settings(config.data), config.model
+    settings = example_settings(data)
     tokenizer = open_base(named.name_or_path, named.revision).tokenizer()
     Turns(tokenizer, settings, system)  # what is wrong is said before a weight is read
     model = opened_model(named, adapter)
@@ -193,8 +204,8 @@ def opened(config: RunConfig, *, adapter: str | None, compare: bool, system: str
     if compare:
         asked.insert(0, ("base", model.plain))
     speakers = [
-        Speaker(name, one, tokenizer, Turns(tokenizer, settings, system), config.eval)
+        Speaker(name, one, tokenizer, Turns(tokenizer, settings, system), config)
         for name, one in asked
     ]
     alone = settings.template != "chat"
-    return Chat(model.base.folder.name, speakers, config.training.seed, stands_alone=alone)
+    return Chat(model.base.folder.name, speakers, seed, stands_alone=alone)

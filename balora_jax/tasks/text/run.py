@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from balora_jax.array_types import PRNGKeyArray
-from balora_jax.config import DataConfig, ModelConfig, RunConfig
+from balora_jax.config import DataConfig, RunConfig
 from balora_jax.data.batches import Mode, TextBatches, common_length
 from balora_jax.data.examples import (
     EncodedSet,
@@ -26,11 +26,11 @@ from balora_jax.evals.benchmark import RATES, TextBenchmark
 from balora_jax.parallel import hosts, sharding
 from balora_jax.paths import named_folder
 from balora_jax.pretrained.checkpoint import Base, open_base
-from balora_jax.pretrained.load import PretrainedModel, load_decoder
 from balora_jax.tasks import assemble, teacher
 from balora_jax.tasks.flops import model_flops
 from balora_jax.tasks.measured import check_measured
 from balora_jax.tasks.settings import benchmark_of
+from balora_jax.tasks.text.chat import Chat, opened
 from balora_jax.tasks.text.loss import Constants
 from balora_jax.tasks.text.moments import RowMoments
 from balora_jax.tasks.text.program import TextProgram, text_program
@@ -41,6 +41,7 @@ from balora_jax.tasks.text.score import (
     asked_of,
     exam_of,
     example_settings,
+    opened_model,
     question_row,
     samples_of,
     training_sets,
@@ -384,13 +385,14 @@ def generate(
     return answerer(model.parts, ids, jax.random.key(config.training.seed), "generate")
 
 
-def opened_model(config: ModelConfig, adapter: str | None) -> PretrainedModel:
-    """The base as training opens it, with an adapter on it if one is named."""
-    return load_decoder(
-        config.name_or_path,
+def chat(config: RunConfig, *, adapter: str | None, compare: bool, system: str | None) -> Chat:
+    """A conversation under the settings of a config; the rest is as in :func:`opened`."""
+    return opened(
+        config.model,
+        config.data,
+        config.eval,
+        seed=config.training.seed,
         adapter=adapter,
-        revision=config.revision,
-        dtype=config.dtype,
-        attention=config.attention,
-        quantization=config.quantization,
+        compare=compare,
+        system=system,
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from balora_jax.array_types import Array, PRNGKeyArray
-from balora_jax.config import DataConfig, EvalConfig
+from balora_jax.config import DataConfig, EvalConfig, ModelConfig
 from balora_jax.config_data import TrainSet
 from balora_jax.data.conversations import answered, last_turn
 from balora_jax.data.examples import encode_prompt
@@ -19,7 +19,7 @@ from balora_jax.models.decoder import Decoder
 from balora_jax.models.generation import Sampling, generate, make_decoder
 from balora_jax.parallel import hosts
 from balora_jax.pretrained.checkpoint import Base
-from balora_jax.pretrained.load import continuations, sampling_for
+from balora_jax.pretrained.load import PretrainedModel, continuations, load_decoder, sampling_for
 from balora_jax.progress import progress_bar
 from balora_jax.training.run import Scored
 
@@ -341,4 +341,16 @@ def answer_of(row: Row, settings: ExampleSettings) -> str | None:
         else None
         if cell is None
         else str(cell)
+    )
+
+
+def opened_model(config: ModelConfig, adapter: str | None) -> PretrainedModel:
+    """The base as training opens it, with an adapter on it if one is named."""
+    return load_decoder(
+        config.name_or_path,
+        adapter=adapter,
+        revision=config.revision,
+        dtype=config.dtype,
+        attention=config.attention,
+        quantization=config.quantization,
     )
