@@ -1,7 +1,6 @@
 """Checkpoints: what a run needs to go on exactly where it was, and when it must refuse to."""
 
 import logging
-import math
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from absl import logging as absl_logging
 
 from balora_jax.errors import InputError, RunStoppedError
 from balora_jax.io import seals
+from balora_jax.io.checkpoint_figures import is_held_out, is_score
 from balora_jax.io.checkpoint_folder import REMOVED, WRITING, sealed_steps
 from balora_jax.io.folders import write_atomically
 from balora_jax.io.keeper import Keeper
@@ -278,45 +278,14 @@ def read_data(path: Path) -> dict[str, Any]:
     if (
         data.keys() - {"held_out"} != {"batches", "before"}
         or not all(isinstance(v, dict) for v in data.values())
-        or not all(map(_is_score, data["before"].values()))
-        or ("held_out" in data and not _is_held_out(data["held_out"]))
+        or not all(map(is_score, data["before"].values()))
+        or ("held_out" in data and not is_held_out(data["held_out"]))
     ):
         raise InputError(
             f"{path}: expected a position in the data and a score, got something else. Go on from "
             "another checkpoint, or use a new --workdir."
         )
     return data
-
-
-def _is_score(value: Any) -> bool:
-    """Whether a value can stand in a score: a finite number, or the name of a grader."""
-    return isinstance(value, str) or (
-        type(value) in (int, float) and abs(value) < 2**1023 and math.isfinite(value)
-    )
-
-
-def _is_held_out(found: dict[str, Any]) -> bool:
-    """Whether values are what :class:`training.held_out.HeldOut` gives."""
-    if found.keys() != {"before", "best", "without_gain"}:
-        return False
-    best = found["best"]
-    whole = best is None or (
-        isinstance(best, dict)
-        and best.keys() == {"step", "value", "skipped", "figures"}
-        and all(type(best[name]) is int for name in ("step", "skipped"))
-        and _is_score(best["value"])
-        and not isinstance(best["value"], str)
-        and _are_figures(best["figures"])
-    )
-    return whole and type(found["without_gain"]) is int and _are_figures(found["before"])
-
-
-def _are_figures(found: Any) -> bool:
-    """Whether a value has finite numbers by name, or None for those that are not finite."""
-    return isinstance(found, dict) and all(
-        value is None or (_is_score(value) and not isinstance(value, str))
-        for value in found.values()
-    )
 
 
 def _read(path: Path, name: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ def check_measured(
     rows: bool,
     losses: Sequence[str],
     scores: Sequence[str],
+    shown: bool = False,
 ) -> None:
     """See that what is measured while a run trains can be measured.
 
@@ -23,6 +24,7 @@ def check_measured(
         rows: whether there are validation rows.
         losses: the loss, the terms that are on, and what else is computed of them.
         scores: figures of the score; none where nothing is scored.
+        shown: answers are shown at a score, whether it has figures or not.
 
     Raises:
         InputError: no rows, no score, an unknown figure, or one that is never measured.
@@ -32,7 +34,7 @@ def check_measured(
             "eval.every: expected rows in data.validation beside it, got none. Name a file there, "
             "or leave it out."
         )
-    if config.score_every and not (scores or config.samples or config.prompts):
+    if config.score_every and not (scores or shown):
         raise InputError(
             "eval.score_every: expected a score of validation rows, got none. Name a file in "
             "data.validation and a task in eval.task, ask eval.prompts, or leave it out."

@@ -103,24 +103,13 @@ class Training:
         keeper.push()
         told = trackers if hosts.is_first() else ()
         self.trackers = Trackers(told, folder, run.config.model_dump(mode="json"), folder / METRICS)
-        self.report = self.open_report()
+        self.report = reporter_of(run, self.log, self.trackers, folder)
         self.teacher: Any = run.teacher(self.constants, folder, shared)
 
     def open_store(self) -> checkpoint.Checkpoints:
         """The checkpoints of the run."""
         keep = self.run.config.training.keep_checkpoints
         return checkpoint.Checkpoints(self.folder / CHECKPOINTS, keep=keep, keeper=self.keeper)
-
-    def open_report(self) -> Reporter:
-        """What brings the rows of the steps to the log, the trackers and the curves."""
-        return Reporter(
-            self.log,
-            self.run.config.training.log_every,
-            self.run.step_flops,
-            peak_of(self.run.mesh),
-            self.trackers,
-            LiveCurves(self.folder / METRICS, self.folder / CURVES),
-        )
 
     def restore(self, step: int) -> int:
         """Go to the checkpoint of a step; returns it.
@@ -376,6 +365,20 @@ def open_log(folder: Path, start: int) -> metrics.MetricsLog | None:
     if log.unread:
         hosts.say(f"{folder / METRICS}: {log.unread} lines are no rows; moved to {metrics.ASIDE}")
     return log
+
+
+def reporter_of(
+    run: Run, log: metrics.MetricsLog | None, trackers: Trackers, folder: Path
+) -> Reporter:
+    """What writes the rows of a run, and draws its curves in its folder."""
+    return Reporter(
+        log,
+        run.config.training.log_every,
+        run.step_flops,
+        peak_of(run.mesh),
+        trackers,
+        LiveCurves(folder / METRICS, folder / CURVES),
+    )
 
 
 def resumable(run: Run, folder: Path) -> checkpoint_folder.Found:

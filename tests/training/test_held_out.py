@@ -62,7 +62,6 @@ def test_the_highest_score_is_the_best():
     found = held_out(keep_best="score_accuracy", every=0, score_every=1)
     assert go(found, [1, 2, 3], scores) == [1, 2]
     assert found.best["figures"] == {"score_accuracy": 0.5}
-    assert found.scored == (3, {"accuracy": 0.4})
 
 
 def test_a_loss_that_is_no_number_is_never_the_best():

@@ -281,6 +281,7 @@ def _open(config: RunConfig) -> _Opened:
         rows=config.data.validation is not None or source is not None,
         losses=("loss", "perplexity", *(term.name for term in terms)),
         scores=() if asked is None else RATES,
+        shown=bool(config.eval.samples or config.eval.prompts),
     )
     held_out = None
     if config.eval.every:
