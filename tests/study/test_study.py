@@ -402,6 +402,7 @@ def test_the_picture_may_lie_elsewhere_and_needs_matplotlib(fit, tmp_path, monke
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert not (tmp_path / "out" / "study.png").exists()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     study.conduct(make(), workdir=tmp_path / "out")
     assert not (tmp_path / "out" / "study.png").exists()
 

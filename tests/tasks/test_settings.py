@@ -59,6 +59,8 @@ OTHER = {
     "eval.prompt_column": "q",
     "eval.gold_column": "a",
     "eval.grader": "plain",
+    "eval.samples": 2,
+    "eval.prompts": ["1+1"],
 }
 """For each key that some task ignores, a value that is not the default."""
 
@@ -156,7 +158,8 @@ def test_every_setting_is_read_by_a_task_or_refused(task, tmp_path, monkeypatch)
     given = config.regularizers.of_the_terms()
     seen |= {f"regularizers.{name}" for name in given}
     fit(config, workdir=tmp_path / "run")
-    of_all = {key for key in KEYS if key.startswith("study.")}  # read by balora study alone
+    # Read by balora study alone, and by a run that goes on.
+    of_all = {key for key in KEYS if key.startswith("study.")} | {"training.extend"}
     assert KEYS - of_all - seen == set(SETTINGS[task].unread) - HANDED_ON
 
 
