@@ -85,7 +85,7 @@ def _encoded(program: TextProgram, base: Base, tokenizer: str) -> TextRun:
     found = open_tokenizer(Path(resolve_path(tokenizer)))
     data = encode_sets(load_sets(training_sets(program.config.data)), found)
     length = text_run.row_length(program.config.data, data, base, program.mesh)
-    return TextRun(**vars(program), base=base, tokenizer=found, data=data, exam=None, length=length)
+    return TextRun(**vars(program), base=base, tokenizer=found, data=data, length=length)
 
 
 def _batches_of(run: TextRun) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:

@@ -62,18 +62,18 @@ class TextRun(TextProgram):
         base: the pretrained checkpoint.
         tokenizer: its tokenizer.
         data: encoded training rows and what became of them.
+        length: tokens of every row of a batch that is not packed by ``packing: batch``.
         exam: the rows of the score; None for no score.
         samples: prompts whose answers are kept at every score; None for none.
-        length: tokens of every row of a batch that is not packed by ``packing: batch``.
         held_out: the rows of the validation loss; None for none.
     """
 
     base: Base
     tokenizer: Any
     data: TrainingData
-    exam: Exam | None
-    samples: Samples | None
     length: int
+    exam: Exam | None = None
+    samples: Samples | None = None
     held_out: EncodedSet | None = None
 
     def batches(self, mode: Mode | None = None) -> TextBatches:
