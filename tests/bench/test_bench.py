@@ -209,7 +209,7 @@ def test_command_line_and_messages(tree, tmp_path, capsys):
         ("--tokenizer", "nowhere"): "nowhere: expected a tokenizer (tokenizer.json), got: no file "
         "of one. Save the tokenizer beside the weights.",
         ("--topology", "v5e"): "--topology: expected v4, v5e, v5p, v6e and a shape, such as "
-        "v5e:4x4 or v5p:2x2x1, GPUs (A100, A100-40GB, H100, H200, L4, A10G, T4), such as "
+        "v5e:4x4 or 2xv5e:4x4, GPUs (A100, A100-40GB, H100, H200, L4, A10G, T4), such as "
         "gpu:8xH100 or gpu:2x8xA100 (hosts x GPUs), gpu:8x48GB, cpu:8 or auto, got 'v5e'. Correct "
         "it.",
     }.items():
