@@ -29,7 +29,6 @@ from balora_jax.pretrained.card_kinds import ADAPTER, FULL
 from balora_jax.signals import taken
 from balora_jax.tasks.registry import TASKS
 from balora_jax.training.endings import failures, reading
-from balora_jax.training.held_out import LOSS
 from balora_jax.training.loop import Training, resumable
 from balora_jax.training.mirror import Mirror, mirrored
 from balora_jax.training.records import beside_each_other
@@ -358,7 +357,7 @@ def _gains(summary: dict[str, Any]) -> list[str]:
     """A line for each figure of the score, and the held-out loss: before, after, and how long."""
     measured, seconds = summary.get("validation", {}), summary["wall_seconds"]
     before, after = (
-        summary[when] | {k: v for k, v in measured.get(when, {}).items() if k == LOSS}
+        summary[when] | {k: v for k, v in measured.get(when, {}).items() if k == metrics.LOSS}
         for when in ("before", "after")
     )
     return [

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from balora_jax.io.metrics import is_count
+from balora_jax.io.metrics import LOSS, SCORE, VALIDATION, is_count
 from balora_jax.numerics.objective import TASK
 from balora_jax.numerics.terms import TERMS
 
@@ -27,9 +27,6 @@ WIDE = 8.0
 
 STYLES = ("-", (0, (5, 4)), (0, (1.5, 3)), (0, (6, 3, 1.5, 3)))
 """Styles of lines that may lie on each other."""
-
-VALIDATION, SCORE = "validation_", "score_"
-"""How the columns of held-out rows begin."""
 
 
 class Panel(NamedTuple):
@@ -62,7 +59,7 @@ def panels(rows: Rows) -> list[Panel]:
     shares = tuple(f"gradient_share_{name}" for name in (TASK, *TERMS))
     weights = tuple(f"lambda{i}" for i, _ in enumerate(TERMS, start=1))
     found = [
-        Panel("loss (nats per token)", (TASK, "loss", f"{VALIDATION}loss")),
+        Panel("loss (nats per token)", (TASK, "loss", LOSS)),
         *(Panel(term.title, (term.name, VALIDATION + term.name)) for term in TERMS.values()),
         Panel("score", scores, noisy=False, scale="plain", named=True),
         Panel("weights λ", weights, noisy=False, scale="plain"),
@@ -152,7 +149,7 @@ def _noisy(
         axis.plot(steps, values, ".", markersize=2.5, **pale)
     else:
         axis.plot(steps[places], values[places], linewidth=0.6, **pale)
-    soft = smoothed(values)
+    soft = np.where(steps > 0, smoothed(values), math.nan)  # a row of step 0 is of no step
     places = thinned(soft)
     axis.plot(steps[places], soft[places], label=name, linewidth=1.8, **look)
 

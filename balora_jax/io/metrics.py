@@ -13,6 +13,11 @@ from balora_jax.numerics.terms import TERMS
 ASIDE = "metrics.unread"
 """File beside the metrics that gets, on a resume, the lines that are no rows."""
 
+VALIDATION, SCORE = "validation_", "score_"
+"""Begin the names of the columns of held-out rows: of their loss and terms, and of their score."""
+
+LOSS = f"{VALIDATION}loss"
+
 
 def columns() -> list[str]:
     """The columns of a row that come first, in order; what else a run measures follows them."""

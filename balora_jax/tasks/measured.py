@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from balora_jax.config import EvalConfig, TrainingConfig
 from balora_jax.errors import InputError
-from balora_jax.training.held_out import LOSS, SCORE, VALIDATION
+from balora_jax.io.metrics import LOSS, SCORE, VALIDATION
 
 
 def check_measured(

@@ -8,13 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from balora_jax.config import EvalConfig, TrainingConfig
+from balora_jax.io.metrics import LOSS, SCORE, VALIDATION
 from balora_jax.parallel import hosts
 from balora_jax.training.run import Arrays, Validator
-
-VALIDATION, SCORE = "validation_", "score_"
-"""Begin the names of figures of the loss and of the score, in the rows of the log."""
-
-LOSS = f"{VALIDATION}loss"
 
 Figures = dict[str, float | None]
 

@@ -31,23 +31,15 @@ def trial(subject, folder, number, name):
     rng = np.random.default_rng([number, name == "TERM"])
     wanted = 1 + int(rng.choice(3, p=(0.7, 0.2, 0.1)))
     cold = rng.random() < 0.1  # with everything to compile
-    for attempt in range(TRIES):
-        home = folder / f"{name.lower()}{number}-{attempt}"
-        workdir, cache = home / "run", str(home / "cold") if cold else subject.cache
-        met = []
-        for count in range(wanted):
-            moment = chosen(subject, rng, number, name)
-            for wait in {"at", "after"} & moment.keys():
-                # The machine may be quicker now than when it was timed.
-                moment[wait] *= 0.7**attempt
-            met.append(_disturbed(subject, workdir, cache, moment, name, resume=count > 0))
-            if met[-1]["code"] == 0:
-                break
-        if any(one["hit"] for one in met):
-            break
-        shutil.rmtree(home)
-    else:
+
+    def disturb(home, moment, *, resume):
+        cache = str(home / "cold") if cold else subject.cache
+        return _disturbed(subject, home / "run", cache, moment, name, resume=resume)
+
+    home, met = disturbed(subject, folder, rng, number, name, wanted, disturb)
+    if home is None:
         return {"met": met, "wrong": [f"{TRIES} times the run ended before the signal"]}
+    workdir = home / "run"
     wrong = [fault for one in met for fault in one.pop("wrong")]
     last = Process(subject.config, subject.cache, workdir, resume=True).end()
     if last.code != 0:
@@ -56,6 +48,32 @@ def trial(subject, folder, number, name):
     if not wrong:
         shutil.rmtree(home)
     return {"met": met, "cold": cold, "wrong": wrong, "folder": str(home) if wrong else None}
+
+
+def disturbed(subject, folder, rng, number, name, wanted, disturb):
+    """Up to ``wanted`` signals to one run, of which one at least came in time.
+
+    Args:
+        disturb: sends one, ``(home, moment, resume=)``; returns ``code``, ``hit`` and ``wrong``.
+
+    Returns:
+        The folder of the trial, None where every run ended first, and what was met.
+    """
+    met = []
+    for attempt in range(TRIES):
+        home, met = folder / f"{name.lower()}{number}-{attempt}", []
+        for count in range(wanted):
+            moment = chosen(subject, rng, number, name)
+            for wait in {"at", "after"} & moment.keys():
+                # The machine may be quicker now than when it was timed.
+                moment[wait] *= 0.7**attempt
+            met.append(disturb(home, moment, resume=count > 0))
+            if met[-1]["code"] == 0:
+                break
+        if any(one["hit"] for one in met):
+            return home, met
+        shutil.rmtree(home)
+    return None, met
 
 
 def chosen(subject, rng, number, name):

@@ -19,7 +19,7 @@ from tests import bucket
 from tests.run import workers
 from tests.trials import moments
 from tests.trials import subject as subjects
-from tests.trials.kills import TRIES, chosen
+from tests.trials.kills import TRIES, disturbed
 from tests.trials.record import Record
 from tests.trials.subject import Process, differences
 
@@ -63,21 +63,14 @@ def trial(subject, folder, number, name):
     """One trial: one or two signals to a run, then its end; what happened as a dict."""
     rng = np.random.default_rng([number, name == "TERM"])
     wanted = 1 + int(rng.choice(2, p=(0.7, 0.3)))
-    for attempt in range(TRIES):
-        home = folder / f"{name.lower()}{number}-{attempt}"
-        root, met = home / "bucket", []
-        for count in range(wanted):
-            moment = chosen(subject, rng, number, name)
-            for wait in {"at", "after"} & moment.keys():
-                moment[wait] *= 0.7**attempt
-            met.append(_disturbed(subject, root, moment, name, resume=count > 0))
-            if met[-1]["code"] == 0:
-                break
-        if any(one["hit"] for one in met):
-            break
-        shutil.rmtree(home)
-    else:
+
+    def disturb(home, moment, *, resume):
+        return _disturbed(subject, home / "bucket", moment, name, resume=resume)
+
+    home, met = disturbed(subject, folder, rng, number, name, wanted, disturb)
+    if home is None:
         return {"met": met, "wrong": [f"{TRIES} times the run ended before the signal"]}
+    root = home / "bucket"
     wrong = [fault for one in met for fault in one.pop("wrong")]
     last = InBucket(subject.config, subject.cache, root, resume=True).end()
     if last.code != 0:
