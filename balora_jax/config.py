@@ -256,6 +256,11 @@ class TrainingConfig(Section):
                 "training: expected either max_steps or epochs, got "
                 f"{'neither' if self.max_steps is None else 'both'}. Give one of them."
             )
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(
+                f"training.trackers: expected each name once, got {list(self.trackers)}. Leave out "
+                "the second."
+            )
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"training.accumulation: expected a divisor of batch_size {self.batch_size}, got "

@@ -72,6 +72,10 @@ ROOT = Path(__file__).parents[2]
                 "got 1000 x 1 x 1 x 1 x 1",
             ],
         ),
+        (
+            {"training.trackers": "[toy, toy]"},
+            ["trackers: expected each name once, got ['toy', 'to"],
+        ),
         ({"mesh.data": 0}, ["mesh: expected positive sizes with at most one -1, got data=0"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
